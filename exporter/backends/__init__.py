@@ -1,0 +1,55 @@
+"""One module for each mobile format, all with the same functions; see `backend`.
+
+- ``lower(waist, target, out) -> Artifact``: repack codes and scales; choose nothing again.
+- ``load(artifact) -> Runner``: the artifact in its own runtime on this machine.
+- ``weights(artifact, waist)``: codes and scales decoded out of the artifact, tensor by tensor.
+- ``check(waist, target)``: refuse what the format cannot hold, before any work.
+"""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+from torch import Tensor
+
+from exporter.recipe import Target
+
+#: Target → the module that owns its toolkit, and the extra that installs the toolkit.
+BACKENDS = {"executorch": ("exporter.backends.executorch", "executorch")}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One lowered model on disk, and what it was lowered for."""
+
+    path: Path
+    target: Target
+
+
+class Runner(Protocol):
+    """A model with its cache. Logits are float32 [vocab_size], of the last token."""
+
+    @property
+    def context(self) -> int:
+        """How many positions the cache holds."""
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        """Start a new text with these tokens."""
+
+    def decode(self, token: int) -> Tensor:
+        """Continue the text by one token."""
+
+
+def backend(name: str) -> ModuleType:
+    """The module of a target; raises MissingExtraError where its toolkit is absent."""
+    from exporter.errors import MissingExtraError
+
+    module, extra = BACKENDS[name]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("exporter"):
+            raise
+        raise MissingExtraError(error.name or extra, extra) from error

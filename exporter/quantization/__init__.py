@@ -1,0 +1,1 @@
+"""Integers and scales: how weights become codes, and how codes lie on disk."""

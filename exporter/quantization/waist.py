@@ -1,0 +1,309 @@
+"""The waist: a quantized checkpoint on disk, in the format of this package's README.
+
+    mobilellm quantize recipes/mobilellm-r1-nano-int4.yaml \\
+        --checkpoint examples/mobilellm-r1-nano -o build/nano-int4
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors import SafetensorError, safe_open
+
+from exporter.checkpoint import (
+    COMPANION_FILES,
+    Checkpoint,
+    parse_config,
+    read_json,
+    special_tokens,
+)
+from exporter.errors import InputError
+from exporter.files import copy_file, sha256, write_json, write_safetensors
+from exporter.model import ModelConfig
+from exporter.quantization.integers import (
+    CODE_RANGE,
+    FLOAT,
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    QuantizedTensor,
+    Scheme,
+    pack_int4,
+    parse_scheme,
+    quantize,
+    to_scale_grid,
+    unpack_int4,
+)
+
+FORMAT_VERSION = 1
+WEIGHTS, MANIFEST = "quantized.safetensors", "quantization.json"
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+#: Called with a tensor's name when it is done: progress for whoever shows it.
+OnTensor = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The scheme of every tensor, and the reason for each one left in float."""
+
+    schemes: Mapping[str, Scheme]
+    reasons: Mapping[str, str]
+
+
+def plan_schemes(
+    shapes: Mapping[str, tuple[int, ...]],
+    linear: Scheme,
+    embedding: Scheme,
+    overrides: Mapping[str, Scheme],
+) -> Plan:
+    """Decide how each tensor is stored; the last override whose pattern matches wins.
+
+    Raises InputError for a pattern that matches nothing and for a scheme that does not fit.
+    """
+    schemes, reasons = dict[str, Scheme](), dict[str, str]()
+    for name, shape in shapes.items():
+        if len(shape) != 2:
+            schemes[name], reasons[name] = FLOAT, "a normalization weight, one vector"
+        else:
+            schemes[name] = embedding if name == EMBEDDING else linear
+    for pattern, scheme in overrides.items():
+        matched = [name for name in shapes if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise InputError(
+                f"quantization.overrides: {pattern}",
+                "matches no tensor of this checkpoint",
+                f"Names look like {next(n for n in shapes if n.endswith('q_proj.weight'))}",
+            )
+        schemes |= dict.fromkeys(matched, scheme)
+    for name, shape in shapes.items():
+        problem = schemes[name].problem_with(shape)
+        if problem:
+            raise InputError(
+                f"quantization of {name}", problem, "Choose another scheme for it with an override"
+            )
+        if schemes[name] == FLOAT:
+            reasons.setdefault(name, "the recipe keeps it in float")
+    return Plan(schemes, reasons)
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A waist on disk; tensors are memory-mapped and read one at a time."""
+
+    path: Path
+    config: ModelConfig
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    manifest: Mapping[str, Any]
+    schemes: Mapping[str, Scheme]
+
+    def read(self, name: str) -> QuantizedTensor | torch.Tensor:
+        """Codes and scales of a quantized weight, or the float tensor as stored."""
+        scheme = self.schemes[name]
+        with safe_open(self.path / WEIGHTS, framework="pt") as file:
+            if scheme == FLOAT:
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+            codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
+        codes = unpack_int4(codes) if scheme.bits == 4 else codes
+        return QuantizedTensor(codes, scales.to(torch.float32), scheme)
+
+    def dequantize(self, name: str) -> torch.Tensor:
+        """The weight as float32, exactly what the codes stand for."""
+        stored = self.read(name)
+        if isinstance(stored, QuantizedTensor):
+            return stored.dequantize()
+        return stored.to(torch.float32)
+
+
+def write_waist(
+    checkpoint: Checkpoint, plan: Plan, method: str, out: Path, on_tensor: OnTensor
+) -> QuantizedCheckpoint:
+    """Quantize tensor by tensor into a new folder; the manifest is written last."""
+    companions = [name for name in COMPANION_FILES if (checkpoint.path / name).is_file()]
+    for name in companions:
+        copy_file(checkpoint.path / name, out / name)
+
+    done: tuple[str, QuantizedTensor] | None = None
+
+    def produce(entry: str) -> torch.Tensor:
+        """The tensor of one entry; codes come before their scales, so one weight is kept."""
+        nonlocal done
+        name, _, part = entry.rpartition(".")
+        if entry in plan.schemes:
+            on_tensor(entry)
+            return checkpoint.read(entry)
+        if part == "codes":
+            result = quantize(checkpoint.read(name), plan.schemes[name], method)
+            _check_range(name, result)
+            done = name, result
+            on_tensor(name)
+            return pack_int4(result.codes) if result.scheme.bits == 4 else result.codes
+        assert done is not None and done[0] == name
+        return done[1].scales.to(torch.float16)
+
+    write_safetensors(out / WEIGHTS, _layout(checkpoint, plan), produce, {"format": "pt"})
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "model_type": checkpoint.config.model_type,
+        "method": method,
+        "tensors": {
+            name: {"scheme": str(scheme)}
+            | ({"reason": plan.reasons[name]} if scheme == FLOAT else {})
+            for name, scheme in plan.schemes.items()
+        },
+        "source": source_hashes(checkpoint),
+        "files": {name: sha256(out / name) for name in (*companions, WEIGHTS)},
+        "versions": {"torch": torch.__version__, "safetensors": safetensors.__version__},
+    }
+    write_json(out / MANIFEST, manifest)
+    return open_waist(out)
+
+
+def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """sha256 of every file of the checkpoint that decides the result."""
+    weights = {stored.file for stored in checkpoint.tensors.values()}
+    companions = {checkpoint.path / name for name in COMPANION_FILES}
+    return {file.name: sha256(file) for file in sorted(weights | companions) if file.is_file()}
+
+
+def _layout(
+    checkpoint: Checkpoint, plan: Plan
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
+    for name, stored in checkpoint.tensors.items():
+        scheme = plan.schemes[name]
+        if scheme == FLOAT:
+            layout[name] = stored.dtype, stored.shape
+            continue
+        rows, columns = stored.shape
+        int4 = scheme.bits == 4
+        layout[f"{name}.codes"] = (
+            (torch.uint8, (rows, columns // 2)) if int4 else (torch.int8, (rows, columns))
+        )
+        layout[f"{name}.scales"] = torch.float16, scheme.scale_shape(stored.shape)
+    return layout
+
+
+def _check_range(name: str, result: QuantizedTensor) -> None:
+    if result.scales.max() >= LARGEST_SCALE:
+        raise InputError(
+            name,
+            f"its weights need a scale of {LARGEST_SCALE} or more, which float16 cannot hold",
+            "Keep it in float with an override",
+        )
+
+
+def open_waist(folder: Path) -> QuantizedCheckpoint:
+    """Open a waist and check that it is whole. Raises InputError."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{folder / MANIFEST}: format_version",
+            f"{manifest.get('format_version')!r} is not known",
+            f"This version reads {FORMAT_VERSION}; quantize the checkpoint again",
+        )
+    config = parse_config(read_json(folder / "config.json"), folder / "config.json")
+    bos, eos = special_tokens(folder, config.vocab_size)
+    tensors = manifest.get("tensors")
+    if not isinstance(tensors, dict) or set(tensors) != set(config.parameter_shapes()):
+        raise InputError(
+            f"{folder / MANIFEST}: tensors", "does not list the model's tensors", "Quantize again"
+        )
+    schemes = {
+        name: parse_scheme(entry["scheme"], f"{folder / MANIFEST}: {name}")
+        for name, entry in tensors.items()
+    }
+    waist = QuantizedCheckpoint(folder, config, bos, eos, manifest, schemes)
+    _check_entries(waist)
+    return waist
+
+
+def _check_entries(waist: QuantizedCheckpoint) -> None:
+    file = waist.path / WEIGHTS
+    try:
+        with safe_open(file, framework="pt") as handle:
+            present = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            file, f"is not a whole safetensors file ({error})", "Quantize the checkpoint again"
+        ) from error
+    for name, shape in waist.config.parameter_shapes().items():
+        scheme = waist.schemes[name]
+        expected = {name: shape}
+        if scheme != FLOAT:
+            columns = shape[1] // 2 if scheme.bits == 4 else shape[1]
+            expected = {
+                f"{name}.codes": (shape[0], columns),
+                f"{name}.scales": scheme.scale_shape(shape),
+            }
+        for entry, entry_shape in expected.items():
+            if present.pop(entry, None) != entry_shape:
+                raise InputError(
+                    f"{file}: {entry}",
+                    f"is missing or not of shape {list(entry_shape)}",
+                    "Quantize the checkpoint again",
+                )
+    if present:
+        raise InputError(f"{file}: {sorted(present)[0]}", "does not belong to this model")
+
+
+def damaged_tensors(waist: QuantizedCheckpoint) -> dict[str, str]:
+    """Tensors whose codes or scales break the format's promises: name → what is wrong."""
+    problems = dict[str, str]()
+    for name, scheme in waist.schemes.items():
+        stored = waist.read(name)
+        if not isinstance(stored, QuantizedTensor):
+            if not torch.isfinite(stored).all():
+                problems[name] = "holds NaN or infinity"
+            continue
+        assert scheme.bits is not None
+        lowest, highest = CODE_RANGE[scheme.bits]
+        if stored.codes.min() < lowest or stored.codes.max() > highest:
+            problems[name] = f"has a code outside {lowest}..{highest}"
+        elif not torch.equal(to_scale_grid(stored.scales), stored.scales):
+            worst = stored.scales[to_scale_grid(stored.scales) != stored.scales][0].item()
+            problems[name] = f"has the scale {worst}, which is not on the portable grid"
+    return problems
+
+
+def write_dequantized(
+    waist: QuantizedCheckpoint, dtype: torch.dtype, out: Path, on_tensor: OnTensor
+) -> None:
+    """An ordinary Hugging Face folder with the quantized values, for any other engine.
+
+    float32 is exact. float16 and bfloat16 round each product of code and scale to 11 and 8
+    significant bits: an int4 code times a scale needs up to 11, so float16 is exact for int4 too
+    unless the product is below 2^-14.
+    """
+    for name in COMPANION_FILES:
+        if (waist.path / name).is_file():
+            copy_file(waist.path / name, out / name)
+
+    def produce(name: str) -> torch.Tensor:
+        on_tensor(name)
+        return waist.dequantize(name).to(dtype)
+
+    layout = {name: (dtype, shape) for name, shape in waist.config.parameter_shapes().items()}
+    write_safetensors(out / "model.safetensors", layout, produce, {"format": "pt"})
+
+
+__all__ = [
+    "EMBEDDING",
+    "MANIFEST",
+    "OUTPUT",
+    "SMALLEST_SCALE",
+    "WEIGHTS",
+    "Plan",
+    "QuantizedCheckpoint",
+    "damaged_tensors",
+    "open_waist",
+    "plan_schemes",
+    "source_hashes",
+    "write_dequantized",
+    "write_waist",
+]

@@ -1,0 +1,188 @@
+"""The recipe: one YAML file that says what to make, with ``key=value`` overrides.
+
+    mobilellm export recipes/mobilellm-r1-140m-int4.yaml targets.0.max_context=4096 ...
+
+Unknown keys are errors. A target holds facts of deployment, never bits.
+"""
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from exporter.errors import InputError
+from exporter.quantization.integers import Scheme, parse_scheme
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Schemes as text (``int4-g32``, ``int8``, ``float``); overrides map patterns to schemes."""
+
+    linear: str = "int4-g32"
+    embedding: str = "int4-g32"
+    method: Literal["absmax", "mse"] = "mse"
+    overrides: Mapping[str, str] = field(default_factory=dict)
+
+    def schemes(self) -> tuple[Scheme, Scheme, dict[str, Scheme]]:
+        """The schemes of linear layers, of the embedding, and of each override's pattern."""
+        return (
+            parse_scheme(self.linear, "quantization.linear"),
+            parse_scheme(self.embedding, "quantization.embedding"),
+            {p: parse_scheme(s, f"quantization.overrides.{p}") for p, s in self.overrides.items()},
+        )
+
+
+@dataclass(frozen=True)
+class ExecuTorchTarget:
+    """A .pte for XNNPACK. ``custom_sdpa`` is for the official runners, ``portable`` for any."""
+
+    target: Literal["executorch"] = "executorch"
+    max_context: int = 2048
+    attention: Literal["custom_sdpa", "portable"] = "custom_sdpa"
+
+
+Target = ExecuTorchTarget
+TARGETS: dict[str, type[Target]] = {"executorch": ExecuTorchTarget}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides an export, apart from the checkpoint's own bytes."""
+
+    name: str
+    model: str = ""
+    quantization: Quantization = field(default_factory=Quantization)
+    targets: tuple[Target, ...] = (ExecuTorchTarget(),)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``key=value`` overrides. Raises InputError."""
+    if not path.is_file():
+        raise InputError(path, "no such recipe", "List the recipes with: mobilellm recipes")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(path, f"is not valid YAML ({reason})", "Correct the file") from error
+    if not isinstance(raw, dict):
+        raise InputError(path, "does not hold a mapping of keys", "See recipes/ for examples")
+    raw = {"name": path.stem, **raw}
+    for override in overrides:
+        _override(raw, override)
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: Mapping[str, Any], subject: str) -> Recipe:
+    """A recipe from plain data, every value checked."""
+    recipe: Recipe = _build(Recipe, raw, "", subject)
+    recipe.quantization.schemes()
+    if not recipe.targets:
+        raise InputError(f"{subject}: targets", "is empty", f"Name one of {', '.join(TARGETS)}")
+    kinds = [target.target for target in recipe.targets]
+    if len(set(kinds)) != len(kinds):
+        raise InputError(f"{subject}: targets", f"names a target twice: {kinds}")
+    return recipe
+
+
+def parse_target(kind: str, overrides: Sequence[str]) -> Target:
+    """A target with its defaults and overrides, for ``mobilellm lower``."""
+    raw: dict[str, Any] = {"target": kind}
+    for override in overrides:
+        _override(raw, override)
+    target: Target = _build_target(raw, "", "--target")
+    return target
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Set one value, given as ``dotted.key=value``; numbers in the key index lists."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(text, "is not an override", "Write key=value, as targets.0.max_context=4096")
+    parts = key.split(".")
+    # A pattern of quantization.overrides has dots of its own.
+    if parts[:2] == ["quantization", "overrides"]:
+        parts = [*parts[:2], ".".join(parts[2:])]
+    place: Any = raw
+    for part in parts[:-1]:
+        if isinstance(place, list):
+            place = _list_item(place, part, text)
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+        if not isinstance(place, (dict, list)):
+            raise InputError(text, f"{part!r} holds no keys", "See the recipe for its keys")
+    parsed = yaml.safe_load(value)
+    if isinstance(place, list):
+        _list_item(place, parts[-1], text)
+        place[int(parts[-1])] = parsed
+    else:
+        place[parts[-1]] = parsed
+
+
+def _list_item(items: list[Any], index: str, text: str) -> Any:
+    if not index.isdigit() or int(index) >= len(items):
+        raise InputError(text, f"{index!r} is not one of 0..{len(items) - 1}", "Count from 0")
+    return items[int(index)]
+
+
+def _build(cls: type, raw: object, key: str, subject: str) -> Any:
+    """A dataclass from plain data; `key` is the dotted path for messages."""
+    where = f"{subject}: {key}" if key else subject
+    if not isinstance(raw, Mapping):
+        raise InputError(where, f"{raw!r} is not a mapping of keys")
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    for name in raw:
+        if name not in known:
+            raise InputError(f"{where}", f"unknown key {name!r}", f"Keys: {', '.join(known)}")
+    values = {
+        name: _value(hints[name], value, f"{key}.{name}" if key else str(name), subject)
+        for name, value in raw.items()
+    }
+    return cls(**values)
+
+
+def _build_target(raw: object, key: str, subject: str) -> Any:
+    kind = raw.get("target") if isinstance(raw, Mapping) else None
+    if not isinstance(kind, str) or kind not in TARGETS:
+        raise InputError(
+            f"{subject}: {key}.target", f"{kind!r} is not a target", f"Known: {', '.join(TARGETS)}"
+        )
+    target = _build(TARGETS[kind], raw, key, subject)
+    if target.max_context < 2:
+        raise InputError(
+            f"{subject}: {key}.max_context", f"{target.max_context} is too short", "Give 2 or more"
+        )
+    return target
+
+
+def _value(hint: Any, value: object, key: str, subject: str) -> Any:
+    """`value` as the annotation `hint` wants it, or InputError."""
+    where, origin = f"{subject}: {key}", get_origin(hint)
+    if hint == tuple[Target, ...]:
+        if not isinstance(value, list):
+            raise InputError(where, f"{value!r} is not a list of targets")
+        return tuple(_build_target(v, f"{key}.{i}", subject) for i, v in enumerate(value))
+    if is_dataclass(hint):
+        return _build(hint, value, key, subject)  # type: ignore[arg-type]  # is a class here
+    if origin is Literal:
+        if value not in get_args(hint):
+            options = ", ".join(map(repr, get_args(hint)))
+            raise InputError(where, f"{value!r} is not one of {options}")
+        return value
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping) or not all(
+            isinstance(k, str) and isinstance(v, str) for k, v in value.items()
+        ):
+            raise InputError(where, f"{value!r} does not map names to texts")
+        return dict(value)
+    wanted = get_args(hint) if origin in (Union, types.UnionType) else (hint,)
+    if isinstance(value, bool) and bool not in wanted or not isinstance(value, wanted):
+        names = " or ".join(t.__name__ for t in wanted)
+        raise InputError(where, f"{value!r} is not of type {names}")
+    return value
