@@ -168,8 +168,8 @@ class _Program(nn.Module):
         kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
         for layer in range(self.config.num_hidden_layers):
             size = (1, self.context, kv_heads, head_dim)
-            if self.portable:  # one row for each head and position: written by one index
-                size = (kv_heads * self.context, head_dim)
+            if self.portable:
+                size = (kv_heads, self.context, head_dim)
             self.register_buffer(f"keys_{layer}", torch.zeros(size))
             self.register_buffer(f"values_{layer}", torch.zeros(size))
 
@@ -214,11 +214,11 @@ class _Program(nn.Module):
         """Update the cache; what the next XNNPACK call needs to know of the attention."""
         keys, values = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
         if self.portable:
-            rows = torch.arange(v.shape[2])[:, None] * self.context + positions
-            keys[rows.view(-1)] = k[0].transpose(0, 1).reshape(-1, v.shape[3])
-            values[rows.view(-1)] = v[0].transpose(0, 1).reshape(-1, v.shape[3])
-            by_head = (v.shape[2], self.context, v.shape[3])
-            return [q, keys.view(by_head), values.view(by_head), hidden]
+            # Not `keys[:, positions] = ...`, which would drop a leading dimension of one: the
+            # runtime's index_put_ wants values of the cache's own rank.
+            torch.ops.aten.index_put_(keys, (None, positions), k[0].transpose(0, 1))
+            torch.ops.aten.index_put_(values, (None, positions), v[0].transpose(0, 1))
+            return [q, keys, values, hidden]
         ops = torch.ops.llama
         ops.update_cache(k, keys, position)
         ops.update_cache(v, values, position)
