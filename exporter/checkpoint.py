@@ -67,6 +67,10 @@ class Checkpoint:
             )
         return tensor
 
+    def float_weight(self, name: str) -> torch.Tensor:
+        """The tensor as float32."""
+        return self.read(name).to(torch.float32)
+
     def check_weights(self) -> None:
         """Read every tensor once, so that a bad value is found before long work starts."""
         for name in self.tensors:
@@ -89,12 +93,15 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     raw = read_json(folder / "config.json")
     config = parse_config(raw, folder / "config.json")
     bos, eos = special_tokens(folder, config.vocab_size)
+    stored = dict(_stored_tensors(folder))
+    if config.tie_word_embeddings:
+        _drop_tied_copy(stored, folder)
     return Checkpoint(
         path=folder,
         config=config,
         bos_token_id=bos,
         eos_token_ids=eos,
-        tensors=_check_tensors(dict(_stored_tensors(folder)), config, folder),
+        tensors=_check_tensors(stored, config, folder),
     )
 
 
@@ -311,14 +318,28 @@ def _read_header(file: Path, names: list[str] | None) -> Iterator[tuple[str, Sto
         ) from error
 
 
+def _drop_tied_copy(stored: dict[str, StoredTensor], folder: Path) -> None:
+    """Some writers store the tied output layer as well: leave it out if it is the embedding."""
+    copy, embedding = stored.pop("lm_head.weight", None), stored.get("model.embed_tokens.weight")
+    if copy is None or embedding is None:
+        return
+    pair = []
+    for name, place in (("lm_head.weight", copy), ("model.embed_tokens.weight", embedding)):
+        with safe_open(place.file, framework="pt") as file:
+            pair.append(file.get_tensor(name))
+    if not torch.equal(*pair):
+        raise InputError(
+            f"{folder}: lm_head.weight",
+            "differs from the embedding although tie_word_embeddings is true",
+            "Set tie_word_embeddings to false to use both, or remove this tensor",
+        )
+
+
 def _check_tensors(
     stored: dict[str, StoredTensor], config: ModelConfig, folder: Path
 ) -> dict[str, StoredTensor]:
     """Exactly the tensors that the configuration calls for, in the order of computation."""
     expected = config.parameter_shapes()
-    if config.tie_word_embeddings:
-        # Some writers store the tied output layer as well; it is the embedding's copy.
-        stored.pop("lm_head.weight", None)
     for name, shape in expected.items():
         if name not in stored:
             raise InputError(

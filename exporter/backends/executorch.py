@@ -358,7 +358,7 @@ class _Segments:
 
     def _norm(self, g: XnnpackGraph, x: int, name: str) -> int:
         normal = self._normalize(g, x, self.config.hidden_size)
-        return g.multiply(normal, g.constant(name, self.waist.dequantize(name)))
+        return g.multiply(normal, g.constant(name, self.waist.float_weight(name)))
 
     def _normalize(self, g: XnnpackGraph, x: int, width: int) -> int:
         """x over its root mean square; the mean is a product with a row of 1 / width."""

@@ -112,7 +112,7 @@ class QuantizedCheckpoint:
         codes = unpack_int4(codes) if scheme.bits == 4 else codes
         return QuantizedTensor(codes, scales.to(torch.float32), scheme)
 
-    def dequantize(self, name: str) -> torch.Tensor:
+    def float_weight(self, name: str) -> torch.Tensor:
         """The weight as float32, exactly what the codes stand for."""
         stored = self.read(name)
         if isinstance(stored, QuantizedTensor):
@@ -286,7 +286,7 @@ def write_dequantized(
 
     def produce(name: str) -> torch.Tensor:
         on_tensor(name)
-        return waist.dequantize(name).to(dtype)
+        return waist.float_weight(name).to(dtype)
 
     layout = {name: (dtype, shape) for name, shape in waist.config.parameter_shapes().items()}
     write_safetensors(out / "model.safetensors", layout, produce, {"format": "pt"})

@@ -1,0 +1,131 @@
+"""The torch reference: what every artifact is compared with.
+
+`ReferenceRunner` holds a whole model and generates. `score` needs one layer in memory at a time
+and gives the logits of a known text, with the int8 activations of XNNPACK simulated on request.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exporter.model import (
+    Decoder,
+    DecoderLayer,
+    ModelConfig,
+    RMSNorm,
+    StaticCache,
+    attend_causal,
+    rope_tables,
+)
+from exporter.quantization.waist import EMBEDDING, OUTPUT
+
+
+class FloatWeights(Protocol):
+    """A checkpoint or a waist, as a source of float32 weights."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def float_weight(self, name: str) -> Tensor: ...
+
+
+class ReferenceRunner:
+    """A `Runner` in torch, float32."""
+
+    def __init__(self, source: FloatWeights, context: int) -> None:
+        self._decoder = load_decoder(source, context)
+        self._cache = StaticCache(source.config, context)
+
+    @property
+    def context(self) -> int:
+        return self._decoder.context
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        self._cache.start = 0
+        return self._step(tokens)
+
+    def decode(self, token: int) -> Tensor:
+        return self._step([token])
+
+    @torch.inference_mode()
+    def _step(self, tokens: list[int]) -> Tensor:
+        start = self._cache.start
+        positions = torch.arange(start, start + len(tokens))
+        states = self._decoder.hidden_states(
+            torch.tensor([tokens]), positions, self._cache.attend
+        )
+        self._cache.start += len(tokens)
+        logits: Tensor = self._decoder.lm_head(states[0, -1])
+        return logits
+
+
+def load_decoder(source: FloatWeights, context: int) -> Decoder:
+    """The whole model in memory, float32."""
+    with torch.device("meta"):
+        decoder = Decoder(source.config, context)
+    _fill(decoder, source, "")
+    return decoder.eval()
+
+
+@torch.inference_mode()
+def score(
+    source: FloatWeights, tokens: Sequence[int], positions: Sequence[int], int8_activations: bool
+) -> Tensor:
+    """Logits float32 [len(positions), vocab_size] at these positions of one text."""
+    config = source.config
+    cos, sin = rope_tables(config, len(tokens))
+    embedding = source.float_weight(EMBEDDING)
+    x = F.embedding(torch.tensor([list(tokens)]), embedding)
+    for index in range(config.num_hidden_layers):
+        with torch.device("meta"):
+            layer = DecoderLayer(config, index)
+        _fill(layer, source, f"model.layers.{index}.")
+        if int8_activations:
+            _simulate_int8_activations(layer)
+        x = layer(x, cos, sin, attend_causal)
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    _fill(norm, source, "model.norm.")
+    states = norm(x[0, list(positions)])
+    if int8_activations:
+        states = round_to_int8(states)
+    output = embedding if config.tie_word_embeddings else source.float_weight(OUTPUT)
+    return F.linear(states, output)
+
+
+def round_to_int8(x: Tensor) -> Tensor:
+    """x as XNNPACK's dynamic int8 activations hold it: one scale and zero point for each row.
+
+    Source: ``xnn_f32_qd8_asymmetric_quantization_params`` in XNNPACK's quantization.h; the range
+    always includes zero.
+    """
+    low = x.amin(-1, keepdim=True).clamp(max=0)
+    high = x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, 1.0, scale)
+    zero_point = (-128 - low / scale).round().clamp(-128, 127)
+    codes = ((x / scale).round() + zero_point).clamp(-128, 127)
+    return (codes - zero_point) * scale
+
+
+def _fill(module: nn.Module, source: FloatWeights, prefix: str) -> None:
+    """Give every parameter of a module made on the meta device its weight."""
+    tied = source.config.tie_word_embeddings
+    names = [name for name, _ in module.named_parameters()]
+    weights = {name: source.float_weight(prefix + name) for name in names}
+    module.load_state_dict(weights, assign=True, strict=False)
+    if isinstance(module, Decoder):
+        if tied:
+            module.lm_head.weight = module.model.embed_tokens.weight
+        cos, sin = rope_tables(module.config, module.context)
+        module.register_buffer("cos", cos, persistent=False)
+        module.register_buffer("sin", sin, persistent=False)
+    module.requires_grad_(False)
+
+
+def _simulate_int8_activations(layer: nn.Module) -> None:
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (round_to_int8(inputs[0]),))

@@ -1,0 +1,112 @@
+"""Text to token ids and back, with the checkpoint's own tokenizer and chat template."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from exporter.checkpoint import read_json
+from exporter.errors import InputError
+
+#: Files that a folder needs to turn text into tokens, as far as they are present.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """The tokenizer of one model folder; see `load_tokenizer`."""
+
+    path: Path
+    tokenizer: Tokenizer
+    chat_template: str | None
+    special_tokens: Mapping[str, str]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text as it stands, nothing added."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids, special tokens left out."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def stream(self, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
+        """Each id with the text it adds; held back while a character is still in pieces."""
+        seen, shown = list[int](), ""
+        for token in ids:
+            seen.append(token)
+            text = self.decode(seen)
+            if text.endswith("\ufffd"):
+                yield token, ""
+                continue
+            yield token, text[len(shown) :]
+            shown = text
+
+    def chat_text(self, prompt: str, system: str | None = None) -> str:
+        """The prompt as one turn of a conversation that the model is to answer."""
+        if self.chat_template is None:
+            raise InputError(self.path, "has no chat template", "Use --raw to give plain text")
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": prompt})
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise_template_error
+        try:
+            return environment.from_string(self.chat_template).render(
+                messages=messages, add_generation_prompt=True, **self.special_tokens
+            )
+        except TemplateError as error:
+            raise InputError(
+                f"{self.path}: chat template",
+                f"cannot be rendered ({error})",
+                "Correct it, or use --raw to give plain text",
+            ) from error
+
+    def prompt_text(self, prompt: str, *, raw: bool, system: str | None = None) -> str:
+        """What the model reads: plain text with `raw` or without a template, else a chat turn."""
+        if raw or (self.chat_template is None and system is None):
+            return prompt
+        return self.chat_text(prompt, system)
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
+    """Read ``tokenizer.json`` and the chat template of a folder. Raises InputError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(path, "no such file", "Text needs the model's tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(path, f"is not a tokenizer ({error})", "Get the file again") from error
+    config_path = folder / "tokenizer_config.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    template_path = folder / "chat_template.jinja"
+    if template_path.is_file():
+        template: Any = template_path.read_text(encoding="utf-8")
+    else:
+        template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    tokens = {key: _token_text(value) for key, value in config.items() if key.endswith("_token")}
+    special = {key: text for key, text in tokens.items() if text is not None}
+    return TextTokenizer(folder, tokenizer, template, special)
+
+
+def _token_text(value: object) -> str | None:
+    """A special token is written as text or as an object with its ``content``."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _raise_template_error(message: str) -> None:
+    raise TemplateError(message)
