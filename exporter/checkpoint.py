@@ -3,7 +3,6 @@
     python -m exporter inspect examples/mobilellm-r1-nano
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from exporter.errors import InputError
+from exporter.files import read_json
 from exporter.model import ModelConfig
 
 #: Files that travel with the model, byte for byte, whenever they are present.
@@ -103,19 +103,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         eos_token_ids=eos,
         tensors=_check_tensors(stored, config, folder),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or InputError."""
-    if not path.is_file():
-        raise InputError(path, "no such file", "Give a complete Hugging Face model folder")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(path, f"is not valid JSON ({error})", "Get the file again") from error
-    if not isinstance(content, dict):
-        raise InputError(path, f"holds a {type(content).__name__}, not an object")
-    return content
 
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:

@@ -1,16 +1,21 @@
 """Files that appear whole or not at all, and their hashes."""
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from exporter.errors import InputError
 
 _SAFETENSORS_NAMES = {
     torch.bfloat16: "BF16",
@@ -49,6 +54,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or InputError."""
+    if not path.is_file():
+        raise InputError(path, "no such file", "Give the whole folder that it belongs to")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(path, f"is not valid JSON ({error})", "Get the file again") from error
+    if not isinstance(content, dict):
+        raise InputError(path, f"holds a {type(content).__name__}, not an object")
+    return content
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     with replacing(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
@@ -65,6 +83,102 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def differing_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
+    """Files of `folder` that are not what their sha256 says: name → what is wrong."""
+    problems = dict[str, str]()
+    for name, expected in hashes.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            problems[name] = "is missing"
+        elif (found := sha256(path)) != expected:
+            problems[name] = f"has sha256 {found[:12]}…, not {expected[:12]}…"
+    return problems
+
+
+def made_from(manifest: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the manifest is there, complete, and of this identity."""
+    if not manifest.is_file():
+        return False
+    content = read_json(manifest)
+    files = content.pop("files", None)
+    return isinstance(files, dict) and content == identity
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Versions of installed distributions; what is not installed is left out."""
+    versions = dict[str, str]()
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a run leaves in its folder: `first` is begun first, `finished` is written last."""
+
+    first: str
+    finished: str
+    others: tuple[str, ...] = ()
+
+    def names(self) -> set[str]:
+        whole = {self.first, self.finished, *self.others}
+        return whole | {f".{name}.tmp" for name in whole}
+
+
+@contextmanager
+def claim_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) -> Iterator[None]:
+    """Hold the folder `out` for one run.
+
+    A folder with anything foreign in it is refused, and so is a finished run of other inputs,
+    unless `overwrite` clears it. What a killed run left is continued. Raises InputError.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(out, "is a file", "Give a folder for the output")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise InputError(out, f"cannot be written ({nearest} is read-only)", "Choose another folder")
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set[str]()
+    foreign = sorted(held - output.names())
+    begun = held & {output.first, f".{output.first}.tmp"}
+    if foreign or (held and not begun):
+        raise InputError(
+            out,
+            f"holds files of something else ({(foreign or sorted(held))[0]})",
+            "Give a new or an empty folder; nothing in this one was changed",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        _lock(descriptor, out)
+        if output.finished in held and not same_inputs:
+            if not overwrite:
+                raise InputError(
+                    out,
+                    "holds the finished result of other inputs",
+                    "Give another folder, or replace it with --overwrite",
+                )
+            # The seal goes first: whatever is left by a kill from here on is unfinished.
+            (out / output.finished).unlink()
+            for path in out.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            out, "another run is writing this folder", "Wait for it, or choose another folder"
+        ) from error
 
 
 def write_safetensors(

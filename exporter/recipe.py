@@ -90,12 +90,12 @@ def parse_recipe(raw: Mapping[str, Any], subject: str) -> Recipe:
     return recipe
 
 
-def parse_target(kind: str, overrides: Sequence[str]) -> Target:
-    """A target with its defaults and overrides, for ``mobilellm lower``."""
-    raw: dict[str, Any] = {"target": kind}
+def parse_target(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Target:
+    """A target from plain data, with overrides as ``max_context=4096``."""
+    values = dict(raw)
     for override in overrides:
-        _override(raw, override)
-    target: Target = _build_target(raw, "", "--target")
+        _override(values, override)
+    target: Target = _build_target(values, "", subject)
     return target
 
 
@@ -151,12 +151,12 @@ def _build_target(raw: object, key: str, subject: str) -> Any:
     kind = raw.get("target") if isinstance(raw, Mapping) else None
     if not isinstance(kind, str) or kind not in TARGETS:
         raise InputError(
-            f"{subject}: {key}.target", f"{kind!r} is not a target", f"Known: {', '.join(TARGETS)}"
+            f"{subject}: {key + '.' if key else ''}target", f"{kind!r} is not a target", f"Known: {', '.join(TARGETS)}"
         )
     target = _build(TARGETS[kind], raw, key, subject)
     if target.max_context < 2:
         raise InputError(
-            f"{subject}: {key}.max_context", f"{target.max_context} is too short", "Give 2 or more"
+            f"{subject}: {key + '.' if key else ''}max_context", f"{target.max_context} is too short", "Give 2 or more"
         )
     return target
 

@@ -8,9 +8,10 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
-from exporter.checkpoint import read_json
 from exporter.errors import InputError
+from exporter.files import read_json
 
 #: Files that a folder needs to turn text into tokens, as far as they are present.
 TOKENIZER_FILES = (
@@ -42,15 +43,9 @@ class TextTokenizer:
 
     def stream(self, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Each id with the text it adds; held back while a character is still in pieces."""
-        seen, shown = list[int](), ""
+        stream = DecodeStream(skip_special_tokens=True)
         for token in ids:
-            seen.append(token)
-            text = self.decode(seen)
-            if text.endswith("\ufffd"):
-                yield token, ""
-                continue
-            yield token, text[len(shown) :]
-            shown = text
+            yield token, stream.step(self.tokenizer, token) or ""
 
     def chat_text(self, prompt: str, system: str | None = None) -> str:
         """The prompt as one turn of a conversation that the model is to answer."""

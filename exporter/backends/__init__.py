@@ -1,9 +1,11 @@
 """One module for each mobile format, all with the same functions; see `backend`.
 
+- ``check(config, schemes, target)``: refuse what the format cannot hold, before any work.
 - ``lower(waist, target, out) -> Artifact``: repack codes and scales; choose nothing again.
 - ``load(artifact) -> Runner``: the artifact in its own runtime on this machine.
 - ``weights(artifact, waist)``: codes and scales decoded out of the artifact, tensor by tensor.
-- ``check(waist, target)``: refuse what the format cannot hold, before any work.
+
+Also ``PACKAGES``, the distributions whose versions decide the artifact's bytes, and ``LIMITS``.
 """
 
 import importlib
@@ -14,6 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from exporter.errors import MissingExtraError
 from exporter.recipe import Target
 
 #: Target → the module that owns its toolkit, and the extra that installs the toolkit.
@@ -22,10 +25,24 @@ BACKENDS = {"executorch": ("exporter.backends.executorch", "executorch")}
 
 @dataclass(frozen=True)
 class Artifact:
-    """One lowered model on disk, and what it was lowered for."""
+    """One lowered model: a file in the folder `path`, and what it was lowered for."""
 
     path: Path
     target: Target
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far an artifact's logits may be from the reference's.
+
+    `kl` in nats, mean over positions; `top1` the least share of equal choices on real text;
+    `difference` the largest logit difference, in standard deviations of the reference's logits.
+    """
+
+    int8_activations: bool
+    kl: float
+    top1: float
+    difference: float
 
 
 class Runner(Protocol):
@@ -44,8 +61,6 @@ class Runner(Protocol):
 
 def backend(name: str) -> ModuleType:
     """The module of a target; raises MissingExtraError where its toolkit is absent."""
-    from exporter.errors import MissingExtraError
-
     module, extra = BACKENDS[name]
     try:
         return importlib.import_module(module)

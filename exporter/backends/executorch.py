@@ -13,7 +13,7 @@ import logging
 import operator
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,18 @@ with warnings.catch_warnings():
     from executorch.extension.llm.custom_ops import custom_ops as _custom_ops  # noqa: F401
     from executorch.extension.pybindings import portable_lib
 
-from exporter.backends import Artifact
+from exporter.backends import Artifact, Limits
 from exporter.backends.executorch_graph import INFERRED, XnnpackGraph, decode_filter
 from exporter.errors import InputError
 from exporter.files import replacing
 from exporter.model import ModelConfig, rope_tables
-from exporter.quantization.integers import FLOAT, QuantizedTensor
+from exporter.quantization.integers import QuantizedTensor, Scheme
 from exporter.quantization.waist import EMBEDDING, OUTPUT, QuantizedCheckpoint
 from exporter.recipe import ExecuTorchTarget
 
 FILE_NAME = "model.pte"
+PACKAGES = ("executorch", "torch")
+LIMITS = Limits(int8_activations=True, kl=2e-3, top1=0.97, difference=0.5)
 _ALIGNMENT = 128
 #: Added to the scores of positions that a token must not see.
 _HIDDEN = -1e9
@@ -87,16 +89,15 @@ def _leave(x: Tensor, attention: Sequence[Tensor], vocab_size: int, layer: int) 
     return [x.new_empty(1, vocab_size)]
 
 
-def check(waist: QuantizedCheckpoint, target: ExecuTorchTarget) -> None:
+def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorchTarget) -> None:
     """Refuse what XNNPACK or the model cannot do. Raises InputError."""
-    config = waist.config
     if target.max_context > config.max_position_embeddings:
         raise InputError(
             "max_context",
             f"{target.max_context} is more than the model's {config.max_position_embeddings}",
             "Lower max_context",
         )
-    for name, scheme in waist.schemes.items():
+    for name, scheme in schemes.items():
         multiplied = name != EMBEDDING or config.tie_word_embeddings
         if multiplied and scheme.bits == 8 and scheme.group_size:
             raise InputError(
@@ -108,7 +109,7 @@ def check(waist: QuantizedCheckpoint, target: ExecuTorchTarget) -> None:
 
 def lower(waist: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -> Artifact:
     """Write `out`/model.pte."""
-    check(waist, target)
+    check(waist.config, waist.schemes, target)
     with _quietly():
         exported = _export(_Program(waist, target))
         edge = exir.to_edge(
@@ -132,7 +133,7 @@ def lower(waist: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -> Ar
     with replacing(out / FILE_NAME) as file:
         for part in _store_embedding_once(buffer.getbuffer()):
             file.write(part)
-    return Artifact(out / FILE_NAME, target)
+    return Artifact(out, target)
 
 
 def _constant_methods(waist: QuantizedCheckpoint, target: ExecuTorchTarget) -> dict[str, Any]:
@@ -545,10 +546,11 @@ def weights(artifact: Artifact, waist: QuantizedCheckpoint) -> Iterator[
 
     The tied embedding is in the program twice, as table and as filter, and is given twice.
     """
-    data = memoryview(artifact.path.read_bytes())
+    path = artifact.path / FILE_NAME
+    data = memoryview(path.read_bytes())
     header = pte._get_extended_header(bytes(data[:64]))
     if header is None:
-        raise InputError(artifact.path, "is not an ExecuTorch program with segments")
+        raise InputError(path, "is not an ExecuTorch program with segments")
     program = pte._flatbuffer_to_program(bytes(data[: header.program_size]))
     base = header.segment_base_offset
 
@@ -563,7 +565,7 @@ def weights(artifact: Artifact, waist: QuantizedCheckpoint) -> Iterator[
         if untied_embedding:
             continue
         if name not in named:
-            raise InputError(f"{artifact.path}: {name}", "is not in the program")
+            raise InputError(f"{path}: {name}", "is not in the program")
         like = waist.read(name)
         content = bytes(segment(named[name]))
         if not isinstance(like, QuantizedTensor):
@@ -648,16 +650,7 @@ class ExecuTorchRunner:
 
 def load(artifact: Artifact) -> ExecuTorchRunner:
     """The artifact ready to run. The whole file is read, so that a short one is refused."""
-    return ExecuTorchRunner(artifact.path)
-
-
-def describe(waist: QuantizedCheckpoint) -> dict[str, str]:
-    """Tensors that this format keeps in float: name → why."""
-    return {
-        name: waist.manifest["tensors"][name]["reason"]
-        for name, scheme in waist.schemes.items()
-        if scheme == FLOAT
-    }
+    return ExecuTorchRunner(artifact.path / FILE_NAME)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -18,17 +17,25 @@ from exporter.checkpoint import (
     COMPANION_FILES,
     Checkpoint,
     parse_config,
-    read_json,
     special_tokens,
 )
 from exporter.errors import InputError
-from exporter.files import copy_file, sha256, write_json, write_safetensors
+from exporter.files import (
+    Output,
+    copy_file,
+    differing_files,
+    made_from,
+    package_versions,
+    read_json,
+    sha256,
+    write_json,
+    write_safetensors,
+)
 from exporter.model import ModelConfig
 from exporter.quantization.integers import (
     CODE_RANGE,
     FLOAT,
     LARGEST_SCALE,
-    SMALLEST_SCALE,
     QuantizedTensor,
     Scheme,
     pack_int4,
@@ -45,11 +52,15 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 #: Called with a tensor's name when it is done: progress for whoever shows it.
 OnTensor = Callable[[str], None]
 
+WAIST_OUTPUT = Output(WEIGHTS, MANIFEST, COMPANION_FILES)
+DEQUANTIZED_OUTPUT = Output("model.safetensors", "config.json", COMPANION_FILES)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The scheme of every tensor, and the reason for each one left in float."""
+    """How scales are chosen, the scheme of every tensor, and why some are left in float."""
 
+    method: str
     schemes: Mapping[str, Scheme]
     reasons: Mapping[str, str]
 
@@ -59,6 +70,7 @@ def plan_schemes(
     linear: Scheme,
     embedding: Scheme,
     overrides: Mapping[str, Scheme],
+    method: str,
 ) -> Plan:
     """Decide how each tensor is stored; the last override whose pattern matches wins.
 
@@ -87,7 +99,7 @@ def plan_schemes(
             )
         if schemes[name] == FLOAT:
             reasons.setdefault(name, "the recipe keeps it in float")
-    return Plan(schemes, reasons)
+    return Plan(method, schemes, reasons)
 
 
 @dataclass(frozen=True)
@@ -121,13 +133,17 @@ class QuantizedCheckpoint:
 
 
 def write_waist(
-    checkpoint: Checkpoint, plan: Plan, method: str, out: Path, on_tensor: OnTensor
+    checkpoint: Checkpoint, plan: Plan, identity: Mapping[str, Any], out: Path, on_tensor: OnTensor
 ) -> QuantizedCheckpoint:
-    """Quantize tensor by tensor into a new folder; the manifest is written last."""
-    companions = [name for name in COMPANION_FILES if (checkpoint.path / name).is_file()]
-    for name in companions:
-        copy_file(checkpoint.path / name, out / name)
+    """Quantize tensor by tensor into a folder; the manifest is written last.
 
+    A whole waist of the same `waist_identity` is left as it is; any other is written anew.
+    """
+    if made_from(out / MANIFEST, identity):
+        waist = open_waist(out)
+        if not differing_files(out, waist.manifest["files"]):
+            return waist
+    (out / MANIFEST).unlink(missing_ok=True)
     done: tuple[str, QuantizedTensor] | None = None
 
     def produce(entry: str) -> torch.Tensor:
@@ -138,7 +154,7 @@ def write_waist(
             on_tensor(entry)
             return checkpoint.read(entry)
         if part == "codes":
-            result = quantize(checkpoint.read(name), plan.schemes[name], method)
+            result = quantize(checkpoint.read(name), plan.schemes[name], plan.method)
             _check_range(name, result)
             done = name, result
             on_tensor(name)
@@ -147,21 +163,32 @@ def write_waist(
         return done[1].scales.to(torch.float16)
 
     write_safetensors(out / WEIGHTS, _layout(checkpoint, plan), produce, {"format": "pt"})
-    manifest = {
+    written = [WEIGHTS]
+    for name in COMPANION_FILES:
+        if (checkpoint.path / name).is_file():
+            copy_file(checkpoint.path / name, out / name)
+            written.append(name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    hashes = {name: sha256(out / name) for name in written}
+    write_json(out / MANIFEST, {**identity, "files": hashes})
+    return open_waist(out)
+
+
+def waist_identity(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """Everything that decides the bytes of a waist."""
+    return {
         "format_version": FORMAT_VERSION,
         "model_type": checkpoint.config.model_type,
-        "method": method,
+        "method": plan.method,
         "tensors": {
             name: {"scheme": str(scheme)}
             | ({"reason": plan.reasons[name]} if scheme == FLOAT else {})
             for name, scheme in plan.schemes.items()
         },
         "source": source_hashes(checkpoint),
-        "files": {name: sha256(out / name) for name in (*companions, WEIGHTS)},
-        "versions": {"torch": torch.__version__, "safetensors": safetensors.__version__},
+        "versions": package_versions("mobilellm-exporter", "torch", "safetensors"),
     }
-    write_json(out / MANIFEST, manifest)
-    return open_waist(out)
 
 
 def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
@@ -280,9 +307,6 @@ def write_dequantized(
     significant bits: an int4 code times a scale needs up to 11, so float16 is exact for int4 too
     unless the product is below 2^-14.
     """
-    for name in COMPANION_FILES:
-        if (waist.path / name).is_file():
-            copy_file(waist.path / name, out / name)
 
     def produce(name: str) -> torch.Tensor:
         on_tensor(name)
@@ -290,20 +314,7 @@ def write_dequantized(
 
     layout = {name: (dtype, shape) for name, shape in waist.config.parameter_shapes().items()}
     write_safetensors(out / "model.safetensors", layout, produce, {"format": "pt"})
+    for name in reversed(COMPANION_FILES):  # config.json last
+        if (waist.path / name).is_file():
+            copy_file(waist.path / name, out / name)
 
-
-__all__ = [
-    "EMBEDDING",
-    "MANIFEST",
-    "OUTPUT",
-    "SMALLEST_SCALE",
-    "WEIGHTS",
-    "Plan",
-    "QuantizedCheckpoint",
-    "damaged_tensors",
-    "open_waist",
-    "plan_schemes",
-    "source_hashes",
-    "write_dequantized",
-    "write_waist",
-]

@@ -1,0 +1,108 @@
+"""An artifact's folder: the lowered model, what it needs to read text, and its manifest.
+
+    mobilellm lower build/nano-int4 --target executorch -o build/nano-executorch
+
+The folder is what goes to the phone. ``artifact.json`` is written last.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.backends import Artifact, backend
+from exporter.errors import InputError
+from exporter.files import (
+    Output,
+    copy_file,
+    differing_files,
+    made_from,
+    package_versions,
+    read_json,
+    sha256,
+    write_json,
+)
+from exporter.quantization.integers import FLOAT
+from exporter.quantization.waist import MANIFEST as WAIST_MANIFEST
+from exporter.quantization.waist import QuantizedCheckpoint
+from exporter.recipe import Target, parse_target
+from exporter.tokenizer import TOKENIZER_FILES
+
+MANIFEST = "artifact.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FinishedArtifact:
+    """An artifact with its manifest; all that running it needs."""
+
+    artifact: Artifact
+    manifest: Mapping[str, Any]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return tuple(self.manifest["eos_token_ids"])
+
+
+def artifact_output(target: Target) -> Output:
+    return Output(
+        backend(target.target).FILE_NAME, MANIFEST, (*TOKENIZER_FILES, "generation_config.json")
+    )
+
+
+def artifact_identity(waist: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
+    """Everything that decides the bytes of an artifact."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "target": asdict(target),
+        "quantized": sha256(waist.path / WAIST_MANIFEST),
+        "bos_token_id": waist.bos_token_id,
+        "eos_token_ids": list(waist.eos_token_ids),
+        "float_weights": {
+            name: waist.manifest["tensors"][name]["reason"]
+            for name, scheme in waist.schemes.items()
+            if scheme == FLOAT
+        },
+        "versions": package_versions("mobilellm-exporter", *backend(target.target).PACKAGES),
+    }
+
+
+def write_artifact(
+    waist: QuantizedCheckpoint, target: Target, identity: Mapping[str, Any], out: Path
+) -> FinishedArtifact:
+    """Lower the waist into `out`; a whole artifact of the same identity is left as it is."""
+    if made_from(out / MANIFEST, identity):
+        finished = open_artifact(out)
+        if not differing_files(out, finished.manifest["files"]):
+            return finished
+    (out / MANIFEST).unlink(missing_ok=True)
+    output = artifact_output(target)
+    backend(target.target).lower(waist, target, out)
+    written = [output.first]
+    for name in output.others:
+        if (waist.path / name).is_file():
+            copy_file(waist.path / name, out / name)
+            written.append(name)
+        else:
+            (out / name).unlink(missing_ok=True)
+    hashes = {name: sha256(out / name) for name in written}
+    write_json(out / MANIFEST, {**identity, "files": hashes})
+    return open_artifact(out)
+
+
+def open_artifact(path: Path) -> FinishedArtifact:
+    """Open an artifact's folder, or a file in it. Raises InputError."""
+    folder = path.parent if path.is_file() else path
+    manifest = read_json(folder / MANIFEST)
+    subject = folder / MANIFEST
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{subject}: format_version",
+            f"{manifest.get('format_version')!r} is not known",
+            f"This version reads {FORMAT_VERSION}; lower the model again",
+        )
+    target = manifest.get("target")
+    if not isinstance(target, dict) or not isinstance(manifest.get("eos_token_ids"), list):
+        raise InputError(subject, "is not an artifact's manifest", "Lower the model again")
+    parsed = parse_target(target, str(subject))
+    return FinishedArtifact(Artifact(folder, parsed), manifest)

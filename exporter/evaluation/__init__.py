@@ -1,0 +1,1 @@
+"""How close two models are, and how good one is."""

@@ -1,0 +1,35 @@
+"""How far the logits of one model are from those of another."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Over all positions compared; `worst` is the index of the position with the largest KL."""
+
+    positions: int
+    kl: float
+    top1: float
+    max_difference: float
+    worst: int
+
+
+def compare_logits(reference: Tensor, logits: Tensor) -> Agreement:
+    """Compare float32 logits [positions, vocab_size].
+
+    `kl` is the mean of KL(reference || logits) in nats, `top1` the share of positions with the
+    same most likely token, `max_difference` the largest absolute difference of any logit.
+    NaN anywhere in `logits` gives NaN, which passes no limit.
+    """
+    log_p = reference.double().log_softmax(-1)
+    log_q = logits.double().log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return Agreement(
+        positions=len(kl),
+        kl=kl.mean().item(),
+        top1=(reference.argmax(-1) == logits.argmax(-1)).double().mean().item(),
+        max_difference=(reference - logits).abs().max().item(),
+        worst=int(kl.nan_to_num(nan=float("inf")).argmax()),
+    )
