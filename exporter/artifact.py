@@ -63,8 +63,13 @@ def artifact_identity(waist: QuantizedCheckpoint, target: Target) -> dict[str, A
             for name, scheme in waist.schemes.items()
             if scheme == FLOAT
         },
-        "versions": package_versions("mobilellm-exporter", *backend(target.target).PACKAGES),
+        "versions": artifact_versions(target),
     }
+
+
+def artifact_versions(target: Target) -> dict[str, str]:
+    """Versions of everything that writes this artifact."""
+    return package_versions("mobilellm-exporter", *backend(target.target).PACKAGES)
 
 
 def write_artifact(

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.artifact import FinishedArtifact, open_artifact
 from exporter.errors import InputError
 from exporter.files import Output, differing_files, read_json, replacing, sha256, write_json
+from exporter.quantization.waist import MANIFEST as WAIST_MANIFEST
 from exporter.quantization.waist import QuantizedCheckpoint, open_waist
 from exporter.recipe import TARGETS, Recipe
 
@@ -46,11 +48,20 @@ def bundle_identity(
     }
 
 
-def write_seal(folder: Path, manifest: Mapping[str, Any]) -> None:
+def write_seal(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    waist: QuantizedCheckpoint,
+    artifacts: Mapping[str, FinishedArtifact],
+) -> None:
     """Write ``bundle.json`` and the hashes that make the folder a finished bundle."""
     write_json(folder / MANIFEST, manifest)
-    names = sorted(_files(folder))
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in names]
+    names = [MANIFEST, f"{WAIST}/{WAIST_MANIFEST}"]
+    names += [f"{WAIST}/{name}" for name in waist.manifest["files"]]
+    for target, finished in artifacts.items():
+        names += [f"{target}/{ARTIFACT_MANIFEST}"]
+        names += [f"{target}/{name}" for name in finished.manifest["files"]]
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in sorted(names)]
     with replacing(folder / SEAL) as file:
         file.write("".join(lines).encode())
 
@@ -65,7 +76,7 @@ def file_problems(folder: Path) -> dict[str, str]:
     problems = differing_files(folder, hashes)
     for name in sorted(_files(folder) - set(hashes)):
         problems[name] = f"is not listed in {SEAL}"
-    for name in (MANIFEST, f"{WAIST}/quantization.json"):
+    for name in (MANIFEST, f"{WAIST}/{WAIST_MANIFEST}"):
         if name not in hashes:
             problems[name] = f"is not listed in {SEAL}"
     return problems

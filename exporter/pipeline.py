@@ -1,0 +1,317 @@
+"""The whole story, straight down: checkpoint → waist → artifacts → proof → bundle."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter.artifact import MANIFEST as ARTIFACT_MANIFEST
+from exporter.artifact import (
+    FinishedArtifact,
+    artifact_identity,
+    artifact_output,
+    artifact_versions,
+    open_artifact,
+    write_artifact,
+)
+from exporter.backends import Runner, backend
+from exporter.backends.reference import ReferenceRunner
+from exporter.bundle import (
+    BUNDLE_OUTPUT,
+    SEAL,
+    Bundle,
+    bundle_identity,
+    file_problems,
+    is_bundle,
+    open_bundle,
+    sealed_files,
+    write_seal,
+)
+from exporter.bundle import MANIFEST as BUNDLE_MANIFEST
+from exporter.bundle import WAIST as BUNDLE_WAIST
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.errors import InputError
+from exporter.files import claim_folder, differing_files, made_from, read_json
+from exporter.quantization.waist import (
+    DEQUANTIZED_OUTPUT,
+    WAIST_OUTPUT,
+    Plan,
+    QuantizedCheckpoint,
+    open_waist,
+    plan_schemes,
+    waist_identity,
+    write_dequantized,
+    write_waist,
+)
+from exporter.quantization.waist import MANIFEST as WAIST_MANIFEST
+from exporter.recipe import TARGETS, Recipe, Target
+from exporter.sizes import Prediction, predict
+from exporter.verification import (
+    Check,
+    check_integers,
+    check_logits,
+    check_waist,
+    verification_text,
+)
+
+#: Told of each step: the stage's name, how many of its steps are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+class _Counter:
+    """Counts the tensors of a stage for a `Progress`."""
+
+    def __init__(self, progress: Progress, stage: str, total: int) -> None:
+        self._progress, self._stage, self._total, self._done = progress, stage, total, 0
+        progress(stage, 0, total)
+
+    def __call__(self, name: str) -> None:
+        self._done = min(self._done + 1, self._total)
+        self._progress(self._stage, self._done, self._total)
+
+
+def plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    """How the recipe stores each tensor of the checkpoint. Raises InputError."""
+    linear, embedding, overrides = recipe.quantization.schemes()
+    shapes = checkpoint.config.parameter_shapes()
+    return plan_schemes(shapes, linear, embedding, overrides, recipe.quantization.method)
+
+
+def check_targets(recipe: Recipe, checkpoint: Checkpoint, decided: Plan) -> None:
+    """Refuse what a target cannot hold before anything is made. Raises InputError."""
+    for target in recipe.targets:
+        backend(target.target).check(checkpoint.config, decided.schemes, target)
+
+
+def quantize(
+    recipe: Recipe, checkpoint: Checkpoint, out: Path, progress: Progress, overwrite: bool = False
+) -> QuantizedCheckpoint:
+    """Checkpoint → waist."""
+    decided = plan(recipe, checkpoint)
+    identity = waist_identity(checkpoint, decided)
+    same = made_from(out / WAIST_MANIFEST, identity)
+    checkpoint.check_weights()
+    with claim_folder(out, WAIST_OUTPUT, same, overwrite):
+        counter = _Counter(progress, "quantize", len(decided.schemes))
+        return write_waist(checkpoint, decided, identity, out, counter)
+
+
+def dequantize(
+    waist: QuantizedCheckpoint, dtype: torch.dtype, out: Path, progress: Progress
+) -> None:
+    """Waist → an ordinary Hugging Face folder with the quantized values."""
+    with claim_folder(out, DEQUANTIZED_OUTPUT, same_inputs=False, overwrite=False):
+        write_dequantized(waist, dtype, out, _Counter(progress, "dequantize", len(waist.schemes)))
+
+
+def lower(
+    waist: QuantizedCheckpoint,
+    target: Target,
+    out: Path,
+    progress: Progress,
+    overwrite: bool = False,
+) -> FinishedArtifact:
+    """Waist → one artifact."""
+    backend(target.target).check(waist.config, waist.schemes, target)
+    identity = artifact_identity(waist, target)
+    same = made_from(out / ARTIFACT_MANIFEST, identity)
+    with claim_folder(out, artifact_output(target), same, overwrite):
+        return _lower(waist, target, identity, out, progress)
+
+
+def _lower(
+    waist: QuantizedCheckpoint,
+    target: Target,
+    identity: dict[str, Any],
+    out: Path,
+    progress: Progress,
+) -> FinishedArtifact:
+    progress(f"lower {target.target}", 0, 1)
+    finished = write_artifact(waist, target, identity, out)
+    progress(f"lower {target.target}", 1, 1)
+    return finished
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export made; `bundle` is None when a check failed and nothing was sealed."""
+
+    bundle: Bundle | None
+    waist: QuantizedCheckpoint
+    artifacts: dict[str, FinishedArtifact]
+    checks: list[Check]
+
+
+def export(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    out: Path,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    text: Path | None = None,
+) -> Export:
+    """Checkpoint → a verified bundle. A stage that is finished is not run again."""
+    decided = plan(recipe, checkpoint)
+    check_targets(recipe, checkpoint, decided)
+    checkpoint.check_weights()
+    identity = waist_identity(checkpoint, decided)
+    packages = {target.target: artifact_versions(target) for target in recipe.targets}
+    manifest = bundle_identity(recipe, identity, packages)
+    same = (out / BUNDLE_MANIFEST).is_file() and read_json(out / BUNDLE_MANIFEST) == manifest
+    with claim_folder(out, BUNDLE_OUTPUT, same, overwrite):
+        for other in TARGETS.keys() - packages.keys():  # of an unfinished run of another recipe
+            shutil.rmtree(out / other, ignore_errors=True)
+        counter = _Counter(progress, "quantize", len(decided.schemes))
+        waist = write_waist(checkpoint, decided, identity, out / BUNDLE_WAIST, counter)
+        artifacts = {
+            target.target: _lower(
+                waist, target, artifact_identity(waist, target), out / target.target, progress
+            )
+            for target in recipe.targets
+        }
+        checks = _verify_models(waist, artifacts, text, progress)
+        if not all(check.passed for check in checks):
+            return Export(None, waist, artifacts, checks)
+        write_seal(out, manifest, waist, artifacts)
+        return Export(open_bundle(out), waist, artifacts, checks)
+
+
+def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Check]:
+    """Every check of a finished bundle, or of a waist alone."""
+    if (path / WAIST_MANIFEST).is_file() and not is_bundle(path):
+        waist = open_waist(path)
+        problems = differing_files(path, waist.manifest["files"])
+        return _file_checks(tuple(waist.manifest["files"]), problems) + check_waist(waist)
+    files = _verify_files(path)
+    try:
+        bundle = open_bundle(path)
+    except InputError as error:
+        if all(check.passed for check in files):
+            raise
+        return [*files, Check("bundle", None, error.subject, False, 1, 0, error.problem)]
+    intact = {check.subject for check in files if check.passed}
+    return files + _verify_models(bundle.waist, bundle.artifacts, text, progress, intact)
+
+
+def _verify_files(path: Path) -> list[Check]:
+    if not is_bundle(path):
+        open_bundle(path)  # says why not
+    try:
+        return _file_checks(sealed_files(path), file_problems(path))
+    except InputError as error:  # the seal itself is damaged
+        return [Check("files", None, SEAL, False, 1, 0, error.problem)]
+
+
+def _file_checks(names: tuple[str, ...], problems: Mapping[str, str]) -> list[Check]:
+    return [
+        Check("files", None, name, name not in problems, name in problems, 0, problems.get(name, ""))
+        for name in dict.fromkeys((*names, *problems))
+    ]
+
+
+def _verify_models(
+    waist: QuantizedCheckpoint,
+    artifacts: Mapping[str, FinishedArtifact],
+    text: Path | None,
+    progress: Progress,
+    intact: set[str] | None = None,
+) -> list[Check]:
+    """Waist, integers and logits; a file that is not `intact` never reaches a runtime."""
+    checks = check_waist(waist)
+    for target, finished in artifacts.items():
+        counter = _Counter(progress, f"verify {target}: integers", len(waist.schemes))
+        checks += check_integers(waist, finished, counter)
+        stage = f"verify {target}: logits"
+        progress(stage, 0, 1)
+        name = f"{target}/{backend(target).FILE_NAME}"
+        if intact is not None and name not in intact:
+            note = "not run: the file is damaged"
+            checks.append(Check("logits", target, name, False, 1, 0, note))
+            continue
+        context = finished.artifact.target.max_context
+        checks += check_logits(waist, finished, verification_text(waist, context, text))
+        progress(stage, 1, 1)
+    return checks
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that can be asked: its runner, and the folder with its tokenizer."""
+
+    runner: Runner
+    tokenizer_folder: Path
+    eos_token_ids: tuple[int, ...]
+    kind: str
+
+
+#: The cache of a checkpoint or a waist that runs in torch.
+REFERENCE_CONTEXT = 4096
+
+
+def open_speaker(source: str, target: str | None) -> Speaker:
+    """Whatever `source` is: a bundle (`target` picks its artifact), an artifact, a waist or a
+    checkpoint (folder or hub id). Raises InputError."""
+    path = Path(source)
+    if is_bundle(path) or (path / BUNDLE_WAIST).is_dir():
+        artifacts = open_bundle(path).artifacts
+        name = target or next(iter(artifacts))
+        if name not in artifacts:
+            raise InputError(
+                f"--target {name}", f"is not in {path}", f"It holds: {', '.join(artifacts)}"
+            )
+        return _artifact_speaker(artifacts[name])
+    if target is not None:
+        raise InputError("--target", f"{path} is not a bundle", "Leave the option out")
+    if path.is_file() or (path / ARTIFACT_MANIFEST).is_file():
+        return _artifact_speaker(open_artifact(path))
+    waist = (path / WAIST_MANIFEST).is_file()
+    model = open_waist(path) if waist else open_checkpoint(source)
+    context = min(model.config.max_position_embeddings, REFERENCE_CONTEXT)
+    kind = "waist in torch" if waist else "checkpoint in torch"
+    return Speaker(ReferenceRunner(model, context), model.path, model.eos_token_ids, kind)
+
+
+def _artifact_speaker(finished: FinishedArtifact) -> Speaker:
+    artifact = finished.artifact
+    problems = differing_files(artifact.path, finished.manifest["files"])
+    if problems:
+        name, problem = next(iter(problems.items()))
+        raise InputError(artifact.path / name, problem, "The file is damaged: lower it again")
+    runner = backend(artifact.target.target).load(artifact)
+    return Speaker(runner, artifact.path, finished.eos_token_ids, artifact.target.target)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one recipe would make of a checkpoint for one target, or why it cannot."""
+
+    recipe: str
+    target: str
+    prediction: Prediction | None
+    problem: str = ""
+
+
+def forecast(recipe: Recipe, checkpoint: Checkpoint) -> list[Forecast]:
+    """The predicted sizes for every target of a recipe; needs no toolkit."""
+    try:
+        schemes = plan(recipe, checkpoint).schemes
+    except InputError as error:
+        return [Forecast(recipe.name, target.target, None, str(error)) for target in recipe.targets]
+    forecasts = []
+    for target in recipe.targets:
+        limit = checkpoint.config.max_position_embeddings
+        if target.max_context > limit:
+            problem = f"max_context {target.max_context} is more than the model's {limit}"
+            forecasts.append(Forecast(recipe.name, target.target, None, problem))
+            continue
+        prediction = predict(checkpoint.config, schemes, target)
+        forecasts.append(Forecast(recipe.name, target.target, prediction))
+    return forecasts

@@ -1,0 +1,202 @@
+"""Proof that an artifact is the waist: the same integers, and logits as near as they must be.
+
+    mobilellm verify BUNDLE
+
+A check never raises for what it finds: everything found is in the list, with where and how much.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporter.artifact import FinishedArtifact
+from exporter.backends import Runner, backend
+from exporter.backends.reference import score
+from exporter.errors import InputError
+from exporter.evaluation.agreement import Agreement, compare_logits
+from exporter.quantization.integers import QuantizedTensor
+from exporter.quantization.waist import QuantizedCheckpoint, damaged_tensors
+from exporter.tokenizer import load_tokenizer
+
+SAMPLE_TEXT = Path(__file__).parent / "evaluation" / "sample.txt"
+#: Prefill is tried at these lengths; from the last of them the text is continued by decoding.
+PREFILL_LENGTHS = (1, 17, 64)
+DECODE_STEPS = 128
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding; `limit` None means that the value is only reported."""
+
+    check: str
+    target: str | None
+    subject: str
+    passed: bool
+    value: float
+    limit: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens to compare logits on; `real` when they come from text and not from a generator."""
+
+    tokens: tuple[int, ...]
+    source: str
+    real: bool
+
+
+def check_waist(waist: QuantizedCheckpoint) -> list[Check]:
+    """Codes in range, scales on the portable grid, floats finite; one check a tensor."""
+    problems = damaged_tensors(waist)
+    return [
+        Check("waist", None, name, name not in problems, 0.0, None, problems.get(name, ""))
+        for name in waist.schemes
+    ]
+
+
+def check_integers(
+    waist: QuantizedCheckpoint, finished: FinishedArtifact, on_tensor: Callable[[str], None]
+) -> list[Check]:
+    """Codes and scales out of the artifact against the waist, bit for bit, one check a place."""
+    artifact = finished.artifact
+    target = artifact.target.target
+    checks, seen = list[Check](), set[str]()
+    try:
+        for name, place, found in backend(target).weights(artifact, waist):
+            seen.add(name)
+            count, note = _differences(waist.read(name), found)
+            subject = f"{name} ({place})"
+            checks.append(Check("integers", target, subject, count == 0, count, 0, note))
+            on_tensor(name)
+    except InputError as error:
+        checks.append(Check("integers", target, error.subject, False, 1, 0, error.problem))
+    except Exception as error:  # a damaged file can break its toolkit's parser in any way
+        note = f"cannot be read ({type(error).__name__}: {error})"
+        checks.append(Check("integers", target, str(artifact.path), False, 1, 0, note))
+    for name in waist.schemes:
+        if name not in seen:
+            checks.append(Check("integers", target, name, False, 1, 0, "was not found in it"))
+    return checks
+
+
+def _differences(expected: QuantizedTensor | Tensor, found: QuantizedTensor | Tensor) -> (
+    tuple[int, str]
+):
+    """How many values differ, and the first of them in words."""
+    if isinstance(expected, QuantizedTensor) and isinstance(found, QuantizedTensor):
+        parts = {"code": (expected.codes, found.codes), "scale": (expected.scales, found.scales)}
+    elif isinstance(expected, Tensor) and isinstance(found, Tensor):
+        parts = {"value": (expected.to(torch.float32), found)}
+    else:
+        return 1, "one is quantized, the other is not"
+    total, notes = 0, list[str]()
+    for kind, (wanted, got) in parts.items():
+        if wanted.shape != got.shape:
+            return 1, f"{kind}s have shape {list(got.shape)}, not {list(wanted.shape)}"
+        # Compared as bits: NaN equals itself, and 0.0 is not -0.0.
+        different = _bits(wanted) != _bits(got)
+        count = int(different.sum())
+        if count:
+            first = tuple(different.nonzero()[0].tolist())
+            notes.append(
+                f"{count} {kind}s differ; at {list(first)} it is {got[first].item():g}, "
+                f"the waist has {wanted[first].item():g}"
+            )
+        total += count
+    return total, "; ".join(notes)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32) if x.dtype == torch.float32 else x
+
+
+def verification_text(waist: QuantizedCheckpoint, context: int, file: Path | None) -> Text:
+    """The first tokens of `file`, or of the sample; seeded random ones without a tokenizer."""
+    wanted = min(PREFILL_LENGTHS[-1] + DECODE_STEPS, context)
+    if not (waist.path / "tokenizer.json").is_file():
+        if file is not None:
+            raise InputError(file, "cannot be read without the model's tokenizer.json")
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(waist.config.vocab_size, (wanted,), generator=generator)
+        return Text(tuple(ids.tolist()), "seeded random tokens (there is no tokenizer)", False)
+    path = file or SAMPLE_TEXT
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, f"cannot be read as text ({error})", "Give a UTF-8 file") from error
+    begin = [] if waist.bos_token_id is None else [waist.bos_token_id]
+    tokens = (begin + load_tokenizer(waist.path).encode(content))[:wanted]
+    if len(tokens) < 3:
+        raise InputError(path, f"gives {len(tokens)} tokens, too few to compare", "Give more text")
+    return Text(tuple(tokens), str(file or "the built-in sample text"), True)
+
+
+def check_logits(
+    waist: QuantizedCheckpoint, finished: FinishedArtifact, text: Text
+) -> list[Check]:
+    """The artifact in its own runtime against the torch reference: prefill, then decoding."""
+    artifact = finished.artifact
+    target = artifact.target.target
+    limits = backend(target).LIMITS
+    lengths = _prefill_lengths(len(text.tokens))
+    try:
+        logits = run_teacher_forced(backend(target).load(artifact), text.tokens, lengths)
+    except Exception as error:  # the runtimes raise what they like
+        note = f"the runtime failed ({type(error).__name__}: {error})"
+        return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
+    positions = [length - 1 for length in lengths] + list(range(lengths[-1], len(text.tokens)))
+    exact = score(waist, text.tokens, positions, int8_activations=False)
+    simulated = exact
+    if limits.int8_activations:
+        simulated = score(waist, text.tokens, positions, int8_activations=True)
+    steps = len(text.tokens) - lengths[-1]
+    prefills = ", ".join(map(str, lengths))
+    subject = f"prefill of {prefills} and {steps} decode steps on {text.source}"
+    near = compare_logits(simulated, logits)
+    spread = simulated.std().item()
+    where = f"worst at position {positions[near.worst]}"
+    activations = "int8 activations simulated" if limits.int8_activations else "float activations"
+
+    def check(name: str, value: float, passed: bool, limit: float | None, note: str) -> Check:
+        return Check(f"logits.{name}", target, subject, passed, value, limit, note)
+
+    top1 = limits.top1 if text.real else None
+    difference = limits.difference * spread
+    checks = [
+        check("kl", near.kl, near.kl <= limits.kl, limits.kl, f"{activations}; {where}"),
+        check("top1", near.top1, top1 is None or near.top1 >= top1, top1, activations),
+        check(
+            "max_difference", near.max_difference, near.max_difference <= difference,
+            difference, f"{activations}; limit {limits.difference:g} standard deviations",
+        ),
+    ]  # fmt: skip
+    if limits.int8_activations:
+        far: Agreement = compare_logits(exact, logits)
+        checks += [
+            check("kl_to_float", far.kl, True, None, "float activations: what int8 costs"),
+            check("top1_to_float", far.top1, True, None, "float activations"),
+        ]
+    return checks
+
+
+def run_teacher_forced(
+    runner: Runner, tokens: Sequence[int], prefill_lengths: Sequence[int]
+) -> Tensor:
+    """Logits after each prefill, and after every further token from the last one on."""
+    rows = [runner.prefill(list(tokens[:length])) for length in prefill_lengths]
+    rows += [runner.decode(token) for token in tokens[prefill_lengths[-1] :]]
+    return torch.stack(rows)
+
+
+def _prefill_lengths(available: int) -> tuple[int, ...]:
+    """Lengths that leave at least half of a short text for decoding."""
+    half = max(1, available // 2)
+    return tuple(sorted({min(length, half) for length in PREFILL_LENGTHS}))
+
+
+def failures(checks: Sequence[Check]) -> Iterator[Check]:
+    return (check for check in checks if not check.passed)
