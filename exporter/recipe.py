@@ -61,10 +61,20 @@ class Recipe:
         return asdict(self)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply ``key=value`` overrides. Raises InputError."""
+def recipe_folder() -> Path:
+    """The recipes that come with the tool: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(f for f in (package / "recipes", package.parent / "recipes") if f.is_dir())
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, given as a file or by the name of one that comes with the tool, and apply
+    ``key=value`` overrides. Raises InputError."""
+    path = Path(source)
     if not path.is_file():
-        raise InputError(path, "no such recipe", "List the recipes with: mobilellm recipes")
+        path = recipe_folder() / f"{source}.yaml"
+    if Path(source).name != path.stem and not Path(source).is_file() or not path.is_file():
+        raise InputError(source, "no such recipe", "List the recipes with: mobilellm recipes")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

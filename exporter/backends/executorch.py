@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    for _name in ("torch", "torchao"):
+        logging.getLogger(_name).setLevel(logging.ERROR)
     import executorch.exir as exir
     import executorch.kernels.quantized  # noqa: F401  # registers the quantized kernels
     from executorch.exir._serialize import _program as pte

@@ -1,0 +1,62 @@
+"""What this machine has of what the tool can use."""
+
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+DISTRIBUTION = "mobilellm-exporter"
+#: Extras that a user may leave out; `all` and `dev` only repeat others.
+EXTRAS = ("executorch", "onnx", "coreml", "profile")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked for; a missing `required` one makes the tool unusable."""
+
+    subject: str
+    found: str
+    wanted: str
+    fine: bool
+    required: bool
+    remedy: str
+
+
+def examine() -> list[Finding]:
+    """Python, and every distribution that the packaging metadata asks for."""
+    version = platform.python_version()
+    right = (3, 10) <= sys.version_info[:2] <= (3, 13)
+    findings = [Finding("python", version, "3.10 to 3.13", right, True, "")]
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        remedy = "pip install -e ."
+        return [*findings, Finding(DISTRIBUTION, "not installed", "", False, True, remedy)]
+    for line in lines:
+        requirement = Requirement(line)
+        extra = _extra_of(requirement)
+        if extra is None or requirement.name == DISTRIBUTION:
+            continue
+        findings.append(_examine_package(requirement, extra))
+    return findings
+
+
+def _extra_of(requirement: Requirement) -> str | None:
+    """'' for a base requirement, an extra's name, or None for one that is not looked at."""
+    if requirement.marker is None:
+        return ""
+    return next((e for e in EXTRAS if requirement.marker.evaluate({"extra": e})), None)
+
+
+def _examine_package(requirement: Requirement, extra: str) -> Finding:
+    wanted = str(requirement.specifier)
+    remedy = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
+    subject = f"{requirement.name} [{extra}]" if extra else requirement.name
+    try:
+        found = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return Finding(subject, "not installed", wanted, False, not extra, remedy)
+    fine = requirement.specifier.contains(found.split("+")[0], prereleases=True)
+    return Finding(subject, found, wanted, fine, True, "" if fine else remedy)
