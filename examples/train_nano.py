@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from arithmetic import HELD_OUT_SEEDS, Problem, problems
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -190,8 +190,6 @@ def train(tokenizer: Tokenizer, args: argparse.Namespace) -> Decoder:
 @torch.inference_mode()
 def solve(folder: Path, tokenizer: Tokenizer, count: int) -> float:
     """Share of held-out problems that the saved checkpoint answers exactly, greedily."""
-    from safetensors.torch import load_file
-
     model = Decoder(model_config(), SEQUENCE_LENGTH)
     weights = {n: t.float() for n, t in load_file(folder / "model.safetensors").items()}
     model.load_state_dict(weights, strict=False)

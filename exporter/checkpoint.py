@@ -1,6 +1,6 @@
 """A Hugging Face folder in: validated whole before any work starts, read tensor by tensor.
 
-    python -m exporter inspect examples/mobilellm-r1-nano
+python -m exporter inspect examples/mobilellm-r1-nano
 """
 
 import math
@@ -361,9 +361,7 @@ def _fetch(source: str, folder: Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(source, allow_patterns=[*COMPANION_FILES, "*.safetensors*"])
-        )
+        return Path(snapshot_download(source, allow_patterns=[*COMPANION_FILES, "*.safetensors*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

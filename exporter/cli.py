@@ -380,9 +380,9 @@ def _print_checks(checks: Sequence[Any]) -> None:
                 escape(what) if single else f"{len(group)} of {len(group)}",
             )  # fmt: skip
     _wide.print(table)
-    failed = sum(not check.passed for check in checks)
-    if failed:
-        _out.print(f"[bold red]{failed} of {len(checks)} checks failed[/]")
+    failures = sum(not check.passed for check in checks)
+    if failures:
+        _out.print(f"[bold red]{failures} of {len(checks)} checks failed[/]")
     else:
         _out.print(f"[bold green]all {len(checks)} checks passed[/]")
 
@@ -427,9 +427,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> (
-        argparse.ArgumentParser
-    ):
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=text, description=f"{text}.\n\n  {example}", formatter_class=raw,
             epilog=EPILOG,
@@ -528,5 +528,3 @@ def _text_argument(sub: argparse.ArgumentParser) -> None:
         "--text", type=Path, metavar="FILE",
         help="text for comparing logits (default: a built-in sample)",
     )  # fmt: skip
-
-

@@ -139,7 +139,9 @@ def claim_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
         raise InputError(out, "is a file", "Give a folder for the output")
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not os.access(nearest, os.W_OK):
-        raise InputError(out, f"cannot be written ({nearest} is read-only)", "Choose another folder")
+        raise InputError(
+            out, f"cannot be written ({nearest} is read-only)", "Choose another folder"
+        )
     held = {path.name for path in out.iterdir()} if out.is_dir() else set[str]()
     foreign = sorted(held - output.names())
     begun = held & {output.first, f".{output.first}.tmp"}
@@ -208,4 +210,4 @@ def write_safetensors(
         for name, (dtype, shape) in layout.items():
             value = tensor(name)
             assert value.dtype == dtype and tuple(value.shape) == shape, name
-            file.write(memoryview(value.contiguous().view(torch.uint8).numpy().reshape(-1)))
+            file.write(value.contiguous().view(torch.uint8).numpy().data)

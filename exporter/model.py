@@ -208,7 +208,8 @@ class Decoder(nn.Module):
 
     def score(self, tokens: Tensor) -> Tensor:
         """Logits [batch, seq, vocab_size] of whole sequences, without a cache."""
-        return self(tokens, torch.arange(tokens.shape[1]), attend_causal)
+        logits: Tensor = self(tokens, torch.arange(tokens.shape[1]), attend_causal)
+        return logits
 
 
 def attend_causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

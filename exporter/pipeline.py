@@ -145,7 +145,7 @@ class Export:
 
     bundle: Bundle | None
     waist: QuantizedCheckpoint
-    artifacts: dict[str, FinishedArtifact]
+    artifacts: Mapping[str, FinishedArtifact]
     checks: list[Check]
 
 
@@ -163,7 +163,9 @@ def export(
     check_targets(recipe, checkpoint, decided)
     checkpoint.check_weights()
     identity = waist_identity(checkpoint, decided)
-    packages = {target.target: artifact_versions(target) for target in recipe.targets}
+    packages: dict[str, dict[str, str]] = {
+        target.target: artifact_versions(target) for target in recipe.targets
+    }
     manifest = bundle_identity(recipe, identity, packages)
     same = (out / BUNDLE_MANIFEST).is_file() and read_json(out / BUNDLE_MANIFEST) == manifest
     with claim_folder(out, BUNDLE_OUTPUT, same, overwrite):
@@ -171,7 +173,7 @@ def export(
             shutil.rmtree(out / other, ignore_errors=True)
         counter = _Counter(progress, "quantize", len(decided.schemes))
         waist = write_waist(checkpoint, decided, identity, out / BUNDLE_WAIST, counter)
-        artifacts = {
+        artifacts: dict[str, FinishedArtifact] = {
             target.target: _lower(
                 waist, target, artifact_identity(waist, target), out / target.target, progress
             )
@@ -212,7 +214,9 @@ def _verify_files(path: Path) -> list[Check]:
 
 def _file_checks(names: tuple[str, ...], problems: Mapping[str, str]) -> list[Check]:
     return [
-        Check("files", None, name, name not in problems, name in problems, 0, problems.get(name, ""))
+        Check(
+            "files", None, name, name not in problems, name in problems, 0, problems.get(name, "")
+        )
         for name in dict.fromkeys((*names, *problems))
     ]
 

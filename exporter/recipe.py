@@ -73,7 +73,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(source)
     if not path.is_file():
         path = recipe_folder() / f"{source}.yaml"
-    if Path(source).name != path.stem and not Path(source).is_file() or not path.is_file():
+    if (Path(source).name != path.stem and not Path(source).is_file()) or not path.is_file():
         raise InputError(source, "no such recipe", "List the recipes with: mobilellm recipes")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -113,7 +113,9 @@ def _override(raw: dict[str, Any], text: str) -> None:
     """Set one value, given as ``dotted.key=value``; numbers in the key index lists."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise InputError(text, "is not an override", "Write key=value, as targets.0.max_context=4096")
+        raise InputError(
+            text, "is not an override", "Write key=value, as targets.0.max_context=4096"
+        )
     parts = key.split(".")
     # A pattern of quantization.overrides has dots of its own.
     if parts[:2] == ["quantization", "overrides"]:
@@ -161,12 +163,16 @@ def _build_target(raw: object, key: str, subject: str) -> Any:
     kind = raw.get("target") if isinstance(raw, Mapping) else None
     if not isinstance(kind, str) or kind not in TARGETS:
         raise InputError(
-            f"{subject}: {key + '.' if key else ''}target", f"{kind!r} is not a target", f"Known: {', '.join(TARGETS)}"
+            f"{subject}: {key + '.' if key else ''}target",
+            f"{kind!r} is not a target",
+            f"Known: {', '.join(TARGETS)}",
         )
     target = _build(TARGETS[kind], raw, key, subject)
     if target.max_context < 2:
         raise InputError(
-            f"{subject}: {key + '.' if key else ''}max_context", f"{target.max_context} is too short", "Give 2 or more"
+            f"{subject}: {key + '.' if key else ''}max_context",
+            f"{target.max_context} is too short",
+            "Give 2 or more",
         )
     return target
 
@@ -192,7 +198,7 @@ def _value(hint: Any, value: object, key: str, subject: str) -> Any:
             raise InputError(where, f"{value!r} does not map names to texts")
         return dict(value)
     wanted = get_args(hint) if origin in (Union, types.UnionType) else (hint,)
-    if isinstance(value, bool) and bool not in wanted or not isinstance(value, wanted):
+    if (isinstance(value, bool) and bool not in wanted) or not isinstance(value, wanted):
         names = " or ".join(t.__name__ for t in wanted)
         raise InputError(where, f"{value!r} is not of type {names}")
     return value

@@ -83,9 +83,9 @@ def check_integers(
     return checks
 
 
-def _differences(expected: QuantizedTensor | Tensor, found: QuantizedTensor | Tensor) -> (
-    tuple[int, str]
-):
+def _differences(
+    expected: QuantizedTensor | Tensor, found: QuantizedTensor | Tensor
+) -> tuple[int, str]:
     """How many values differ, and the first of them in words."""
     if isinstance(expected, QuantizedTensor) and isinstance(found, QuantizedTensor):
         parts = {"code": (expected.codes, found.codes), "scale": (expected.scales, found.scales)}
@@ -135,9 +135,7 @@ def verification_text(waist: QuantizedCheckpoint, context: int, file: Path | Non
     return Text(tuple(tokens), str(file or "the built-in sample text"), True)
 
 
-def check_logits(
-    waist: QuantizedCheckpoint, finished: FinishedArtifact, text: Text
-) -> list[Check]:
+def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: Text) -> list[Check]:
     """The artifact in its own runtime against the torch reference: prefill, then decoding."""
     artifact = finished.artifact
     target = artifact.target.target

@@ -44,9 +44,9 @@ def scale_bytes(weight: QuantizedTensor) -> bytes:
     return weight.scales.numpy().tobytes()
 
 
-def decode_filter(codes: bytes, scales: bytes, shape: tuple[int, int], like: QuantizedTensor) -> (
-    QuantizedTensor
-):
+def decode_filter(
+    codes: bytes, scales: bytes, shape: tuple[int, int], like: QuantizedTensor
+) -> QuantizedTensor:
     """The inverse of `filter_bytes` and `scale_bytes`, for a weight stored as `like` is."""
     raw = torch.from_numpy(np.frombuffer(codes, np.uint8).copy())
     if like.scheme.bits == 8:
@@ -237,8 +237,10 @@ class XnnpackGraph:
             flags=flags,
             id_out=number,
         )
-        value = tensor if quantization is None else (
-            schema.XNNQuantizedTensorValue(tensor_value=tensor, quant_params=quantization)
+        value = (
+            tensor
+            if quantization is None
+            else (schema.XNNQuantizedTensorValue(tensor_value=tensor, quant_params=quantization))
         )
         self._values.append(schema.XValue(xvalue_union=value))
         self._dims.append(list(dims))

@@ -54,9 +54,7 @@ class ReferenceRunner:
     def _step(self, tokens: list[int]) -> Tensor:
         start = self._cache.start
         positions = torch.arange(start, start + len(tokens))
-        states = self._decoder.hidden_states(
-            torch.tensor([tokens]), positions, self._cache.attend
-        )
+        states = self._decoder.hidden_states(torch.tensor([tokens]), positions, self._cache.attend)
         self._cache.start += len(tokens)
         logits: Tensor = self._decoder.lm_head(states[0, -1])
         return logits

@@ -74,14 +74,14 @@ def parse_scheme(text: object, subject: str) -> Scheme:
         raise InputError(
             subject,
             f"{text!r} is not a scheme",
-            f"Write int4-gN or int8-gN (N one of {sizes}), int4 or int8 (one scale a row), or float",
+            f"Write int4-gN or int8-gN (N one of {sizes}), int4 or int8 (a scale a row), or float",
         )
     return Scheme(int(match[1]), int(match[2]) if match[2] else None)
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """codes int8 [out_features, in_features]; scales float32 [out_features, groups], on the grid."""
+    """codes int8 [out_features, in_features]; scales float32 [out_features, groups]."""
 
     codes: Tensor
     scales: Tensor
@@ -90,7 +90,8 @@ class QuantizedTensor:
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, float32 [out_features, in_features]."""
         grouped = self.codes.unflatten(1, (self.scales.shape[1], -1))
-        return (grouped * self.scales[:, :, None]).flatten(1)
+        weight: Tensor = (grouped * self.scales[:, :, None]).flatten(1)
+        return weight
 
 
 def to_scale_grid(scales: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def _least_squared_error(block: Tensor, widest: Tensor, lowest: int, highest: in
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Codes -8..7 [rows, columns] to uint8 [rows, columns // 2], two's complement, low nibble first."""
+    """Codes -8..7 [rows, columns] to two's complement nibbles, uint8 [rows, columns // 2]."""
     nibbles = codes.view(torch.uint8) & 0x0F
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 

@@ -198,9 +198,7 @@ def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     return {file.name: sha256(file) for file in sorted(weights | companions) if file.is_file()}
 
 
-def _layout(
-    checkpoint: Checkpoint, plan: Plan
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _layout(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
     for name, stored in checkpoint.tensors.items():
         scheme = plan.schemes[name]
@@ -254,7 +252,8 @@ def _check_entries(waist: QuantizedCheckpoint) -> None:
     file = waist.path / WEIGHTS
     try:
         with safe_open(file, framework="pt") as handle:
-            present = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+            names = handle.keys()
+            present = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
         raise InputError(
             file, f"is not a whole safetensors file ({error})", "Quantize the checkpoint again"
@@ -317,4 +316,3 @@ def write_dequantized(
     for name in reversed(COMPANION_FILES):  # config.json last
         if (waist.path / name).is_file():
             copy_file(waist.path / name, out / name)
-
