@@ -25,6 +25,10 @@ SAMPLE_TEXT = Path(__file__).parent / "evaluation" / "sample.txt"
 #: Prefill is tried at these lengths; from the last of them the text is continued by decoding.
 PREFILL_LENGTHS = (1, 17, 64)
 DECODE_STEPS = 128
+#: With float activations: KL in nats, share of other choices, difference in standard deviations.
+EXACT_KL, EXACT_TOP1, EXACT_DIFFERENCE = 1e-4, 0.01, 0.02
+#: With int8 activations, on top of that: how many times the simulated cost is allowed.
+NOISE, NOISE_TOP1 = 2.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -136,49 +140,60 @@ def verification_text(waist: QuantizedCheckpoint, context: int, file: Path | Non
 
 
 def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: Text) -> list[Check]:
-    """The artifact in its own runtime against the torch reference: prefill, then decoding."""
+    """The artifact in its own runtime against the torch reference: prefill, then decoding.
+
+    The reference has float activations. Where the runtime rounds them to int8, the limits are
+    measured: simulating that rounding in torch gives what it must cost on this text, and the
+    artifact may cost `NOISE` times as much. (The artifact and the simulation are not compared
+    with each other: over many layers their roundings part, and they differ like two samples.)
+    """
     artifact = finished.artifact
     target = artifact.target.target
-    limits = backend(target).LIMITS
+    module = backend(target)
     lengths = _prefill_lengths(len(text.tokens))
     try:
-        logits = run_teacher_forced(backend(target).load(artifact), text.tokens, lengths)
+        logits = run_teacher_forced(module.load(artifact), text.tokens, lengths)
     except Exception as error:  # the runtimes raise what they like
         note = f"the runtime failed ({type(error).__name__}: {error})"
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
     positions = [length - 1 for length in lengths] + list(range(lengths[-1], len(text.tokens)))
-    exact = score(waist, text.tokens, positions, int8_activations=False)
-    simulated = exact
-    if limits.int8_activations:
+    reference = score(waist, text.tokens, positions, int8_activations=False)
+    found = compare_logits(reference, logits)
+    expected = None
+    if module.INT8_ACTIVATIONS:
         simulated = score(waist, text.tokens, positions, int8_activations=True)
+        expected = compare_logits(reference, simulated)
+    kl, top1, difference = _limits(expected, reference.std().item(), text.real)
+    largest = found.max_difference
     steps = len(text.tokens) - lengths[-1]
     prefills = ", ".join(map(str, lengths))
     subject = f"prefill of {prefills} and {steps} decode steps on {text.source}"
-    near = compare_logits(simulated, logits)
-    spread = simulated.std().item()
-    where = f"worst at position {positions[near.worst]}"
-    activations = "int8 activations simulated" if limits.int8_activations else "float activations"
 
     def check(name: str, value: float, passed: bool, limit: float | None, note: str) -> Check:
         return Check(f"logits.{name}", target, subject, passed, value, limit, note)
 
-    top1 = limits.top1 if text.real else None
-    difference = limits.difference * spread
-    checks = [
-        check("kl", near.kl, near.kl <= limits.kl, limits.kl, f"{activations}; {where}"),
-        check("top1", near.top1, top1 is None or near.top1 >= top1, top1, activations),
-        check(
-            "max_difference", near.max_difference, near.max_difference <= difference,
-            difference, f"{activations}; limit {limits.difference:g} standard deviations",
-        ),
-    ]  # fmt: skip
-    if limits.int8_activations:
-        far: Agreement = compare_logits(exact, logits)
-        checks += [
-            check("kl_to_float", far.kl, True, None, "float activations: what int8 costs"),
-            check("top1_to_float", far.top1, True, None, "float activations"),
-        ]
-    return checks
+    worst = f"worst at position {positions[found.worst]}"
+    simulated_kl = f"; int8 activations simulated cost {expected.kl:.2g}" if expected else ""
+    return [
+        check("kl", found.kl, found.kl <= kl, kl, worst + simulated_kl),
+        check("top1", found.top1, top1 is None or found.top1 >= top1, top1, ""),
+        check("max_difference", largest, largest <= difference, difference, ""),
+    ]
+
+
+def _limits(
+    expected: Agreement | None, spread: float, real_text: bool
+) -> tuple[float, float | None, float]:
+    """Largest KL, least top-1 agreement, largest difference; `spread` is that of the logits.
+
+    Random tokens have no top-1 limit: they leave so many near ties that it would mean nothing.
+    """
+    kl, top1, difference = EXACT_KL, 1 - EXACT_TOP1, EXACT_DIFFERENCE * spread
+    if expected is not None:
+        kl += NOISE * expected.kl
+        top1 = expected.top1 - NOISE_TOP1
+        difference += NOISE * expected.max_difference
+    return kl, top1 if real_text else None, difference
 
 
 def run_teacher_forced(

@@ -5,7 +5,8 @@
 - ``load(artifact) -> Runner``: the artifact in its own runtime on this machine.
 - ``weights(artifact, waist)``: codes and scales decoded out of the artifact, tensor by tensor.
 
-Also ``PACKAGES``, the distributions whose versions decide the artifact's bytes, and ``LIMITS``.
+Also ``FILE_NAME``, the artifact's main file; ``PACKAGES``, the distributions whose versions decide
+its bytes; ``INT8_ACTIVATIONS``, whether its runtime rounds activations to int8.
 """
 
 import importlib
@@ -29,20 +30,6 @@ class Artifact:
 
     path: Path
     target: Target
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How far an artifact's logits may be from the reference's.
-
-    `kl` in nats, mean over positions; `top1` the least share of equal choices on real text;
-    `difference` the largest logit difference, in standard deviations of the reference's logits.
-    """
-
-    int8_activations: bool
-    kl: float
-    top1: float
-    difference: float
 
 
 class Runner(Protocol):

@@ -31,7 +31,7 @@ with warnings.catch_warnings():
     from exporter.backends.executorch_layers import LayerGraphs
     from exporter.backends.executorch_program import Program, delegate, export_program
 
-from exporter.backends import Artifact, Limits
+from exporter.backends import Artifact
 from exporter.errors import InputError
 from exporter.files import replacing
 from exporter.model import ModelConfig
@@ -41,7 +41,7 @@ from exporter.recipe import ExecuTorchTarget
 
 FILE_NAME = "model.pte"
 PACKAGES = ("executorch", "torch")
-LIMITS = Limits(int8_activations=True, kl=2e-3, top1=0.97, difference=0.5)
+INT8_ACTIVATIONS = True
 
 
 def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorchTarget) -> None:
