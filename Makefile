@@ -1,0 +1,28 @@
+# Everything is set up in a virtual environment of its own; nothing else on the machine changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NANO := examples/mobilellm-r1-nano
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.executorch  ## The demo checkpoint to a verified .pte that answers a question
+	$(BIN)/mobilellm export mobilellm-r1-nano-int4 --checkpoint $(NANO) -o build/nano
+	$(BIN)/mobilellm generate build/nano --prompt "Ada has 12 eggs. Ada finds 7 more. Ada sells 5. How many eggs does Ada have now?"
+
+test: $(VENV)/.dev  ## All tests, on two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev  ## Format, lint and static types
+	$(BIN)/ruff format --check exporter tests examples
+	$(BIN)/ruff check exporter tests examples
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.%: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[$*]"
+	touch $@
