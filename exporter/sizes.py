@@ -11,13 +11,14 @@ from exporter.recipe import Target
 
 #: Program, XNNPACK graphs and padding: for the file as a whole, and for each layer of it.
 _PROGRAM_BYTES, _LAYER_BYTES = 12_000, 10_500
-#: The runtime itself, without Python.
+#: What the runtime takes beside weights, tables and planned memory.
 _RUNTIME_BYTES = 12_000_000
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes. `memory` is the peak of a process that runs a full context on the device's CPU."""
+    """Bytes. `memory` is what loading and running add to a process, prompts up to some hundred
+    tokens; measured on x86-64 with nano, 140M and 950M shapes, it is within a tenth."""
 
     file: int
     kv_cache: int
@@ -26,27 +27,55 @@ class Prediction:
 
 def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:
     """The size of an ExecuTorch artifact of this plan; the file within one per cent."""
-    context = target.max_context
-    weights = sum(
-        _stored_bytes(schemes[name], shape) for name, shape in config.parameter_shapes().items()
+    shapes = config.parameter_shapes()
+    weights = sum(_stored_bytes(schemes[name], shape) for name, shape in shapes.items())
+    table = _table_bytes(config, schemes) + 2 * target.max_context * config.head_dim * 4
+    tied_codes = 0
+    if config.tie_word_embeddings and schemes[EMBEDDING] != FLOAT:
+        tied_codes = math.prod(shapes[EMBEDDING]) * (schemes[EMBEDDING].bits or 0) // 8
+    untied_table = (
+        0 if config.tie_word_embeddings else _stored_bytes(schemes[EMBEDDING], shapes[EMBEDDING])
     )
-    tables = 2 * context * config.head_dim * 4
-    embedding = config.parameter_shapes()[EMBEDDING]
-    # The lookup table needs float32 scales of its own; a float table is not shared.
-    scheme = schemes[EMBEDDING]
-    table = 4 * math.prod(scheme.scale_shape(embedding)) if scheme != FLOAT else 0
-    if scheme == FLOAT and config.tie_word_embeddings:
-        table = 4 * math.prod(embedding)
     overhead = _PROGRAM_BYTES + _LAYER_BYTES * config.num_hidden_layers
-    file = weights + table + tables + overhead
-    kv_cache = config.kv_cache_bytes(context, bytes_per_value=4)
-    # XNNPACK repacks every filter; of the file itself the tables stay mapped.
-    return Prediction(file, kv_cache, file + weights + kv_cache + _RUNTIME_BYTES)
+    file = weights - untied_table + table - tied_codes + overhead
+    kv_cache = config.kv_cache_bytes(target.max_context, bytes_per_value=4)
+    packed = sum(
+        _packed_bytes(schemes[name], shape)
+        for name, shape in shapes.items()
+        if name != EMBEDDING or config.tie_word_embeddings
+    )
+    memory = table + packed + kv_cache + _activation_bytes(config, target) + _RUNTIME_BYTES
+    return Prediction(file, kv_cache, memory)
 
 
 def _stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    """A filter in the file: group scales are bfloat16, scales of a row float32."""
     if scheme == FLOAT:
         return 4 * math.prod(shape)
     codes = math.prod(shape) * (scheme.bits or 0) // 8
     scale = 2 if scheme.group_size else 4
     return codes + scale * math.prod(scheme.scale_shape(shape))
+
+
+def _table_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
+    """The embedding as a lookup table: it has float32 scales of its own."""
+    scheme, shape = schemes[EMBEDDING], config.parameter_shapes()[EMBEDDING]
+    if scheme == FLOAT:
+        return 4 * math.prod(shape)
+    codes = math.prod(shape) * (scheme.bits or 0) // 8
+    return codes + 4 * math.prod(scheme.scale_shape(shape))
+
+
+def _packed_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    """A weight as XNNPACK repacks it in memory: float32 scales, and two numbers a row."""
+    if scheme == FLOAT:
+        return 4 * math.prod(shape)
+    codes = math.prod(shape) * (scheme.bits or 0) // 8
+    return codes + 4 * math.prod(scheme.scale_shape(shape)) + 8 * shape[0]
+
+
+def _activation_bytes(config: ModelConfig, target: Target) -> int:
+    """The planned memory between two graphs: residual in and out, q and attention, k, v, RoPE."""
+    heads = config.num_attention_heads + config.num_key_value_heads + 1
+    width = 2 * config.hidden_size + 2 * heads * config.head_dim
+    return 4 * target.max_context * width
