@@ -47,7 +47,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     logger = logging.getLogger("exporter")
     logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
@@ -418,6 +418,18 @@ def _float_facts(waist: Any) -> dict[str, str]:
             for reason, patterns in reasons.items()
         )
     }
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """key=value pairs may stand anywhere, also behind options, where argparse loses them."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    pairs = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(pairs) < len(rest) or (pairs and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if pairs:
+        args.overrides += pairs
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
