@@ -43,6 +43,7 @@ def main() -> None:
     tokenizer.save_pretrained(args.output)
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     config.pop("quantization_config", None)
+    config["architectures"] = ["LlamaForCausalLM"]
     (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model.generation_config.save_pretrained(args.output)
     weights = {n: t.contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}
