@@ -30,6 +30,8 @@ from exporter.tokenizer import TOKENIZER_FILES
 
 MANIFEST = "artifact.json"
 FORMAT_VERSION = 1
+#: What travels with the model: whoever runs it needs text and the ids that end it.
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,8 @@ class FinishedArtifact:
 
 
 def artifact_output(target: Target) -> Output:
-    return Output(
-        backend(target.target).FILE_NAME, MANIFEST, (*TOKENIZER_FILES, "generation_config.json")
-    )
+    files = backend(target.target).FILES
+    return Output(files[0], MANIFEST, (*files, *COMPANIONS))
 
 
 def artifact_identity(waist: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
@@ -81,15 +82,14 @@ def write_artifact(
         if not differing_files(out, finished.manifest["files"]):
             return finished
     (out / MANIFEST).unlink(missing_ok=True)
-    output = artifact_output(target)
-    backend(target.target).lower(waist, target, out)
-    written = [output.first]
-    for name in output.others:
+    module = backend(target.target)
+    written = list(module.lower(waist, target, out).files)
+    for name in COMPANIONS:
         if (waist.path / name).is_file():
             copy_file(waist.path / name, out / name)
             written.append(name)
-        else:
-            (out / name).unlink(missing_ok=True)
+    for name in {*module.FILES, *COMPANIONS}.difference(written):
+        (out / name).unlink(missing_ok=True)
     hashes = {name: sha256(out / name) for name in written}
     write_json(out / MANIFEST, {**identity, "files": hashes})
     return open_artifact(out)
@@ -106,8 +106,9 @@ def open_artifact(path: Path) -> FinishedArtifact:
             f"{manifest.get('format_version')!r} is not known",
             f"This version reads {FORMAT_VERSION}; lower the model again",
         )
-    target = manifest.get("target")
-    if not isinstance(target, dict) or not isinstance(manifest.get("eos_token_ids"), list):
+    target, files = manifest.get("target"), manifest.get("files")
+    ends = manifest.get("eos_token_ids")
+    if not (isinstance(target, dict) and isinstance(files, dict) and isinstance(ends, list)):
         raise InputError(subject, "is not an artifact's manifest", "Lower the model again")
     parsed = parse_target(target, str(subject))
-    return FinishedArtifact(Artifact(folder, parsed), manifest)
+    return FinishedArtifact(Artifact(folder, parsed, tuple(files)), manifest)

@@ -235,10 +235,11 @@ def _verify_models(
         checks += check_integers(waist, finished, counter)
         stage = f"verify {target}: logits"
         progress(stage, 0, 1)
-        name = f"{target}/{backend(target).FILE_NAME}"
-        if intact is not None and name not in intact:
+        needed = [f"{target}/{name}" for name in finished.manifest["files"]]
+        damaged = [name for name in needed if intact is not None and name not in intact]
+        if damaged:
             note = "not run: the file is damaged"
-            checks.append(Check("logits", target, name, False, 1, 0, note))
+            checks.append(Check("logits", target, damaged[0], False, 1, 0, note))
             continue
         context = finished.artifact.target.max_context
         checks += check_logits(waist, finished, verification_text(waist, context, text))

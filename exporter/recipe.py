@@ -44,8 +44,24 @@ class ExecuTorchTarget:
     attention: Literal["custom_sdpa", "portable"] = "custom_sdpa"
 
 
-Target = ExecuTorchTarget
-TARGETS: dict[str, type[Target]] = {"executorch": ExecuTorchTarget}
+@dataclass(frozen=True)
+class OnnxTarget:
+    """An .onnx for ONNX Runtime (``contrib``), or of standard operators only (``portable``).
+
+    `products` says whether matrix products may round activations to int8, which is faster.
+    `ort` adds the .ort file and operator list of a reduced mobile build.
+    """
+
+    target: Literal["onnx"] = "onnx"
+    max_context: int = 2048
+    form: Literal["contrib", "portable"] = "contrib"
+    activations: Literal["float32", "float16"] = "float32"
+    products: Literal["int8", "float"] = "int8"
+    ort: bool = False
+
+
+Target = ExecuTorchTarget | OnnxTarget
+TARGETS: dict[str, type[Target]] = {"executorch": ExecuTorchTarget, "onnx": OnnxTarget}
 
 
 @dataclass(frozen=True)

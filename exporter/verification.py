@@ -157,11 +157,12 @@ def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: T
         note = f"the runtime failed ({type(error).__name__}: {error})"
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
     positions = [length - 1 for length in lengths] + list(range(lengths[-1], len(text.tokens)))
-    reference = score(waist, text.tokens, positions, int8_activations=False)
+    reference = score(waist, text.tokens, positions, None)
     found = compare_logits(reference, logits)
     expected = None
-    if module.INT8_ACTIVATIONS:
-        simulated = score(waist, text.tokens, positions, int8_activations=True)
+    rounding = module.rounding(waist.schemes, artifact.target)
+    if rounding:
+        simulated = score(waist, text.tokens, positions, rounding)
         expected = compare_logits(reference, simulated)
     kl, top1, difference = _limits(expected, reference.std().item(), text.real)
     largest = found.max_difference

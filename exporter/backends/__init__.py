@@ -5,8 +5,10 @@
 - ``load(artifact) -> Runner``: the artifact in its own runtime on this machine.
 - ``weights(artifact, waist)``: codes and scales decoded out of the artifact, tensor by tensor.
 
-Also ``FILE_NAME``, the artifact's main file; ``PACKAGES``, the distributions whose versions decide
-its bytes; ``INT8_ACTIVATIONS``, whether its runtime rounds activations to int8.
+- ``rounding(schemes, target)``: how its runtime rounds activations, or None.
+
+Also ``FILES``, every file it may write, the first one first, and ``PACKAGES``, the distributions
+whose versions decide the bytes.
 """
 
 import importlib
@@ -21,15 +23,19 @@ from exporter.errors import MissingExtraError
 from exporter.recipe import Target
 
 #: Target → the module that owns its toolkit, and the extra that installs the toolkit.
-BACKENDS = {"executorch": ("exporter.backends.executorch", "executorch")}
+BACKENDS = {
+    "executorch": ("exporter.backends.executorch", "executorch"),
+    "onnx": ("exporter.backends.onnx", "onnx"),
+}
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One lowered model: a file in the folder `path`, and what it was lowered for."""
+    """One lowered model: `files` in the folder `path`, and what it was lowered for."""
 
     path: Path
     target: Target
+    files: tuple[str, ...]
 
 
 class Runner(Protocol):

@@ -32,6 +32,7 @@ with warnings.catch_warnings():
     from exporter.backends.executorch_program import Program, delegate, export_program
 
 from exporter.backends import Artifact
+from exporter.backends.reference import Rounding, round_rows_to_int8
 from exporter.errors import InputError
 from exporter.files import replacing
 from exporter.model import ModelConfig
@@ -41,7 +42,7 @@ from exporter.recipe import ExecuTorchTarget
 
 FILE_NAME = "model.pte"
 PACKAGES = ("executorch", "torch")
-INT8_ACTIVATIONS = True
+FILES = (FILE_NAME,)
 
 
 def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorchTarget) -> None:
@@ -60,6 +61,11 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorch
                 "XNNPACK multiplies int8 weights with one scale a row only",
                 "Use int8, or an int4 scheme",
             )
+
+
+def rounding(schemes: Mapping[str, Scheme], target: ExecuTorchTarget) -> Rounding | None:
+    """XNNPACK's dynamic activations: int8, one scale a row."""
+    return round_rows_to_int8
 
 
 def lower(waist: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -> Artifact:
@@ -88,7 +94,7 @@ def lower(waist: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -> Ar
     with replacing(out / FILE_NAME) as file:
         for part in store_embedding_once(buffer.getbuffer()):
             file.write(part)
-    return Artifact(out, target)
+    return Artifact(out, target, FILES)
 
 
 def _constant_methods(waist: QuantizedCheckpoint, target: ExecuTorchTarget) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The torch reference: what every artifact is compared with.
 
 `ReferenceRunner` holds a whole model and generates. `score` needs one layer in memory at a time
-and gives the logits of a known text, with the int8 activations of XNNPACK simulated on request.
+and gives the logits of a known text, with the rounding of a runtime simulated on request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -21,6 +21,9 @@ from exporter.model import (
     rope_tables,
 )
 from exporter.quantization.waist import EMBEDDING, OUTPUT
+
+#: Activations [..., features] as a runtime rounds them before a matrix product.
+Rounding = Callable[[Tensor], Tensor]
 
 
 class FloatWeights(Protocol):
@@ -70,9 +73,12 @@ def load_decoder(source: FloatWeights, context: int) -> Decoder:
 
 @torch.inference_mode()
 def score(
-    source: FloatWeights, tokens: Sequence[int], positions: Sequence[int], int8_activations: bool
+    source: FloatWeights, tokens: Sequence[int], positions: Sequence[int], rounding: Rounding | None
 ) -> Tensor:
-    """Logits float32 [len(positions), vocab_size] at these positions of one text."""
+    """Logits float32 [len(positions), vocab_size] at these positions of one text.
+
+    With `rounding`, the inputs of every matrix product are rounded as some runtime does it.
+    """
     config = source.config
     cos, sin = rope_tables(config, len(tokens))
     embedding = source.float_weight(EMBEDDING)
@@ -81,19 +87,18 @@ def score(
         with torch.device("meta"):
             layer = DecoderLayer(config, index)
         _fill(layer, source, f"model.layers.{index}.")
-        if int8_activations:
-            _simulate_int8_activations(layer)
+        if rounding:
+            _round_inputs(layer, rounding)
         x = layer(x, cos, sin, attend_causal)
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     _fill(norm, source, "model.norm.")
     states = norm(x[0, list(positions)])
-    if int8_activations:
-        states = round_to_int8(states)
+    states = rounding(states) if rounding else states
     output = embedding if config.tie_word_embeddings else source.float_weight(OUTPUT)
     return F.linear(states, output)
 
 
-def round_to_int8(x: Tensor) -> Tensor:
+def round_rows_to_int8(x: Tensor) -> Tensor:
     """x as XNNPACK's dynamic int8 activations hold it: one scale and zero point for each row.
 
     Source: ``xnn_f32_qd8_asymmetric_quantization_params`` in XNNPACK's quantization.h; the range
@@ -106,6 +111,15 @@ def round_to_int8(x: Tensor) -> Tensor:
     zero_point = (-128 - low / scale).round().clamp(-128, 127)
     codes = ((x / scale).round() + zero_point).clamp(-128, 127)
     return (codes - zero_point) * scale
+
+
+def round_blocks_to_int8(x: Tensor) -> Tensor:
+    """x as ONNX Runtime's MatMulNBits holds it at accuracy level 4: symmetric blocks of 32."""
+    blocks = x.unflatten(-1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale == 0, 1.0, scale)
+    rounded: Tensor = ((blocks / scale).round() * scale).flatten(-2)
+    return rounded
 
 
 def _fill(module: nn.Module, source: FloatWeights, prefix: str) -> None:
@@ -123,7 +137,7 @@ def _fill(module: nn.Module, source: FloatWeights, prefix: str) -> None:
     module.requires_grad_(False)
 
 
-def _simulate_int8_activations(layer: nn.Module) -> None:
+def _round_inputs(layer: nn.Module, rounding: Rounding) -> None:
     for module in layer.modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _, inputs: (round_to_int8(inputs[0]),))
+            module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
