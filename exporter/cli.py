@@ -479,7 +479,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("quantized", metavar="QUANTIZED", type=Path, help="from mobilellm quantize")
     sub.add_argument("overrides", metavar="key=value", nargs="*", help="of the target")
-    sub.add_argument("--target", required=True, metavar="NAME", help="executorch")
+    sub.add_argument("--target", required=True, metavar="NAME", help="executorch or onnx")
     _output_arguments(sub)
 
     sub = command(

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 
 from exporter.model import ModelConfig
 from exporter.quantization.integers import FLOAT, Scheme
-from exporter.quantization.waist import EMBEDDING
-from exporter.recipe import Target
+from exporter.quantization.waist import EMBEDDING, OUTPUT
+from exporter.recipe import ExecuTorchTarget, OnnxTarget, Target
 
 #: Program, XNNPACK graphs and padding: for the file as a whole, and for each layer of it.
 _PROGRAM_BYTES, _LAYER_BYTES = 12_000, 10_500
+#: The nodes of an ONNX graph, for each layer; the mean padding of a tensor that is mapped, which
+#: is one of at least so many bytes.
+_ONNX_LAYER_BYTES, _ONNX_PADDING, _ONNX_MAPPED = 4_200, 2_048, 16_384
+#: Share of an ONNX file that the runtime holds on top of it, as repacked weights.
+_ONNX_REPACKED = 0.25
 #: What the runtime takes beside weights, tables and planned memory.
 _RUNTIME_BYTES = 12_000_000
 
@@ -26,7 +31,15 @@ class Prediction:
 
 
 def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:
-    """The size of an ExecuTorch artifact of this plan; the file within one per cent."""
+    """The size of an artifact of this plan; the file within one per cent, two for the smallest."""
+    if isinstance(target, OnnxTarget):
+        return _predict_onnx(config, schemes, target)
+    return _predict_executorch(config, schemes, target)
+
+
+def _predict_executorch(
+    config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorchTarget
+) -> Prediction:
     shapes = config.parameter_shapes()
     weights = sum(_stored_bytes(schemes[name], shape) for name, shape in shapes.items())
     table = _table_bytes(config, schemes) + 2 * target.max_context * config.head_dim * 4
@@ -74,8 +87,41 @@ def _packed_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
     return codes + 4 * math.prod(scheme.scale_shape(shape)) + 8 * shape[0]
 
 
-def _activation_bytes(config: ModelConfig, target: Target) -> int:
+def _activation_bytes(config: ModelConfig, target: ExecuTorchTarget) -> int:
     """The planned memory between two graphs: residual in and out, q and attention, k, v, RoPE."""
     heads = config.num_attention_heads + config.num_key_value_heads + 1
     width = 2 * config.hidden_size + 2 * heads * config.head_dim
     return 4 * target.max_context * width
+
+
+def _predict_onnx(
+    config: ModelConfig, schemes: Mapping[str, Scheme], target: OnnxTarget
+) -> Prediction:
+    width = 2 if target.activations == "float16" else 4
+    shapes = config.parameter_shapes()
+    weights = sum(
+        _onnx_bytes(name, schemes[name], shape, width, target) for name, shape in shapes.items()
+    )
+    if config.tie_word_embeddings and schemes[EMBEDDING] == FLOAT:
+        weights += width * math.prod(shapes[EMBEDDING])  # the table, and the matrix transposed
+    tables = target.max_context * config.head_dim * width
+    file = weights + tables + _ONNX_LAYER_BYTES * config.num_hidden_layers
+    kv_cache = config.kv_cache_bytes(target.max_context, width)
+    memory = int(file * (1 + _ONNX_REPACKED)) + kv_cache + _RUNTIME_BYTES
+    return Prediction(file, kv_cache, memory)
+
+
+def _onnx_bytes(
+    name: str, scheme: Scheme, shape: tuple[int, ...], width: int, target: OnnxTarget
+) -> int:
+    """Codes, and scales as wide as the activations; a row's scale is repeated for its blocks."""
+    if scheme == FLOAT:
+        return width * math.prod(shape)
+    codes = math.prod(shape) * (scheme.bits or 0) // 8
+    blocks = shape[1] // (scheme.group_size or math.gcd(shape[1], 256))
+    fast_int8 = target.form == "contrib" and target.products == "int8"
+    if scheme == Scheme(8) and fast_int8 and name not in (EMBEDDING, OUTPUT):
+        blocks = 1
+    scales = width * shape[0] * blocks
+    mapped = sum(part >= _ONNX_MAPPED for part in (codes, scales))
+    return codes + scales + mapped * _ONNX_PADDING

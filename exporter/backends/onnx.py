@@ -7,6 +7,9 @@ The graph is written down, not traced: `onnx_forms` says what is in it, `onnx_gr
 """
 
 import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from exporter.backends.onnx_graph import DATA_SUFFIX, OnnxGraph
 from exporter.backends.onnx_weights import StoredWeight
 from exporter.backends.reference import Rounding, round_blocks_to_int8, round_rows_to_int8
 from exporter.errors import InputError
-from exporter.files import replacing, write_json
+from exporter.files import copy_file, replacing, write_json
 from exporter.model import ModelConfig
 from exporter.quantization.integers import QuantizedTensor, Scheme
 from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
@@ -135,19 +138,35 @@ def _genai_config(waist: QuantizedCheckpoint, target: OnnxTarget) -> dict[str, A
 
 def _write_ort(out: Path) -> list[str]:
     """The .ort form of the model, and the operators that a reduced build of the runtime needs."""
-    from onnxruntime.tools.convert_onnx_models_to_ort import (
-        OptimizationStyle,
-        convert_onnx_models_to_ort,
-    )
-
-    convert_onnx_models_to_ort(
-        out / FILE_NAME,
-        output_dir=out,
-        optimization_styles=[OptimizationStyle.Fixed],
-        target_platform="arm",
-        enable_type_reduction=False,
-    )
+    converter = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort"]
+    options = ["--optimization_style", "Fixed", "--target_platform", "arm", "--output_dir"]
+    with tempfile.TemporaryDirectory(dir=out, prefix=".ort", suffix=".tmp") as scratch:
+        command = [*converter, *options, scratch, str(out / FILE_NAME)]
+        result = subprocess.run(
+            [*_without_address_randomization(), *command],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        if result.returncode:
+            reason = (result.stderr.strip() or "no message").splitlines()[-1]
+            raise InputError(FILE_NAME, f"ONNX Runtime cannot convert it to .ort ({reason})")
+        copy_file(Path(scratch) / ORT_NAME, out / ORT_NAME)
+        lines = (Path(scratch) / OPERATORS_NAME).read_text().splitlines(keepends=True)
+        with replacing(out / OPERATORS_NAME) as file:  # the comments name the scratch folder
+            file.write("".join(line for line in lines if not line.startswith("#")).encode())
     return [ORT_NAME, OPERATORS_NAME]
+
+
+def _without_address_randomization() -> list[str]:
+    """The converter writes a table in the order of a hash that is seeded with an address: with
+    fixed addresses (where the system allows it) two runs give the same bytes."""
+    prefix = ["setarch", "--addr-no-randomize"]
+    try:
+        subprocess.run([*prefix, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return prefix
 
 
 def weights(

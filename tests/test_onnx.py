@@ -1,0 +1,350 @@
+"""The ONNX backend: the same integers, the reference's logits, and the official client."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
+
+from exporter import pipeline
+from exporter.artifact import FinishedArtifact, open_artifact
+from exporter.backends import executorch
+from exporter.backends import onnx as backend
+from exporter.backends.reference import round_blocks_to_int8, score
+from exporter.bundle import Bundle
+from exporter.checkpoint import open_checkpoint
+from exporter.errors import InputError
+from exporter.evaluation.agreement import compare_logits
+from exporter.generation import Generation, Sampling
+from exporter.pipeline import no_progress
+from exporter.quantization.integers import QuantizedTensor
+from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
+from exporter.recipe import OnnxTarget, parse_recipe, parse_target
+from exporter.tokenizer import load_tokenizer
+from exporter.verification import check_integers, run_teacher_forced
+
+CONTEXT = 64
+MODELS: dict[str, dict[str, Any]] = {
+    "llama4_text": {**LLAMA4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "llama": {**LLAMA, "intermediate_size": 128},
+}
+FLOAT_FORMS = [
+    {"products": "float"},
+    {"form": "portable", "products": "float"},
+]
+SCHEMES = [
+    ("llama4_text", True, "int4-g32", "int4-g32"),
+    ("llama4_text", True, "int4-g64", "int4-g64"),
+    ("llama4_text", True, "int4-g32", "int8"),
+    ("llama4_text", True, "int8", "int8"),
+    ("llama4_text", True, "int8-g32", "int8-g64"),
+    ("llama4_text", True, "int4", "int4"),
+    ("llama4_text", True, "int4-g32", "float"),
+    ("llama4_text", False, "int4-g32", "int4-g64"),
+    ("llama", True, "int4-g32", "int4-g32"),
+    ("llama", False, "int8", "int8"),
+    ("llama", False, "float", "float"),
+]
+
+Lower = Callable[..., tuple[QuantizedCheckpoint, FinishedArtifact]]
+
+
+@pytest.fixture
+def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
+    """A small model whose logits spread widely, quantized and lowered."""
+
+    def run(
+        model: str = "llama4_text",
+        linear: str = "int4-g32",
+        embedding: str = "int4-g32",
+        target: dict[str, Any] | None = None,
+        overrides: dict[str, str] | None = None,
+        **changes: Any,
+    ) -> tuple[QuantizedCheckpoint, FinishedArtifact]:
+        config = {**MODELS[model], **changes}
+        weights = {
+            name: (tensor.float() * 3).to(torch.bfloat16) if tensor.ndim == 2 else tensor
+            for name, tensor in random_weights(config, torch.bfloat16).items()
+        }
+        folder = make_checkpoint(base=config, weights=weights)
+        schemes = {"linear": linear, "embedding": embedding, "overrides": overrides or {}}
+        targets = [{"target": "onnx", "max_context": CONTEXT, **(target or {})}]
+        recipe = parse_recipe({"name": "t", "quantization": schemes, "targets": targets}, "t")
+        waist = pipeline.quantize(recipe, open_checkpoint(folder), tmp_path / "waist", no_progress)
+        lowered = pipeline.lower(waist, recipe.targets[0], tmp_path / "artifact", no_progress)
+        return waist, lowered
+
+    return run
+
+
+def lower_nano(bundle: Bundle, out: Path, **target: Any) -> FinishedArtifact:
+    parsed = parse_target({"target": "onnx", "max_context": 512, **target}, "test")
+    return pipeline.lower(bundle.waist, parsed, out, no_progress)
+
+
+def tokens(count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(96, (count,), generator=generator).tolist()
+
+
+def until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
+
+
+def logits(lowered: FinishedArtifact) -> torch.Tensor:
+    """After prefills of 1 and 5 tokens and 20 decode steps."""
+    return run_teacher_forced(backend.load(lowered.artifact), tokens(25), (1, 5))
+
+
+def reference(waist: QuantizedCheckpoint, **rounding: Any) -> torch.Tensor:
+    return score(waist, tokens(25), [0, 4, *range(5, 25)], rounding.get("rounding"))
+
+
+@pytest.mark.parametrize("target", FLOAT_FORMS, ids=["contrib", "portable"])
+@pytest.mark.parametrize(("model", "tied", "linear", "embedding"), SCHEMES)
+def test_float_products_give_the_references_logits_from_the_waists_integers(
+    model: str, tied: bool, linear: str, embedding: str, target: dict[str, Any], lower: Lower
+) -> None:
+    waist, lowered = lower(model, linear, embedding, target, tie_word_embeddings=tied)
+    expected = reference(waist)
+    assert expected.std() > 1
+    assert (logits(lowered) - expected).abs().max() < 2e-3
+    checks = check_integers(waist, lowered, lambda name: None)
+    assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize(("model", "tied", "linear", "embedding"), SCHEMES)
+def test_int8_products_stay_near_the_reference_and_keep_the_integers(
+    model: str, tied: bool, linear: str, embedding: str, lower: Lower
+) -> None:
+    waist, lowered = lower(model, linear, embedding, tie_word_embeddings=tied)
+    assert compare_logits(reference(waist), logits(lowered)).kl < 2e-2
+    checks = check_integers(waist, lowered, lambda name: None)
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_the_simulated_block_rounding_is_what_the_runtime_does(lower: Lower) -> None:
+    """On one token: on longer texts the two sums' last bits round some value apart."""
+    waist, lowered = lower()
+    found = backend.load(lowered.artifact).prefill([7])
+    simulated = score(waist, [7], [0], round_blocks_to_int8)[0]
+    exact = score(waist, [7], [0], None)[0]
+    assert (found - simulated).norm() < 1e-4 * exact.norm() < (found - exact).norm()
+
+
+@pytest.mark.parametrize("form", ["contrib", "portable"])
+def test_half_precision_activations_keep_the_integers(form: str, lower: Lower) -> None:
+    target = {"activations": "float16", "products": "float", "form": form}
+    waist, lowered = lower(target=target)
+    assert compare_logits(reference(waist), logits(lowered)).kl < 1e-4
+    checks = check_integers(waist, lowered, lambda name: None)
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_schemes_may_differ_from_layer_to_layer(lower: Lower) -> None:
+    overrides = {"*.0.self_attn.*": "int8", "*.1.*.v_*": "int4", "*.down_proj.weight": "float"}
+    waist, lowered = lower(target={"products": "float"}, overrides=overrides)
+    assert (logits(lowered) - reference(waist)).abs().max() < 2e-3
+    checks = check_integers(waist, lowered, lambda name: None)
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_the_integers_of_the_onnx_and_of_the_pte_of_one_waist_are_equal(
+    finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    waist = finished_bundle.waist
+    ours = {
+        name: weight
+        for name, place, weight in backend.weights(
+            lower_nano(finished_bundle, tmp_path / "onnx").artifact, waist
+        )
+        if place == "filter"
+    }
+    compared = 0
+    pte = finished_bundle.artifacts["executorch"].artifact
+    for name, place, weight in executorch.weights(pte, waist):
+        if place == "filter" and isinstance(weight, QuantizedTensor):
+            other = ours[name]
+            assert isinstance(other, QuantizedTensor)
+            assert torch.equal(weight.codes, other.codes)
+            assert torch.equal(weight.scales, other.scales)
+            compared += 1
+    assert compared == len(ours) == 6 * 7 + 1
+
+
+@pytest.mark.parametrize("form", ["contrib", "portable"])
+def test_the_tied_embedding_is_in_the_files_once(
+    form: str, finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx", form=form, products="float")
+    stored = finished_bundle.waist.read(EMBEDDING)
+    assert isinstance(stored, QuantizedTensor)
+    model = onnx.load(str(lowered.artifact.path / "model.onnx"), load_external_data=False)
+    places = Counter(
+        {entry.key: entry.value for entry in tensor.external_data}["offset"]
+        for tensor in model.graph.initializer
+        if tensor.name.startswith(EMBEDDING) and "scales" not in tensor.name
+    )
+    assert list(places.values()) == [2]  # two tensors, one place
+
+
+def test_mapped_tensors_begin_at_pages(finished_bundle: Bundle, tmp_path: Path) -> None:
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx")
+    model = onnx.load(str(lowered.artifact.path / "model.onnx"), load_external_data=False)
+    offsets = [
+        int({entry.key: entry.value for entry in tensor.external_data}["offset"])
+        for tensor in model.graph.initializer
+        if tensor.external_data
+    ]
+    assert len(offsets) > 20
+    assert all(offset % 4096 == 0 for offset in offsets)
+
+
+def test_the_portable_form_has_standard_operators_only_and_passes_the_checker(
+    finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx", form="portable", products="float")
+    path = lowered.artifact.path / "model.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(str(path), load_external_data=False)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [domain.version for domain in model.opset_import] == [23]
+
+
+def test_onnx_s_own_reference_evaluator_computes_the_portable_form(
+    finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx", form="portable", products="float")
+    from onnx.reference import ReferenceEvaluator
+
+    path = lowered.artifact.path / "model.onnx"
+    evaluator = ReferenceEvaluator(onnx.load(str(path)))
+    config = finished_bundle.waist.config
+    empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)
+    feeds = {value: empty for value in evaluator.input_names if value.startswith("past")}
+    text = [0, 50, 60, 70]
+    found = evaluator.run(["logits"], {"input_ids": np.array([text]), **feeds})[0][0, -1]
+    expected = score(finished_bundle.waist, text, [len(text) - 1], None)[0]
+    assert np.abs(found - expected.numpy()).max() < 1e-3
+
+
+def test_the_contrib_form_merges_products_of_one_input(
+    finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx")
+    model = onnx.load(str(lowered.artifact.path / "model.onnx"), load_external_data=False)
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["GroupQueryAttention"] == 6
+    assert kinds["MatMulNBits"] == 6 * 5 + 1
+
+
+def test_the_official_client_writes_the_same_tokens(
+    finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="the official client is optional")
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx")
+    folder = lowered.artifact.path
+    tokenizer, runner = load_tokenizer(folder), backend.load(lowered.artifact)
+    model = genai.Model(str(folder))
+    prompts = [
+        tokenizer.prompt_text(f"Ada has {n} eggs. Ada finds 7 more. How many?", raw=False)
+        for n in (3, 14, 159, 265)
+    ]
+    for text in [*prompts, "Every evening the boats came home."]:
+        ids = tokenizer.encode(text)
+        assert list(genai.Tokenizer(model).encode(text)) == ids
+        own = list(Generation(runner, ids, (), Sampling(64)))
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(ids) + 64, min_length=0, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(ids)
+        while not generator.is_done():
+            generator.generate_next_token()
+        theirs = list(generator.get_sequence(0))[len(ids) :]
+        assert until(theirs, lowered.eos_token_ids) == until(own, lowered.eos_token_ids)
+
+
+def test_a_second_prefill_starts_a_new_text(finished_bundle: Bundle, tmp_path: Path) -> None:
+    for form in ("contrib", "portable"):
+        lowered = lower_nano(finished_bundle, tmp_path / form, form=form, products="float")
+        runner = backend.load(lowered.artifact)
+        first = runner.prefill([0, 40, 50])
+        runner.decode(60)
+        assert torch.equal(runner.prefill([0, 40, 50]), first)
+
+
+def test_the_context_is_filled_to_the_last_position_and_no_further(lower: Lower) -> None:
+    _, lowered = lower()
+    runner = backend.load(lowered.artifact)
+    runner.prefill(tokens(CONTEXT - 1))
+    runner.decode(1)
+    with pytest.raises(InputError, match="65 tokens do not fit into 64"):
+        runner.decode(1)
+
+
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_a_flipped_bit_in_the_data_file_is_reported_with_its_tensor(
+    part: str, finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx")
+    folder, name = lowered.artifact.path, "model.layers.3.feed_forward.up_proj.weight"
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    wanted = name if part == "codes" else f"{name}.scales"
+    tensor = next(t for t in model.graph.initializer if t.name == wanted)
+    if tensor.external_data:
+        offset = int({e.key: e.value for e in tensor.external_data}["offset"])
+        data = bytearray((folder / "model.onnx.data").read_bytes())
+        data[offset + 5] ^= 4
+        (folder / "model.onnx.data").write_bytes(data)
+    else:
+        raw = bytearray(tensor.raw_data)
+        raw[5] ^= 4
+        tensor.raw_data = bytes(raw)
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+    checks = check_integers(finished_bundle.waist, lowered, lambda name: None)
+    failed = [check for check in checks if not check.passed]
+    assert [(check.subject, check.value) for check in failed] == [(f"{name} (filter)", 1)]
+    assert f"1 {part} differ" in failed[0].note
+
+
+def test_a_truncated_data_file_is_found_before_the_runtime_opens_it(
+    finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx")
+    data = lowered.artifact.path / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-5000])
+    with pytest.raises(InputError, match=r"model\.onnx\.data.*sha256"):
+        pipeline.open_speaker(str(lowered.artifact.path), None)
+    checks = check_integers(finished_bundle.waist, lowered, lambda name: None)
+    assert any("ends beyond the end" in check.note for check in checks)
+
+
+def test_the_portable_form_refuses_int8_products() -> None:
+    target = OnnxTarget(form="portable", products="int8")
+    config = open_checkpoint(Path(__file__).parent.parent / "examples/mobilellm-r1-nano").config
+    with pytest.raises(InputError, match=r"products.*portable form leaves out"):
+        backend.check(config, {}, target)
+
+
+def test_the_ort_pair_runs_and_lists_its_operators(finished_bundle: Bundle, tmp_path: Path) -> None:
+    import onnxruntime
+
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx", ort=True)
+    folder = open_artifact(lowered.artifact.path).artifact.path
+    operators = (folder / "model.required_operators.config").read_text()
+    assert "GroupQueryAttention" in operators
+    assert "MatMulNBits" in operators
+    session = onnxruntime.InferenceSession(folder / "model.ort")
+    assert [value.name for value in session.get_inputs()][:1] == ["input_ids"]
+
+
+def test_two_lowerings_are_equal_to_the_last_byte(finished_bundle: Bundle, tmp_path: Path) -> None:
+    first = lower_nano(finished_bundle, tmp_path / "a", ort=True)
+    second = lower_nano(finished_bundle, tmp_path / "b", ort=True)
+    assert first.manifest == second.manifest
