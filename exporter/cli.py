@@ -179,7 +179,7 @@ def export(args: argparse.Namespace) -> int:
     from exporter.checkpoint import open_checkpoint
     from exporter.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = pipeline.with_targets(load_recipe(args.recipe, args.overrides), args.target)
     checkpoint = open_checkpoint(args.checkpoint)
     with _progress() as progress, _Clock() as clock:
         result = pipeline.export(
@@ -487,6 +487,10 @@ def _parser() -> argparse.ArgumentParser:
         f"mobilellm export mobilellm-r1-nano-int4 --checkpoint {nano} -o build/nano",
     )  # fmt: skip
     _recipe_arguments(sub)
+    sub.add_argument(
+        "--target", action="append", default=[], metavar="NAME",
+        help="only this target of the recipe; may be given again",
+    )  # fmt: skip
     _text_argument(sub)
 
     sub = command(

@@ -1,8 +1,8 @@
 """The whole story, straight down: checkpoint → waist → artifacts → proof → bundle."""
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,18 @@ def check_targets(recipe: Recipe, checkpoint: Checkpoint, decided: Plan) -> None
     """Refuse what a target cannot hold before anything is made. Raises InputError."""
     for target in recipe.targets:
         backend(target.target).check(checkpoint.config, decided.schemes, target)
+
+
+def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe for these of its targets only; for all of them where no name is given."""
+    kinds = [target.target for target in recipe.targets]
+    for name in names:
+        if name not in kinds:
+            raise InputError(
+                f"--target {name}", f"is not in the recipe {recipe.name}", f"It has: {kinds}"
+            )
+    chosen = tuple(target for target in recipe.targets if target.target in names)
+    return replace(recipe, targets=chosen) if names else recipe
 
 
 def quantize(

@@ -160,7 +160,7 @@ def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: T
     reference = score(waist, text.tokens, positions, None)
     found = compare_logits(reference, logits)
     expected = None
-    rounding = module.rounding(waist.schemes, artifact.target)
+    rounding = module.rounding(waist.schemes, artifact.target, lengths[-1])
     if rounding:
         simulated = score(waist, text.tokens, positions, rounding)
         expected = compare_logits(reference, simulated)

@@ -5,7 +5,8 @@
 - ``load(artifact) -> Runner``: the artifact in its own runtime on this machine.
 - ``weights(artifact, waist)``: codes and scales decoded out of the artifact, tensor by tensor.
 
-- ``rounding(schemes, target)``: how its runtime rounds activations, or None.
+- ``rounding(schemes, target, prompt)``: how its runtime rounds activations where the first
+  `prompt` tokens are read at once, or None.
 
 Also ``FILES``, every file it may write, the first one first, and ``PACKAGES``, the distributions
 whose versions decide the bytes.

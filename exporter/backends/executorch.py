@@ -63,7 +63,9 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorch
             )
 
 
-def rounding(schemes: Mapping[str, Scheme], target: ExecuTorchTarget) -> Rounding | None:
+def rounding(
+    schemes: Mapping[str, Scheme], target: ExecuTorchTarget, prompt: int
+) -> Rounding | None:
     """XNNPACK's dynamic activations: int8, one scale a row."""
     return round_rows_to_int8
 

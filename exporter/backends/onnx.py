@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from torch import Tensor
 from exporter.backends import Artifact
 from exporter.backends.onnx_forms import ContribForm, PortableForm, build
 from exporter.backends.onnx_graph import DATA_SUFFIX, OnnxGraph
-from exporter.backends.onnx_weights import StoredWeight
-from exporter.backends.reference import Rounding, round_blocks_to_int8, round_rows_to_int8
+from exporter.backends.onnx_weights import LARGEST_BLOCK, StoredWeight
+from exporter.backends.reference import Rounding, round_blocks_to_int8, round_prompt_to_int8
 from exporter.errors import InputError
 from exporter.files import copy_file, replacing, write_json
 from exporter.model import ModelConfig
-from exporter.quantization.integers import QuantizedTensor, Scheme
-from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.integers import FLOAT, QuantizedTensor, Scheme
+from exporter.quantization.waist import EMBEDDING, OUTPUT, QuantizedCheckpoint
 from exporter.recipe import OnnxTarget
 
 FILE_NAME = "model.onnx"
@@ -57,14 +58,15 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: OnnxTarget
         )
 
 
-def rounding(schemes: Mapping[str, Scheme], target: OnnxTarget) -> Rounding | None:
-    """How the runtime rounds activations: blocks in MatMulNBits, rows for whole-row int8."""
+def rounding(schemes: Mapping[str, Scheme], target: OnnxTarget, prompt: int) -> Rounding | None:
+    """Blocks in MatMulNBits; in DynamicQuantizeMatMul all that is read at once together."""
     if target.products == "float":
         return None
-    linear = [scheme for name, scheme in schemes.items() if name != EMBEDDING]
-    if any(scheme.bits == 8 and not scheme.group_size for scheme in linear):
-        return round_rows_to_int8
-    return round_blocks_to_int8
+    linear = [scheme for name, scheme in schemes.items() if name not in (EMBEDDING, OUTPUT)]
+    if Scheme(8) in linear:
+        return partial(round_prompt_to_int8, prompt=prompt)
+    groups = [scheme.group_size or LARGEST_BLOCK for scheme in linear if scheme != FLOAT]
+    return partial(round_blocks_to_int8, block=max(groups, default=LARGEST_BLOCK))
 
 
 def lower(waist: QuantizedCheckpoint, target: OnnxTarget, out: Path) -> Artifact:

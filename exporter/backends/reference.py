@@ -22,7 +22,7 @@ from exporter.model import (
 )
 from exporter.quantization.waist import EMBEDDING, OUTPUT
 
-#: Activations [..., features] as a runtime rounds them before a matrix product.
+#: Activations [..., seq, features] as a runtime rounds them before a matrix product.
 Rounding = Callable[[Tensor], Tensor]
 
 
@@ -93,7 +93,7 @@ def score(
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     _fill(norm, source, "model.norm.")
     states = norm(x[0, list(positions)])
-    states = rounding(states) if rounding else states
+    states = rounding(states[:, None])[:, 0] if rounding else states
     output = embedding if config.tie_word_embeddings else source.float_weight(OUTPUT)
     return F.linear(states, output)
 
@@ -104,8 +104,22 @@ def round_rows_to_int8(x: Tensor) -> Tensor:
     Source: ``xnn_f32_qd8_asymmetric_quantization_params`` in XNNPACK's quantization.h; the range
     always includes zero.
     """
-    low = x.amin(-1, keepdim=True).clamp(max=0)
-    high = x.amax(-1, keepdim=True).clamp(min=0)
+    return _round_over(x, (-1,))
+
+
+def round_prompt_to_int8(x: Tensor, prompt: int) -> Tensor:
+    """x [..., seq, features] as ONNX Runtime's DynamicQuantizeLinear holds it: one scale for all
+    that is read at once, here the first `prompt` rows, and then for each row."""
+    first, rest = x[..., :prompt, :], x[..., prompt:, :]
+    return torch.cat((_round_over(first, (-2, -1)), _round_over(rest, (-1,))), -2)
+
+
+def _round_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """8 bits with a scale and zero point common to `dims`."""
+    if not x.numel():
+        return x
+    low = x.amin(dims, keepdim=True).clamp(max=0)
+    high = x.amax(dims, keepdim=True).clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, 1.0, scale)
     zero_point = (-128 - low / scale).round().clamp(-128, 127)
@@ -113,9 +127,10 @@ def round_rows_to_int8(x: Tensor) -> Tensor:
     return (codes - zero_point) * scale
 
 
-def round_blocks_to_int8(x: Tensor) -> Tensor:
-    """x as ONNX Runtime's MatMulNBits holds it at accuracy level 4: symmetric blocks of 32."""
-    blocks = x.unflatten(-1, (-1, 32))
+def round_blocks_to_int8(x: Tensor, block: int) -> Tensor:
+    """x as ONNX Runtime's MatMulNBits holds it at accuracy level 4: symmetric blocks, those of
+    the weight; a width that `block` does not divide is one block."""
+    blocks = x.unflatten(-1, (-1, block if x.shape[-1] % block == 0 else x.shape[-1]))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale == 0, 1.0, scale)
     rounded: Tensor = ((blocks / scale).round() * scale).flatten(-2)
