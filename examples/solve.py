@@ -1,6 +1,6 @@
 """How many held-out arithmetic problems a model solves: a checkpoint, a waist or an artifact.
 
-    python examples/solve.py examples/mobilellm-r1-nano build/nano
+python examples/solve.py examples/mobilellm-r1-nano build/nano
 """
 
 import argparse
