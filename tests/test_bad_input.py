@@ -1,0 +1,722 @@
+"""Bad input to the command line: exit code 2, a message to act on, and nothing touched."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import contents, flip, run
+from conftest import LLAMA4, NANO, MakeCheckpoint, random_weights
+
+from exporter.bundle import Bundle
+
+RECIPE = "mobilellm-r1-nano-int4"
+TINY = "model: tiny\ntargets: [{target: executorch, max_context: 64}]\n"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class World:
+    """Makes what a row of the table needs; the working directory is `root`."""
+
+    root: Path
+    make: MakeCheckpoint
+    finished: Bundle
+
+    def export(self, checkpoint: object, *overrides: str, recipe: str = "tiny.yaml") -> list[str]:
+        self.write(self.root / "tiny.yaml", TINY)
+        return ["export", recipe, *overrides, "--checkpoint", str(checkpoint), "-o", "out"]
+
+    def config(self, **changes: Any) -> list[str]:
+        """Export a checkpoint with another configuration, beside weights that do not matter."""
+        folder = self.make()
+        self.write(folder / "config.json", json.dumps({**LLAMA4, **changes}))
+        return self.export(folder)
+
+    def tensors(self, change: Callable[[dict[str, torch.Tensor]], object]) -> list[str]:
+        """Export a checkpoint whose tensors `change` has edited."""
+        weights = random_weights(LLAMA4, torch.bfloat16)
+        change(weights)
+        return self.export(self.make(weights=weights))
+
+    def recipe(self, text: str | bytes) -> list[str]:
+        file = self.write(self.root / "recipe.yaml", text)
+        return self.export(self.make(), recipe=str(file))
+
+    def nano_with(self, name: str, text: str) -> Path:
+        """The demo checkpoint with one file of it replaced, or added."""
+        folder = Path(shutil.copytree(NANO, self.root / "nano"))
+        self.write(folder / name, text)
+        return folder
+
+    def bundle(self) -> Path:
+        return Path(shutil.copytree(self.finished.path, self.root / "bundle"))
+
+    def part(self, name: str) -> Path:
+        """The waist or the artifact of the demo bundle, alone."""
+        return Path(shutil.copytree(self.finished.path / name, self.root / "part"))
+
+    def unfinished(self) -> Path:
+        bundle = self.bundle()
+        (bundle / "SHA256SUMS").unlink()
+        return bundle
+
+    def edit(self, path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+        content = json.loads(path.read_text())
+        change(content)
+        self.write(path, json.dumps(content))
+        return path.parent
+
+    def write(self, path: Path, content: str | bytes) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def generate(self, path: object, *options: str, prompt: str = "Ada") -> list[str]:
+        return ["generate", str(path), "--prompt", prompt, *options]
+
+    def lower(self, waist: object, *options: str, target: str = "executorch") -> list[str]:
+        return ["lower", str(waist), *options, "--target", target, "-o", "out"]
+
+
+@pytest.fixture
+def world(
+    tmp_path: Path,
+    make_checkpoint: MakeCheckpoint,
+    finished_bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+) -> World:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return World(tmp_path, make_checkpoint, finished_bundle)
+
+
+def _shard_outside(w: World) -> list[str]:
+    folder = w.make()
+    (folder / "model.safetensors").rename(w.root / "elsewhere.safetensors")
+    index = {"weight_map": {Q_PROJ: "../elsewhere.safetensors"}}
+    w.write(folder / "model.safetensors.index.json", json.dumps(index))
+    return w.export(folder)
+
+
+def _shard_missing(w: World) -> list[str]:
+    folder = w.make()
+    index = {"weight_map": {Q_PROJ: "model-2.safetensors"}}
+    w.write(folder / "model.safetensors.index.json", json.dumps(index))
+    return w.export(folder)
+
+
+def _pickle_only(w: World) -> list[str]:
+    folder = w.make()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return w.export(folder)
+
+
+def _without(folder: Path, name: str) -> Path:
+    (folder / name).unlink()
+    return folder
+
+
+def _truncated(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path.parent
+
+
+def _flipped(path: Path) -> Path:
+    flip(path, path.stat().st_size // 2)
+    return path.parent
+
+
+def _set_nan(weights: dict[str, torch.Tensor]) -> None:
+    weights[Q_PROJ][3, 5] = torch.nan
+
+
+def _index_of_names(w: World, weight_map: dict[str, Any]) -> list[str]:
+    folder = w.make()
+    w.write(folder / "model.safetensors.index.json", json.dumps({"weight_map": weight_map}))
+    return w.export(folder)
+
+
+def _finished_elsewhere(w: World) -> list[str]:
+    shutil.copytree(w.finished.path, "out")
+    return w.export(NANO, recipe="mobilellm-r1-nano-int8")
+
+
+def _tokenizer_of_another_model(w: World) -> Path:
+    """96 tokens in the model, 512 in the tokenizer."""
+    folder = w.make()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(NANO / name, folder)
+    return folder
+
+
+Row = Callable[[World], list[str]]
+
+CONFIGS: dict[str, tuple[Row, list[str]]] = {
+    "model of another kind": (
+        lambda w: w.config(model_type="gpt2"),
+        ["model_type", "'gpt2' is not supported", "llama4_text"],
+    ),
+    "activation": (lambda w: w.config(hidden_act="gelu"), ["hidden_act", "'gelu'", "'silu'"]),
+    "odd head_dim": (lambda w: w.config(head_dim=31), ["head_dim", "31", "even"]),
+    "heads that do not divide": (
+        lambda w: w.config(num_key_value_heads=2),
+        ["num_key_value_heads", "2", "divisor of 3"],
+    ),
+    "vocabulary as text": (lambda w: w.config(vocab_size="96"), ["vocab_size", "'96'", "number"]),
+    "no layers": (lambda w: w.config(num_hidden_layers=0), ["num_hidden_layers", "0"]),
+    "half a layer": (lambda w: w.config(num_hidden_layers=1.5), ["1.5", "whole number"]),
+    "experts": (lambda w: w.config(moe_layers=[1]), ["moe_layers", "[1]", "dense"]),
+    "layer without RoPE": (
+        lambda w: w.config(no_rope_layers=[1, 0]),
+        ["no_rope_layers", "[1, 0]", "RoPE in every layer"],
+    ),
+    "no_rope_layers is a number": (
+        lambda w: w.config(no_rope_layers=4),
+        ["no_rope_layers", "4", "RoPE in every layer"],
+    ),
+    "scaled RoPE": (
+        lambda w: w.config(rope_scaling={"rope_type": "llama3", "factor": 8}),
+        ["rope_scaling", "llama3", "null"],
+    ),
+    "rope_parameters is a list": (
+        lambda w: w.config(rope_parameters=[10000.0]),
+        ["rope_parameters", "[10000.0]"],
+    ),
+    "RoPE base of one": (lambda w: w.config(rope_theta=1), ["rope_theta", "greater than one"]),
+    "chunked attention": (
+        lambda w: w.config(attention_chunk_size=128),
+        ["attention_chunk_size", "128", "256"],
+    ),
+    "chunk size as text": (
+        lambda w: w.config(attention_chunk_size="256"),
+        ["attention_chunk_size", "'256'"],
+    ),
+    "biased attention": (lambda w: w.config(attention_bias=True), ["attention_bias", "false"]),
+    "sliding window": (lambda w: w.config(sliding_window=128), ["sliding_window", "128"]),
+    "already quantized": (
+        lambda w: w.config(quantization_config={"bits": 4}),
+        ["quantization_config", "bits", "float checkpoints"],
+    ),
+    "tied as text": (
+        lambda w: w.config(tie_word_embeddings="yes"),
+        ["tie_word_embeddings", "'yes'", "true or false"],
+    ),
+    "end token outside": (
+        lambda w: w.config(eos_token_id=96),
+        ["eos_token_id", "96", "vocabulary of 96", "between 0 and"],
+    ),
+    "end token is true": (lambda w: w.config(eos_token_id=True), ["eos_token_id", "True"]),
+    "hidden size is NaN": (lambda w: w.config(hidden_size=float("nan")), ["hidden_size", "nan"]),
+    "infinitely many layers": (
+        lambda w: w.config(num_hidden_layers=float("inf")),
+        ["num_hidden_layers", "inf"],
+    ),
+    "end token outside in generation_config.json": (
+        lambda w: w.export(w.nano_with("generation_config.json", '{"eos_token_id": 512}')),
+        ["generation_config.json", "eos_token_id", "512"],
+    ),
+    "no config": (
+        lambda w: w.export(_without(w.make(), "config.json")),
+        ["config.json", "no such file", "whole folder"],
+    ),
+    "config is no JSON": (
+        lambda w: w.export(w.nano_with("config.json", "{not json")),
+        ["config.json", "not valid JSON", "Get the file again"],
+    ),
+    "config is a list": (
+        lambda w: w.export(w.nano_with("config.json", "[1]")),
+        ["config.json", "holds a list, not an object"],
+    ),
+}
+
+WEIGHTS: dict[str, tuple[Row, list[str]]] = {
+    "tensor missing": (
+        lambda w: w.tensors(lambda t: t.pop(Q_PROJ)),
+        [Q_PROJ, "no weight file holds it", "Check that config.json"],
+    ),
+    "tensor of another shape": (
+        lambda w: w.tensors(lambda t: t.update({Q_PROJ: t[Q_PROJ][:, :32].contiguous()})),
+        [Q_PROJ, "[96, 32]", "[96, 64]", "Check that config.json"],
+    ),
+    "extra tensor": (
+        lambda w: w.tensors(lambda t: t.update({"model.extra": torch.ones(2)})),
+        ["model.extra", "no such tensor", "Remove it"],
+    ),
+    "integer weights": (
+        lambda w: w.tensors(lambda t: t.update({Q_PROJ: t[Q_PROJ].to(torch.int8)})),
+        [Q_PROJ, "I8", "float checkpoints"],
+    ),
+    "NaN": (
+        lambda w: w.tensors(_set_nan),
+        [Q_PROJ, "1 of 6144 values are NaN", "get it again"],
+    ),
+    "tied output that differs": (
+        lambda w: w.tensors(lambda t: t.update({"lm_head.weight": t[EMBEDDING] + 1})),
+        ["lm_head.weight", "differs from the embedding", "tie_word_embeddings"],
+    ),
+    "truncated weights": (
+        lambda w: w.export(_truncated(w.make() / "model.safetensors")),
+        ["model.safetensors", "not a whole safetensors file", "Get the file again"],
+    ),
+    "no weights": (
+        lambda w: w.export(_without(w.make(), "model.safetensors")),
+        ["no model.safetensors", "complete model folder"],
+    ),
+    "pickle": (_pickle_only, ["pytorch_model.bin", "pickle", "Convert it to safetensors"]),
+    "shard outside": (
+        _shard_outside,
+        ["../elsewhere.safetensors", "not the plain name", "own folder"],
+    ),
+    "shard missing": (_shard_missing, ["model-2.safetensors", "missing", "Get it again"]),
+    "index with a list for a shard": (
+        lambda w: _index_of_names(w, {Q_PROJ: ["model.safetensors"]}),
+        ["weight_map", "['model.safetensors']"],
+    ),
+    "checkpoint is no folder": (
+        lambda w: w.export("./nowhere"),
+        ["./nowhere", "is not a folder", "hub id"],
+    ),
+    "checkpoint is a file": (
+        lambda w: w.export(NANO / "config.json"),
+        ["config.json", "is not a folder", "hub id"],
+    ),
+    "hub id without network": (
+        lambda w: w.export("facebook/no-such-model"),
+        ["facebook/no-such-model", "no such folder", "the network"],
+    ),
+}
+
+RECIPES: dict[str, tuple[Row, list[str]]] = {
+    "no such recipe": (
+        lambda w: w.export(w.make(), recipe="mobilellm-int3"),
+        ["mobilellm-int3", "no such recipe", "mobilellm recipes"],
+    ),
+    "invalid YAML": (lambda w: w.recipe("a: [1\n"), ["recipe.yaml", "not valid YAML", "Correct"]),
+    "recipe not UTF-8": (lambda w: w.recipe(b"name: \xff\n"), ["recipe.yaml", "not valid YAML"]),
+    "recipe is a list": (lambda w: w.recipe("- a\n"), ["recipe.yaml", "mapping", "recipes/"]),
+    "empty recipe": (lambda w: w.recipe(""), ["recipe.yaml", "mapping", "recipes/"]),
+    "impossible date": (lambda w: w.recipe("model: 2026-13-45\n"), ["recipe.yaml", "month"]),
+    "unknown key": (
+        lambda w: w.recipe("quantisation: {}\n"),
+        ["recipe.yaml", "unknown key 'quantisation'", "Keys: name, model, quantization"],
+    ),
+    "unknown key of a part": (
+        lambda w: w.recipe("quantization: {bits: 4}\n"),
+        ["quantization", "unknown key 'bits'", "Keys: linear, embedding"],
+    ),
+    "bits in a target": (
+        lambda w: w.recipe("targets: [{target: executorch, bits: 4}]\n"),
+        ["targets.0", "unknown key 'bits'", "max_context"],
+    ),
+    "targets is a mapping": (
+        lambda w: w.recipe("targets: {target: executorch}\n"),
+        ["targets", "not a list of targets"],
+    ),
+    "no targets": (lambda w: w.recipe("targets: []\n"), ["targets", "empty", "executorch"]),
+    "target twice": (
+        lambda w: w.recipe("targets: [{target: executorch}, {target: executorch}]\n"),
+        ["targets", "twice", "executorch"],
+    ),
+    "unknown target": (
+        lambda w: w.recipe("targets: [{target: tflite}]\n"),
+        ["targets.0.target", "'tflite' is not a target", "Known: executorch"],
+    ),
+    "method": (
+        lambda w: w.recipe("quantization: {method: magic}\n"),
+        ["quantization.method", "'magic'", "'absmax', 'mse'"],
+    ),
+    "scheme": (
+        lambda w: w.recipe("quantization: {linear: int3-g32}\n"),
+        ["quantization.linear", "'int3-g32' is not a scheme", "Write int4-gN"],
+    ),
+    "group size": (
+        lambda w: w.recipe("quantization: {linear: int4-g48}\n"),
+        ["quantization.linear", "'int4-g48'", "32, 64, 128, 256"],
+    ),
+    "name is a number": (lambda w: w.recipe("name: 7\n"), ["name", "7 is not of type str"]),
+    "quantization is a text": (
+        lambda w: w.recipe("quantization: int4\n"),
+        ["quantization", "'int4' is not a mapping"],
+    ),
+    "context as text": (
+        lambda w: w.export(w.make(), "targets.0.max_context=1k"),
+        ["targets.0.max_context", "'1k' is not of type int"],
+    ),
+    "context is true": (
+        lambda w: w.export(w.make(), "targets.0.max_context=true"),
+        ["targets.0.max_context", "True is not of type int"],
+    ),
+    "context of one": (
+        lambda w: w.export(w.make(), "targets.0.max_context=1"),
+        ["targets.0.max_context", "1 is too short", "2 or more"],
+    ),
+    "context longer than the model's": (
+        lambda w: w.export(w.make(), "targets.0.max_context=257"),
+        ["max_context", "257 is more than the model's 256", "Lower max_context"],
+    ),
+    "override without value": (
+        lambda w: w.export(w.make(), "max_context"),
+        ["max_context", "is not an override", "key=value"],
+    ),
+    "override of an unknown key": (
+        lambda w: w.export(w.make(), "targets.0.bits=3"),
+        ["targets.0", "unknown key 'bits'", "max_context"],
+    ),
+    "override of a target that is not there": (
+        lambda w: w.export(w.make(), "targets.1.max_context=64"),
+        ["targets.1.max_context=64", "'1' is not one of 0..0", "Count from 0"],
+    ),
+    "override into a text": (
+        lambda w: w.export(w.make(), "model.size=3"),
+        ["model.size=3", "'model' holds no keys"],
+    ),
+    "override that is no YAML": (
+        lambda w: w.export(w.make(), "targets.0.max_context=[64"),
+        ["targets.0.max_context=[64", "YAML"],
+    ),
+    "override that is an impossible date": (
+        lambda w: w.export(w.make(), "model=2026-13-45"),
+        ["model=2026-13-45"],
+    ),
+    "pattern that matches nothing": (
+        lambda w: w.export(w.make(), "quantization.overrides.*.qkv.*=int8"),
+        ["*.qkv.*", "matches no tensor", "q_proj.weight"],
+    ),
+    "quantized norm": (
+        lambda w: w.export(w.make(), "quantization.overrides.model.norm.weight=int4"),
+        ["model.norm.weight", "needs a matrix", "[64]", "override"],
+    ),
+    "group that does not divide": (
+        lambda w: w.export(w.make(), "quantization.linear=int4-g64"),
+        ["o_proj.weight", "groups of 64 do not divide its input width 96", "another scheme"],
+    ),
+    "int8 groups for a multiplied weight": (
+        lambda w: w.export(w.make(), "quantization.linear=int8-g32"),
+        [Q_PROJ, "int8-g32", "one scale a row only", "Use int8"],
+    ),
+    "int8 groups for a tied embedding": (
+        lambda w: w.export(w.make(), "quantization.embedding=int8-g32"),
+        [EMBEDDING, "int8-g32", "one scale a row only", "Use int8"],
+    ),
+}
+
+
+def _file_out(w: World) -> list[str]:
+    w.write(w.root / "out", "x")
+    return w.export(NANO)
+
+
+def _foreign_out(w: World) -> list[str]:
+    w.write(w.root / "out" / "thesis.tex", "years of work")
+    return w.export(NANO)
+
+
+OUTPUTS: dict[str, tuple[Row, list[str]]] = {
+    "output is a file": (
+        _file_out,
+        ["out", "is a file", "Give a folder"],
+    ),
+    "output below a file": (
+        lambda w: [*w.export(NANO)[:-1], str(w.write(w.root / "note", "x") / "out")],
+        ["note/out", "folder"],
+    ),
+    "output of something else": (
+        _foreign_out,
+        ["out", "thesis.tex", "new or an empty folder; nothing in this one was changed"],
+    ),
+    "finished result of other inputs": (
+        _finished_elsewhere,
+        ["out", "finished result of other inputs", "--overwrite"],
+    ),
+    "waist for a folder with a bundle": (
+        lambda w: ["quantize", RECIPE, "--checkpoint", str(NANO), "-o", str(w.bundle())],
+        ["bundle", "holds files of something else", "new or an empty folder"],
+    ),
+    "dequantized into something else": (
+        lambda w: [
+            "quantize", RECIPE, "--checkpoint", str(NANO), "-o", "out",
+            "--dequantize", str(w.write(w.root / "mine" / "thesis.tex", "x").parent),
+        ],
+        ["mine", "thesis.tex", "new or an empty folder"],
+    ),
+    "text missing for export": (
+        lambda w: [*w.export(NANO), "--text", "nowhere.txt"],
+        ["nowhere.txt", "cannot be read", "UTF-8"],
+    ),
+}  # fmt: skip
+
+LOWERING: dict[str, tuple[Row, list[str]]] = {
+    "no waist": (
+        lambda w: w.lower(w.make()),
+        ["quantization.json", "no such file", "whole folder"],
+    ),
+    "waist that is nowhere": (lambda w: w.lower("nowhere"), ["nowhere", "no such file"]),
+    "target without a backend": (
+        lambda w: w.lower(w.part("quantized"), target="tflite"),
+        ["--target", "'tflite' is not a target", "Known: executorch"],
+    ),
+    "unknown fact of a target": (
+        lambda w: w.lower(w.part("quantized"), "delegate=qnn"),
+        ["--target", "unknown key 'delegate'", "Keys: target, max_context, attention"],
+    ),
+    "attention form": (
+        lambda w: w.lower(w.part("quantized"), "attention=flash"),
+        ["attention", "'flash'", "'custom_sdpa', 'portable'"],
+    ),
+    "context for lower": (
+        lambda w: w.lower(w.part("quantized"), "max_context=4096"),
+        ["max_context", "4096 is more than the model's 2048", "Lower"],
+    ),
+    "waist of another version": (
+        lambda w: w.lower(
+            w.edit(w.part("quantized") / "quantization.json", lambda m: m.update(format_version=9))
+        ),
+        ["format_version", "9 is not known", "quantize the checkpoint again"],
+    ),
+    "waist with another list of tensors": (
+        lambda w: w.lower(
+            w.edit(w.part("quantized") / "quantization.json", lambda m: m["tensors"].pop(Q_PROJ))
+        ),
+        ["tensors", "does not list the model's tensors", "Quantize again"],
+    ),
+    "waist with a tensor without scheme": (
+        lambda w: w.lower(
+            w.edit(
+                w.part("quantized") / "quantization.json",
+                lambda m: m["tensors"][Q_PROJ].pop("scheme"),
+            )
+        ),
+        ["quantization.json", Q_PROJ, "scheme"],
+    ),
+    "waist without weights": (
+        lambda w: w.lower(_without(w.part("quantized"), "quantized.safetensors")),
+        ["quantized.safetensors", "not a whole safetensors file", "Quantize the checkpoint again"],
+    ),
+    "truncated waist": (
+        lambda w: w.lower(_truncated(w.part("quantized") / "quantized.safetensors")),
+        ["quantized.safetensors", "not a whole safetensors file", "Quantize the checkpoint again"],
+    ),
+    "waist with a flipped bit": (
+        lambda w: w.lower(_flipped(w.part("quantized") / "quantized.safetensors")),
+        ["quantized.safetensors", "sha256"],
+    ),
+}
+
+VERIFYING: dict[str, tuple[Row, list[str]]] = {
+    "no bundle": (
+        lambda w: ["verify", str(w.make())],
+        ["model", "is not a bundle", "mobilellm export makes one"],
+    ),
+    "bundle that is nowhere": (lambda w: ["verify", "nowhere"], ["nowhere", "is not a bundle"]),
+    "unfinished bundle": (
+        lambda w: ["verify", str(w.unfinished())],
+        ["bundle", "did not finish", "Run the same mobilellm export again"],
+    ),
+    "text missing": (
+        lambda w: ["verify", str(w.bundle()), "--text", "nowhere.txt"],
+        ["nowhere.txt", "cannot be read", "UTF-8"],
+    ),
+    "text not UTF-8": (
+        lambda w: ["verify", str(w.bundle()), "--text", str(w.write(w.root / "t.txt", b"\xff"))],
+        ["t.txt", "cannot be read", "UTF-8"],
+    ),
+    "text too short": (
+        lambda w: ["verify", str(w.bundle()), "--text", str(w.write(w.root / "t.txt", "a"))],
+        ["t.txt", "gives 2 tokens, too few", "Give more text"],
+    ),
+}  # fmt: skip
+
+GENERATING: dict[str, tuple[Row, list[str]]] = {
+    "model that is nowhere": (
+        lambda w: w.generate("./nowhere"),
+        ["./nowhere", "is not a folder", "hub id"],
+    ),
+    "top-p of zero": (
+        lambda w: w.generate(NANO, "--top-p", "0"),
+        ["--top-p", "0.0 is out of range", "above 0 and up to 1"],
+    ),
+    "top-p above one": (lambda w: w.generate(NANO, "--top-p", "1.5"), ["--top-p", "1.5"]),
+    "top-p is not a number": (lambda w: w.generate(NANO, "--top-p", "nan"), ["--top-p", "nan"]),
+    "negative temperature": (
+        lambda w: w.generate(NANO, "--temperature", "-1"),
+        ["--temperature", "-1.0 is out of range", "0 (greedy) or more"],
+    ),
+    "no new tokens": (
+        lambda w: w.generate(NANO, "--max-new-tokens", "0"),
+        ["--max-new-tokens", "0 is out of range", "1 or more"],
+    ),
+    "seed beyond 64 bits": (
+        lambda w: w.generate(NANO, "--temperature", "1", "--seed", str(10**30)),
+        ["--seed", str(10**30)],
+    ),
+    "empty prompt": (
+        lambda w: w.generate(NANO, "--raw", prompt=""),
+        ["prompt", "has no tokens", "Give some text"],
+    ),
+    "prompt longer than the context": (
+        lambda w: w.generate(w.bundle(), "--raw", prompt="eggs " * 1100),
+        ["prompt", "the context holds 1024", "larger max_context"],
+    ),
+    "prompt that is no text": (
+        lambda w: w.generate(NANO, "--raw", prompt="Ada \udcff"),
+        ["prompt", "UTF-8"],
+    ),
+    "no tokenizer": (
+        lambda w: w.generate(w.make()),
+        ["tokenizer.json", "no such file", "Text needs the model's tokenizer.json"],
+    ),
+    "broken tokenizer": (
+        lambda w: w.generate(w.nano_with("tokenizer.json", "{}")),
+        ["tokenizer.json", "is not a tokenizer", "Get the file again"],
+    ),
+    "tokenizer of another model": (
+        lambda w: w.generate(_tokenizer_of_another_model(w)),
+        ["vocabulary of 96"],
+    ),
+    "broken chat template": (
+        lambda w: w.generate(w.nano_with("chat_template.jinja", "{% for %}")),
+        ["chat template", "cannot be rendered", "--raw"],
+    ),
+    "system message without a template": (
+        lambda w: w.generate(w.nano_with("tokenizer_config.json", "{}"), "--system", "Be brief"),
+        ["has no chat template", "--raw"],
+    ),
+    "target of a checkpoint": (
+        lambda w: w.generate(NANO, "--target", "executorch"),
+        ["--target", "is not a bundle", "Leave the option out"],
+    ),
+    "target that a bundle does not hold": (
+        lambda w: w.generate(w.bundle(), "--target", "coreml"),
+        ["--target coreml", "is not in", "It holds: executorch"],
+    ),
+    "unfinished bundle to generate": (
+        lambda w: w.generate(w.unfinished()),
+        ["did not finish", "Run the same mobilellm export again"],
+    ),
+    "flipped program": (
+        lambda w: w.generate(_flipped(w.part("executorch") / "model.pte")),
+        ["model.pte", "sha256", "damaged", "lower it again"],
+    ),
+    "truncated program": (
+        lambda w: w.generate(_truncated(w.part("executorch") / "model.pte") / "model.pte"),
+        ["model.pte", "sha256", "damaged", "lower it again"],
+    ),
+    "program without its folder": (
+        lambda w: w.generate(shutil.copy(w.finished.path / "executorch/model.pte", w.root)),
+        ["artifact.json", "no such file", "whole folder"],
+    ),
+    "artifact's manifest without hashes": (
+        lambda w: w.generate(
+            w.edit(w.part("executorch") / "artifact.json", lambda m: m.pop("files"))
+        ),
+        ["artifact.json", "manifest", "ower the model again"],
+    ),
+    "flipped waist to generate": (
+        lambda w: w.generate(_flipped(w.part("quantized") / "quantized.safetensors")),
+        ["quantized.safetensors", "sha256"],
+    ),
+}
+
+ROWS = {**CONFIGS, **WEIGHTS, **RECIPES, **OUTPUTS, **LOWERING, **VERIFYING, **GENERATING}
+EVERY_ROW = pytest.mark.parametrize(("row", "said"), ROWS.values(), ids=ROWS)
+
+
+@EVERY_ROW
+def test_bad_input_exits_with_2_and_says_what_why_and_what_to_do(
+    row: Row, said: list[str], world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run(capsys, *row(world))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert [part for part in said if part not in outcome.err] == [], outcome.err
+
+
+@EVERY_ROW
+def test_bad_input_leaves_every_file_as_it_was(
+    row: Row, said: list[str], world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = row(world)
+    before = contents(world.root)
+    run(capsys, *arguments)
+    assert contents(world.root) == before
+
+
+@EVERY_ROW
+def test_with_json_bad_input_gives_one_object_with_the_error(
+    row: Row, said: list[str], world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run(capsys, *row(world), "--json")
+    assert outcome.code == 2
+    assert list(outcome.json) == ["error"]
+    assert [part for part in said if part not in outcome.json["error"]] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "COMMAND"),
+        (["exprot"], "invalid choice: 'exprot'"),
+        (["inspect"], "CHECKPOINT"),
+        (["inspect", "a", "--fast"], "--fast"),
+        (["quantize", RECIPE, "--checkpoint", "a"], "-o/--output"),
+        (["quantize", RECIPE, "--checkpoint", "a", "-o", "b", "--dtype", "int8"], "'int8'"),
+        (["export", RECIPE, "-o", "out"], "--checkpoint"),
+        (["lower", "a", "-o", "out"], "--target"),
+        (["verify"], "BUNDLE"),
+        (["generate", "a"], "--prompt"),
+        (["generate", "a", "--prompt", "b", "--max-new-tokens", "many"], "'many'"),
+        (["generate", "a", "--prompt", "b", "--temperature", "hot"], "'hot'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_exits_with_2_and_shows_the_usage(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run(capsys, *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "usage: mobilellm" in outcome.err
+    assert said in outcome.err
+
+
+def test_a_replacement_killed_while_it_cleared_the_old_result_is_continued(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The seal goes first, then the folders in any order: here `quantized` went before the rest."""
+    bundle = world.unfinished()
+    shutil.rmtree(bundle / "quantized")
+    outcome = run(
+        capsys,
+        "export",
+        "mobilellm-r1-nano-int8",
+        "--checkpoint",
+        NANO,
+        "-o",
+        bundle,
+        "--overwrite",
+    )
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_damaged_bundle_is_made_whole_by_the_same_export(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = world.bundle()
+    world.write(bundle / "bundle.json", "{")
+    outcome = run(capsys, "export", RECIPE, "--checkpoint", NANO, "-o", bundle)
+    assert outcome.code == 0, outcome.err
+    assert contents(bundle) == contents(world.finished.path)
+
+
+def test_a_dequantized_folder_is_written_again_with_overwrite(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The refusal names --overwrite as the remedy, so it must be one."""
+    command = ["quantize", RECIPE, "--checkpoint", NANO, "-o", "out", "--dequantize", "float"]
+    assert run(capsys, *command).code == 0
+    outcome = run(capsys, *command, "--overwrite")
+    assert outcome.code == 0, outcome.err

@@ -1,0 +1,315 @@
+"""The ExecuTorch backend: what is in the .pte, and that it computes what the reference does."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
+from executorch.exir._serialize import _program as pte
+from executorch.extension.pybindings import portable_lib
+
+from exporter import pipeline
+from exporter.artifact import FinishedArtifact
+from exporter.backends import executorch
+from exporter.backends.executorch_graph import decode_filter, filter_bytes, scale_bytes
+from exporter.backends.executorch_layers import exchange_columns
+from exporter.backends.reference import round_rows_to_int8, score
+from exporter.bundle import Bundle
+from exporter.checkpoint import open_checkpoint
+from exporter.evaluation.agreement import compare_logits
+from exporter.pipeline import no_progress
+from exporter.quantization.integers import QuantizedTensor, parse_scheme, quantize
+from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
+from exporter.recipe import parse_recipe
+from exporter.verification import check_integers, run_teacher_forced
+
+CONTEXT = 64
+#: Widths that groups of 64 divide.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama4_text": {**LLAMA4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "llama": {**LLAMA, "intermediate_size": 128},
+}
+#: One k/v head for all, one for each, and layers that differ in width from the hidden size.
+SHAPES = {
+    "one k/v head": {"num_key_value_heads": 1},
+    "a k/v head each": {"num_key_value_heads": 4},
+    "three heads": {"num_attention_heads": 3, "num_key_value_heads": 1},
+    "one layer": {"num_hidden_layers": 1, "no_rope_layers": [1]},
+    "no q/k norm": {"use_qk_norm": False},
+}
+
+Lower = Callable[..., tuple[QuantizedCheckpoint, FinishedArtifact]]
+
+
+def tokens(count: int, seed: int = 1) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(96, (count,), generator=generator).tolist()
+
+
+@pytest.fixture
+def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
+    """A small model whose logits spread widely, quantized and lowered."""
+
+    def run(
+        model: str = "llama4_text",
+        linear: str = "int4-g32",
+        embedding: str = "int4-g32",
+        attention: str = "custom_sdpa",
+        overrides: dict[str, str] | None = None,
+        **changes: Any,
+    ) -> tuple[QuantizedCheckpoint, FinishedArtifact]:
+        config = {**MODELS[model], **changes}
+        weights = {
+            name: (tensor.float() * 3).to(torch.bfloat16) if tensor.ndim == 2 else tensor
+            for name, tensor in random_weights(config, torch.bfloat16).items()
+        }
+        folder = make_checkpoint(base=config, weights=weights)
+        schemes = {"linear": linear, "embedding": embedding, "overrides": overrides or {}}
+        target = {"target": "executorch", "max_context": CONTEXT, "attention": attention}
+        raw = {"name": "test", "quantization": schemes, "targets": [target]}
+        recipe = parse_recipe(raw, "test")
+        checkpoint = open_checkpoint(folder)
+        waist = pipeline.quantize(recipe, checkpoint, tmp_path / "waist", no_progress)
+        lowered = pipeline.lower(waist, recipe.targets[0], tmp_path / "artifact", no_progress)
+        return waist, lowered
+
+    return run
+
+
+def logits_kl(waist: QuantizedCheckpoint, lowered: FinishedArtifact) -> float:
+    """Mean KL in nats over prefills of 1 and 5 tokens and 20 decode steps."""
+    text = tokens(25)
+    found = run_teacher_forced(executorch.load(lowered.artifact), text, (1, 5))
+    expected = score(waist, text, [0, 4, *range(5, 25)], round_rows_to_int8)
+    assert expected.std() > 1
+    return compare_logits(expected, found).kl
+
+
+def program_of(lowered: FinishedArtifact) -> Any:
+    data = (lowered.artifact.path / "model.pte").read_bytes()
+    header = pte._get_extended_header(data[:64])
+    assert header is not None
+    return pte._flatbuffer_to_program(data[: header.program_size])
+
+
+def operators(lowered: FinishedArtifact) -> set[str]:
+    plan = next(p for p in program_of(lowered).execution_plan if p.name == "forward")
+    return {operator.name for operator in plan.operators}
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+@pytest.mark.parametrize(
+    ("model", "tied", "linear", "embedding"),
+    [
+        ("llama4_text", True, "int4-g32", "int4-g32"),
+        ("llama4_text", True, "int4-g64", "int4-g64"),
+        ("llama4_text", True, "int4-g32", "int8"),
+        ("llama4_text", True, "int8", "int8"),
+        ("llama4_text", True, "int4", "int4"),
+        ("llama4_text", True, "int4-g32", "float"),
+        ("llama4_text", False, "int4-g32", "int4-g64"),
+        ("llama4_text", False, "int8", "int8-g32"),
+        ("llama", True, "int4-g32", "int4-g32"),
+        ("llama", True, "int4", "int8"),
+        ("llama", False, "int4-g64", "int4-g32"),
+        ("llama", False, "int8", "int8"),
+        ("llama", False, "int4-g32", "float"),
+    ],
+)
+def test_logits_and_integers_are_those_of_the_waist(
+    model: str, tied: bool, linear: str, embedding: str, attention: str, lower: Lower
+) -> None:
+    waist, lowered = lower(model, linear, embedding, attention, tie_word_embeddings=tied)
+    assert logits_kl(waist, lowered) < 2e-3
+    checks = check_integers(waist, lowered, lambda name: None)
+    assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_logits_are_those_of_the_waist_for_every_shape(
+    changes: dict[str, Any], attention: str, lower: Lower
+) -> None:
+    waist, lowered = lower(attention=attention, **changes)
+    assert logits_kl(waist, lowered) < 2e-3
+
+
+def test_schemes_may_differ_from_layer_to_layer(lower: Lower) -> None:
+    overrides = {"*.0.self_attn.*": "int8", "*.down_proj.weight": "float", "*.1.*.v_*": "int4"}
+    waist, lowered = lower(overrides=overrides)
+    assert {str(scheme) for scheme in waist.schemes.values()} == {
+        "int4-g32", "int8", "float", "int4",
+    }  # fmt: skip
+    assert logits_kl(waist, lowered) < 2e-3
+
+
+def test_both_attention_forms_give_the_same_logits(
+    lower: Lower, tmp_path: Path, finished_bundle: Bundle
+) -> None:
+    waist = finished_bundle.waist
+    (target,) = (finished_bundle.artifacts["executorch"].artifact.target,)
+    portable = type(target)(max_context=target.max_context, attention="portable")
+    other = pipeline.lower(waist, portable, tmp_path / "portable", no_progress)
+    text = tokens(40)
+    runs = [
+        run_teacher_forced(executorch.load(artifact), text, (1, 17))
+        for artifact in (finished_bundle.artifacts["executorch"].artifact, other.artifact)
+    ]
+    assert compare_logits(*runs).kl < 1e-3
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+def test_a_second_prefill_forgets_the_first_text(attention: str, lower: Lower) -> None:
+    _, lowered = lower(attention=attention)
+    runner, fresh = executorch.load(lowered.artifact), executorch.load(lowered.artifact)
+    runner.prefill(tokens(50, seed=2))
+    runner.decode(7)
+    again = [runner.prefill(tokens(9)), *(runner.decode(t) for t in tokens(5, seed=3))]
+    alone = [fresh.prefill(tokens(9)), *(fresh.decode(t) for t in tokens(5, seed=3))]
+    assert torch.equal(torch.stack(again), torch.stack(alone))
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+def test_the_context_can_be_filled_to_the_last_position(attention: str, lower: Lower) -> None:
+    waist, lowered = lower(attention=attention)
+    text = tokens(CONTEXT)
+    runner = executorch.load(lowered.artifact)
+    assert runner.context == CONTEXT
+    found = run_teacher_forced(runner, text, (CONTEXT - 1,))
+    whole = executorch.load(lowered.artifact).prefill(text)
+    expected = score(waist, text, [CONTEXT - 2, CONTEXT - 1], round_rows_to_int8)
+    assert compare_logits(expected, found).kl < 2e-3
+    assert compare_logits(expected[1:], whole[None]).kl < 2e-3
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+def test_one_position_too_many_raises_and_the_runner_stays_usable(
+    attention: str, lower: Lower
+) -> None:
+    _, lowered = lower(attention=attention)
+    runner = executorch.load(lowered.artifact)
+    full = runner.prefill(tokens(CONTEXT))
+    with pytest.raises(RuntimeError):
+        runner.decode(1)
+    with pytest.raises(RuntimeError):
+        runner.prefill(tokens(CONTEXT + 1))
+    assert torch.equal(runner.prefill(tokens(CONTEXT)), full)
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+def test_the_official_runners_can_ask_the_program_for_its_facts(
+    attention: str, lower: Lower
+) -> None:
+    _, lowered = lower(attention=attention)
+    module = portable_lib._load_for_executorch(str(lowered.artifact.path / "model.pte"))
+    facts = {
+        name: module.run_method(name, ())
+        for name in module.method_names()
+        if name != "forward"
+    }  # fmt: skip
+    assert facts == {
+        "get_max_seq_len": [CONTEXT],
+        "get_max_context_len": [CONTEXT],
+        "get_vocab_size": [96],
+        "get_bos_id": [0],
+        "get_eos_ids": [1, 2],
+        "use_kv_cache": [True],
+        "use_sdpa_with_kv_cache": [attention == "custom_sdpa"],
+        "enable_dynamic_shape": [True],
+    }
+
+
+def test_a_model_without_special_tokens_has_no_methods_for_them(lower: Lower) -> None:
+    _, lowered = lower(bos_token_id=None, eos_token_id=None)
+    names = {plan.name for plan in program_of(lowered).execution_plan}
+    assert {"get_bos_id", "get_eos_ids"} & names == set()
+
+
+@pytest.mark.parametrize("embedding", ["int4-g32", "int8", "float"])
+def test_the_portable_form_needs_core_operators_only(embedding: str, lower: Lower) -> None:
+    """`llama::` operators are not in the libraries that run without torch."""
+    _, lowered = lower(attention="portable", embedding=embedding)
+    known = r"(aten|quantized_decomposed|executorch_prim|dim_order_ops)::"
+    assert [name for name in operators(lowered) if not re.match(known, name)] == []
+
+
+def test_the_custom_form_uses_the_operators_of_the_official_builds(lower: Lower) -> None:
+    _, lowered = lower(attention="custom_sdpa")
+    llama = {name for name in operators(lowered) if name.startswith("llama::")}
+    assert llama == {"llama::update_cache", "llama::custom_sdpa"}
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+def test_between_two_attentions_there_is_one_delegate_call(attention: str, lower: Lower) -> None:
+    _, lowered = lower(attention=attention)
+    plan = next(p for p in program_of(lowered).execution_plan if p.name == "forward")
+    calls = [
+        i for i in plan.chains[0].instructions if type(i.instr_args).__name__ == "DelegateCall"
+    ]
+    assert len(calls) == MODELS["llama4_text"]["num_hidden_layers"] + 1
+    assert {delegate.id for delegate in plan.delegates} == {"XnnpackBackend"}
+
+
+@pytest.mark.parametrize("embedding", ["int4-g32", "int4-g64", "int8"])
+def test_the_tied_embedding_is_in_the_file_once(embedding: str, lower: Lower) -> None:
+    waist, lowered = lower(embedding=embedding)
+    stored = waist.read(EMBEDDING)
+    assert isinstance(stored, QuantizedTensor)
+    codes = stored.codes if embedding == "int8" else exchange_columns(stored.codes)
+    wanted = filter_bytes(QuantizedTensor(codes, stored.scales, stored.scheme))
+    data = (lowered.artifact.path / "model.pte").read_bytes()
+    first_row = wanted[: len(wanted) // 96]
+    assert data.count(wanted) == data.count(first_row) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_linear_weight_lies_in_an_xnnpack_delegate(
+    model: str, tied: bool, lower: Lower
+) -> None:
+    waist, lowered = lower(model, tie_word_embeddings=tied)
+    filters = {
+        n for n, place, _ in executorch.weights(lowered.artifact, waist) if place == "filter"
+    }
+    linears = {name for name, shape in waist.config.parameter_shapes().items() if len(shape) == 2}
+    assert filters == linears - (set() if tied else {EMBEDDING})
+    payloads = delegate_payloads(lowered)
+    assert len(payloads) == 3
+    assert [name for name in filters if not any(name.encode() in p for p in payloads)] == []
+
+
+def delegate_payloads(lowered: FinishedArtifact) -> list[bytes]:
+    """The XNNPACK graphs, which name the weights that they use."""
+    program = program_of(lowered)
+    plan = next(p for p in program.execution_plan if p.name == "forward")
+    data = (lowered.artifact.path / "model.pte").read_bytes()
+    header = pte._get_extended_header(data[:64])
+    assert header is not None
+    payloads = []
+    for delegate in plan.delegates:
+        if delegate.processed.location.name == "INLINE":
+            payloads.append(bytes(program.backend_delegate_data[delegate.processed.index].data))
+        else:
+            place = program.segments[delegate.processed.index]
+            start = header.segment_base_offset + place.offset
+            payloads.append(data[start : start + place.size])
+    return payloads
+
+
+def test_no_weight_is_left_as_a_float_matrix(lower: Lower) -> None:
+    """A dequantized copy anywhere would be larger than the whole file is."""
+    waist, lowered = lower(vocab_size=4096)
+    size = (lowered.artifact.path / "model.pte").stat().st_size
+    assert size < 4 * 4096 * waist.config.hidden_size
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int4-g32", "int4-g64", "int8"])
+def test_a_filter_read_back_is_the_one_written(scheme: str) -> None:
+    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
+    stored = quantize(weight, parse_scheme(scheme, "test"), "mse")
+    found = decode_filter(filter_bytes(stored), scale_bytes(stored), (6, 128), stored)
+    assert torch.equal(found.codes, stored.codes)
+    assert torch.equal(found.scales, stored.scales)
