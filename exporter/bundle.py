@@ -16,7 +16,15 @@ from typing import Any
 from exporter.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.artifact import FinishedArtifact, open_artifact
 from exporter.errors import InputError
-from exporter.files import Output, differing_files, read_json, replacing, sha256, write_json
+from exporter.files import (
+    Output,
+    differing_files,
+    made_from,
+    read_json,
+    replacing,
+    sha256,
+    write_json,
+)
 from exporter.quantization.waist import MANIFEST as WAIST_MANIFEST
 from exporter.quantization.waist import QuantizedCheckpoint, open_waist
 from exporter.recipe import TARGETS, Recipe
@@ -68,6 +76,18 @@ def write_seal(
 
 def is_bundle(folder: Path) -> bool:
     return (folder / SEAL).is_file()
+
+
+def is_bundle_of(
+    folder: Path, manifest: Mapping[str, Any], waist_identity: Mapping[str, Any]
+) -> bool:
+    """Whether the folder was made from the same, as ``bundle.json`` says; where that is damaged,
+    as the waist says."""
+    try:
+        content = read_json(folder / MANIFEST)
+    except InputError:
+        return made_from(folder / WAIST / WAIST_MANIFEST, waist_identity)
+    return content == manifest
 
 
 def file_problems(folder: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,7 +117,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
 
     def positive(key: str, default: object = None) -> Any:
         value = raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if not _is_number(value) or value <= 0:
             raise refuse(key, value, "a number greater than zero here")
         return value
 
@@ -152,9 +152,11 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     for key in ("quantization_config", "sliding_window"):
         if raw.get(key) is not None:
             raise refuse(key, raw[key], "float checkpoints with full attention (key absent)")
-    theta = _rope_theta(raw, refuse)
+    # A key that is left out means what it means in transformers.
+    llama4 = model_type == "llama4_text"
+    theta = _rope_theta(raw, 500000.0 if llama4 else 10000.0, refuse)
     use_qk_norm = False
-    if model_type == "llama4_text":
+    if llama4:
         _refuse_unsupported_llama4(raw, layers, context, refuse)
         use_qk_norm = bool(raw.get("use_qk_norm", True))
     return ModelConfig(
@@ -169,28 +171,35 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=context,
-        rms_norm_eps=float(positive("rms_norm_eps", 1e-5)),
+        rms_norm_eps=float(positive("rms_norm_eps", 1e-5 if llama4 else 1e-6)),
         rope_theta=theta,
         use_qk_norm=use_qk_norm,
         tie_word_embeddings=tied,
     )
 
 
-def _rope_theta(raw: Mapping[str, Any], refuse: Any) -> float:
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """A finite number; true and false are none, though Python counts with them."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rope_theta(raw: Mapping[str, Any], default: float, refuse: Any) -> float:
     """RoPE base in either spelling: transformers 5 moves it into ``rope_parameters``."""
     if raw.get("rope_scaling") is not None:
         kind = raw["rope_scaling"]
         if not isinstance(kind, dict) or kind.get("rope_type", kind.get("type")) != "default":
             raise refuse("rope_scaling", kind, "null")
     parameters = raw.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise refuse("rope_parameters", parameters, "an object with rope_theta")
     if parameters.get("rope_type", "default") != "default":
         raise refuse("rope_parameters.rope_type", parameters["rope_type"], "'default'")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise refuse(
             "rope_parameters.partial_rotary_factor", parameters["partial_rotary_factor"], "1.0"
         )
-    theta = raw.get("rope_theta", parameters.get("rope_theta", 10000.0))
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 1:
+    theta = raw.get("rope_theta", parameters.get("rope_theta", default))
+    if not _is_number(theta) or theta <= 1:
         raise refuse("rope_theta", theta, "a number greater than one")
     return float(theta)
 
@@ -207,10 +216,11 @@ def _refuse_unsupported_llama4(
     uses_rope = raw.get("no_rope_layers")
     # Despite the key's name, 1 means that the layer uses RoPE; without the list transformers
     # leaves RoPE out of every fourth layer.
-    if not uses_rope or len(uses_rope) < layers or any(flag != 1 for flag in uses_rope[:layers]):
+    listed = uses_rope[:layers] if isinstance(uses_rope, list) else []
+    if len(listed) < layers or any(flag != 1 for flag in listed):
         raise refuse("no_rope_layers", uses_rope, f"RoPE in every layer ({layers} times 1)")
-    chunk = raw.get("attention_chunk_size")
-    if chunk is not None and chunk < context:
+    chunk = raw.get("attention_chunk_size", 8192)
+    if chunk is not None and not (_is_number(chunk) and chunk >= context):
         raise refuse(
             "attention_chunk_size", chunk, f"chunks of at least max_position_embeddings ({context})"
         )
@@ -218,24 +228,22 @@ def _refuse_unsupported_llama4(
 
 def special_tokens(folder: Path, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
     """The begin-of-text id, and the ids that end a text; generation_config.json goes first."""
-    merged = read_json(folder / "config.json")
-    if (folder / "generation_config.json").is_file():
-        merged |= {
-            key: value
-            for key, value in read_json(folder / "generation_config.json").items()
-            if value is not None
-        }
-    ids = {
-        key: _token_ids(key, merged.get(key), folder / "config.json", vocab_size)
-        for key in ("bos_token_id", "eos_token_id")
-    }
+    ids: dict[str, tuple[int, ...]] = {"bos_token_id": (), "eos_token_id": ()}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            raw = read_json(folder / name)
+            ids |= {
+                key: _token_ids(key, raw[key], folder / name, vocab_size)
+                for key in ids
+                if raw.get(key) is not None
+            }
     return next(iter(ids["bos_token_id"]), None), ids["eos_token_id"]
 
 
 def _token_ids(key: str, value: object, path: Path, vocab_size: int) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise InputError(
                 f"{path}: {key}",
                 f"{token!r} is not a token of a vocabulary of {vocab_size}",
@@ -251,9 +259,9 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index_path}: weight_map", "is missing or empty")
-        for shard in sorted(set(weight_map.values())):
-            names = [name for name, file in weight_map.items() if file == shard]
-            yield from _read_header(_inside(folder, shard, index_path), names)
+        shards = {name: _inside(folder, file, index_path) for name, file in weight_map.items()}
+        for shard in sorted(set(shards.values())):
+            yield from _read_header(shard, [name for name in shards if shards[name] == shard])
     elif single.is_file():
         yield from _read_header(single, None)
     else:

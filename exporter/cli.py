@@ -58,12 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print(json.dumps({"error": str(error)}))
         _err.print(f"[bold red]error:[/] {escape(str(error))}")
         code = BAD_INPUT
+    except OSError as error:  # a full disk, a folder that went away
+        if isinstance(error, BrokenPipeError):  # the reader went away, as `| head` does
+            sys.stderr.close()
+            sys.exit(FINE)
+        if args.json:
+            print(json.dumps({"error": str(error)}))
+        _err.print(f"[bold red]error:[/] {escape(str(error))}")
+        code = BAD_INPUT
     except KeyboardInterrupt:
         _err.print("interrupted; run the same command again to go on where it stopped")
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        sys.stderr.close()
-        code = FINE
     sys.exit(code)
 
 
@@ -127,10 +132,12 @@ def quantize(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     checkpoint = open_checkpoint(args.checkpoint)
     with _progress() as progress, _Clock() as clock:
-        waist = pipeline.quantize(recipe, checkpoint, args.output, progress, args.overwrite)
+        dequantized = None
         if args.dequantize:
-            dtype = getattr(torch, args.dtype)
-            pipeline.dequantize(waist, dtype, args.dequantize, progress)
+            dequantized = pipeline.Dequantized(args.dequantize, getattr(torch, args.dtype))
+        waist = pipeline.quantize(
+            recipe, checkpoint, args.output, progress, args.overwrite, dequantized
+        )
     size = _folder_bytes(waist.path)
     if args.json:
         return _print_json(

@@ -99,9 +99,10 @@ def differing_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
 
 def made_from(manifest: Path, identity: Mapping[str, Any]) -> bool:
     """Whether the manifest is there, complete, and of this identity."""
-    if not manifest.is_file():
+    try:
+        content = read_json(manifest)
+    except InputError:  # missing or damaged
         return False
-    content = read_json(manifest)
     files = content.pop("files", None)
     return isinstance(files, dict) and content == identity
 
@@ -135,9 +136,26 @@ def claim_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
     A folder with anything foreign in it is refused, and so is a finished run of other inputs,
     unless `overwrite` clears it. What a killed run left is continued. Raises InputError.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(out, "is a file", "Give a folder for the output")
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    check_folder(out, output, same_inputs, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        _lock(descriptor, out)
+        check_folder(out, output, same_inputs, overwrite)  # another run may just have ended
+        if (out / output.finished).exists() and not same_inputs:
+            _clear(out, output)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) -> None:
+    """Raise the InputError that `claim_folder` would raise, without touching anything."""
+    whole = (out, *out.absolute().parents)
+    nearest = next(path for path in whole if path.exists() or path.is_symlink())
+    if not nearest.is_dir():
+        where = "is" if nearest == out else f"lies below {nearest}, which is"
+        raise InputError(out, f"{where} not a folder", "Give a folder for the output")
     if not os.access(nearest, os.W_OK):
         raise InputError(
             out, f"cannot be written ({nearest} is read-only)", "Choose another folder"
@@ -151,27 +169,25 @@ def claim_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
             f"holds files of something else ({(foreign or sorted(held))[0]})",
             "Give a new or an empty folder; nothing in this one was changed",
         )
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        _lock(descriptor, out)
-        if output.finished in held and not same_inputs:
-            if not overwrite:
-                raise InputError(
-                    out,
-                    "holds the finished result of other inputs",
-                    "Give another folder, or replace it with --overwrite",
-                )
-            # The seal goes first: whatever is left by a kill from here on is unfinished.
-            (out / output.finished).unlink()
-            for path in out.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-        yield
-    finally:
-        os.close(descriptor)
+    if output.finished in held and not same_inputs and not overwrite:
+        raise InputError(
+            out,
+            "holds the finished result of other inputs",
+            "Give another folder, or replace it with --overwrite",
+        )
+
+
+def _clear(out: Path, output: Output) -> None:
+    """Remove a finished run. What makes it finished goes first and what marks it as ours last,
+    so that a kill leaves an unfinished run."""
+    (out / output.finished).unlink()
+    names = sorted(path.name for path in out.iterdir() if path.name != output.first)
+    for name in (*names, output.first):
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _lock(descriptor: int, out: Path) -> None:

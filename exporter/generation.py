@@ -28,6 +28,7 @@ class Sampling:
             "--max-new-tokens": (self.max_new_tokens >= 1, "1 or more"),
             "--temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             "--top-p": (0 < self.top_p <= 1, "a share above 0 and up to 1"),
+            "--seed": (-(2**63) <= self.seed < 2**64, "a whole number of 64 bits"),
         }
         for flag, (right, wanted) in problems.items():
             if not right:
@@ -50,6 +51,14 @@ class Generation:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InputError("prompt", "has no tokens", "Give some text")
+        foreign = max(self.prompt)
+        if foreign >= self.runner.vocab_size:
+            raise InputError(
+                "prompt",
+                f"gives token {foreign}, outside the model's vocabulary of "
+                f"{self.runner.vocab_size}",
+                "The tokenizer does not belong to this model",
+            )
         if len(self.prompt) >= self.runner.context:
             raise InputError(
                 "prompt",
@@ -84,7 +93,8 @@ def _chooser(sampling: Sampling) -> Callable[[Tensor], int]:
     generator = torch.Generator().manual_seed(sampling.seed)
 
     def sample(logits: Tensor) -> int:
-        shares, order = (logits.double() / sampling.temperature).softmax(-1).sort(descending=True)
+        below = logits.double() - logits.max()  # so that no temperature is too small
+        shares, order = (below / sampling.temperature).softmax(-1).sort(descending=True)
         # A token stays while the likelier ones do not yet make up top_p: the first always does.
         shares[shares.cumsum(-1) - shares >= sampling.top_p] = 0
         return int(order[torch.multinomial(shares, 1, generator=generator)])

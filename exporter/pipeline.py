@@ -1,7 +1,7 @@
 """The whole story, straight down: checkpoint → waist → artifacts → proof → bundle."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,15 @@ from exporter.bundle import (
     bundle_identity,
     file_problems,
     is_bundle,
+    is_bundle_of,
     open_bundle,
     sealed_files,
     write_seal,
 )
-from exporter.bundle import MANIFEST as BUNDLE_MANIFEST
 from exporter.bundle import WAIST as BUNDLE_WAIST
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.errors import InputError
-from exporter.files import claim_folder, differing_files, made_from, read_json
+from exporter.files import check_folder, claim_folder, differing_files, made_from
 from exporter.quantization.waist import (
     DEQUANTIZED_OUTPUT,
     WAIST_OUTPUT,
@@ -42,6 +42,7 @@ from exporter.quantization.waist import (
     QuantizedCheckpoint,
     open_waist,
     plan_schemes,
+    require_whole,
     waist_identity,
     write_dequantized,
     write_waist,
@@ -51,6 +52,7 @@ from exporter.recipe import TARGETS, Recipe, Target
 from exporter.sizes import Prediction, predict
 from exporter.verification import (
     Check,
+    Text,
     check_integers,
     check_logits,
     check_waist,
@@ -102,25 +104,39 @@ def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
     return replace(recipe, targets=chosen) if names else recipe
 
 
+@dataclass(frozen=True)
+class Dequantized:
+    """Where to write an ordinary model folder with the quantized values, and how exactly."""
+
+    path: Path
+    dtype: torch.dtype
+
+
 def quantize(
-    recipe: Recipe, checkpoint: Checkpoint, out: Path, progress: Progress, overwrite: bool = False
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    out: Path,
+    progress: Progress,
+    overwrite: bool = False,
+    dequantized: Dequantized | None = None,
 ) -> QuantizedCheckpoint:
-    """Checkpoint → waist."""
+    """Checkpoint → waist, and on request → an ordinary Hugging Face folder of its values."""
     decided = plan(recipe, checkpoint)
     identity = waist_identity(checkpoint, decided)
     same = made_from(out / WAIST_MANIFEST, identity)
+    if dequantized:
+        if dequantized.path.resolve() == checkpoint.path.resolve():
+            raise InputError(dequantized.path, "is the checkpoint itself", "Give another folder")
+        check_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite)
     checkpoint.check_weights()
     with claim_folder(out, WAIST_OUTPUT, same, overwrite):
         counter = _Counter(progress, "quantize", len(decided.schemes))
-        return write_waist(checkpoint, decided, identity, out, counter)
-
-
-def dequantize(
-    waist: QuantizedCheckpoint, dtype: torch.dtype, out: Path, progress: Progress
-) -> None:
-    """Waist → an ordinary Hugging Face folder with the quantized values."""
-    with claim_folder(out, DEQUANTIZED_OUTPUT, same_inputs=False, overwrite=False):
-        write_dequantized(waist, dtype, out, _Counter(progress, "dequantize", len(waist.schemes)))
+        waist = write_waist(checkpoint, decided, identity, out, counter)
+    if dequantized:
+        with claim_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite):
+            counter = _Counter(progress, "dequantize", len(waist.schemes))
+            write_dequantized(waist, dequantized.dtype, dequantized.path, counter)
+    return waist
 
 
 def lower(
@@ -132,6 +148,7 @@ def lower(
 ) -> FinishedArtifact:
     """Waist → one artifact."""
     backend(target.target).check(waist.config, waist.schemes, target)
+    require_whole(waist)
     identity = artifact_identity(waist, target)
     same = made_from(out / ARTIFACT_MANIFEST, identity)
     with claim_folder(out, artifact_output(target), same, overwrite):
@@ -173,13 +190,17 @@ def export(
     """Checkpoint → a verified bundle. A stage that is finished is not run again."""
     decided = plan(recipe, checkpoint)
     check_targets(recipe, checkpoint, decided)
+    texts: dict[str, Text] = {
+        target.target: verification_text(checkpoint, target.max_context, text)
+        for target in recipe.targets
+    }
     checkpoint.check_weights()
     identity = waist_identity(checkpoint, decided)
     packages: dict[str, dict[str, str]] = {
         target.target: artifact_versions(target) for target in recipe.targets
     }
     manifest = bundle_identity(recipe, identity, packages)
-    same = (out / BUNDLE_MANIFEST).is_file() and read_json(out / BUNDLE_MANIFEST) == manifest
+    same = is_bundle_of(out, manifest, identity)
     with claim_folder(out, BUNDLE_OUTPUT, same, overwrite):
         for other in TARGETS.keys() - packages.keys():  # of an unfinished run of another recipe
             shutil.rmtree(out / other, ignore_errors=True)
@@ -191,10 +212,11 @@ def export(
             )
             for target in recipe.targets
         }
-        checks = _verify_models(waist, artifacts, text, progress)
+        checks = _verify_models(waist, artifacts, texts, progress)
         if not all(check.passed for check in checks):
             return Export(None, waist, artifacts, checks)
-        write_seal(out, manifest, waist, artifacts)
+        if not is_bundle(out) or file_problems(out):
+            write_seal(out, manifest, waist, artifacts)
         return Export(open_bundle(out), waist, artifacts, checks)
 
 
@@ -211,8 +233,16 @@ def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Che
         if all(check.passed for check in files):
             raise
         return [*files, Check("bundle", None, error.subject, False, 1, 0, error.problem)]
-    intact = {check.subject for check in files if check.passed}
-    return files + _verify_models(bundle.waist, bundle.artifacts, text, progress, intact)
+    damaged = {check.subject for check in files if not check.passed}
+    texts = dict[str, Text]()
+    for target, finished in bundle.artifacts.items():
+        context = finished.artifact.target.max_context
+        try:
+            texts[target] = verification_text(bundle.waist, context, text)
+        except InputError:
+            if not damaged:
+                raise
+    return files + _verify_models(bundle.waist, bundle.artifacts, texts, progress, damaged)
 
 
 def _verify_files(path: Path) -> list[Check]:
@@ -236,11 +266,11 @@ def _file_checks(names: tuple[str, ...], problems: Mapping[str, str]) -> list[Ch
 def _verify_models(
     waist: QuantizedCheckpoint,
     artifacts: Mapping[str, FinishedArtifact],
-    text: Path | None,
+    texts: Mapping[str, Text],
     progress: Progress,
-    intact: set[str] | None = None,
+    damaged: Collection[str] = (),
 ) -> list[Check]:
-    """Waist, integers and logits; a file that is not `intact` never reaches a runtime."""
+    """Waist, integers and logits; a `damaged` file never reaches a runtime."""
     checks = check_waist(waist)
     for target, finished in artifacts.items():
         counter = _Counter(progress, f"verify {target}: integers", len(waist.schemes))
@@ -248,13 +278,13 @@ def _verify_models(
         stage = f"verify {target}: logits"
         progress(stage, 0, 1)
         needed = [f"{target}/{name}" for name in finished.manifest["files"]]
-        damaged = [name for name in needed if intact is not None and name not in intact]
-        if damaged:
+        broken = [name for name in needed if name in damaged]
+        if broken or target not in texts:
+            subject = (broken or sorted(damaged))[0]
             note = "not run: the file is damaged"
-            checks.append(Check("logits", target, damaged[0], False, 1, 0, note))
+            checks.append(Check("logits", target, subject, False, 1, 0, note))
             continue
-        context = finished.artifact.target.max_context
-        checks += check_logits(waist, finished, verification_text(waist, context, text))
+        checks += check_logits(waist, finished, texts[target])
         progress(stage, 1, 1)
     return checks
 
@@ -291,6 +321,8 @@ def open_speaker(source: str, target: str | None) -> Speaker:
         return _artifact_speaker(open_artifact(path))
     waist = (path / WAIST_MANIFEST).is_file()
     model = open_waist(path) if waist else open_checkpoint(source)
+    if isinstance(model, QuantizedCheckpoint):
+        require_whole(model)
     context = min(model.config.max_position_embeddings, REFERENCE_CONTEXT)
     kind = "waist in torch" if waist else "checkpoint in torch"
     return Speaker(ReferenceRunner(model, context), model.path, model.eos_token_ids, kind)

@@ -5,6 +5,7 @@
 Unknown keys are errors. A target holds facts of deployment, never bits.
 """
 
+import json
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -74,7 +75,9 @@ class Recipe:
     targets: tuple[Target, ...] = (ExecuTorchTarget(),)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data, as it comes back from JSON."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
 
 
 def recipe_folder() -> Path:
@@ -87,13 +90,13 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, given as a file or by the name of one that comes with the tool, and apply
     ``key=value`` overrides. Raises InputError."""
     path = Path(source)
-    if not path.is_file():
+    if not path.is_file() and path.name == str(source):
         path = recipe_folder() / f"{source}.yaml"
-    if (Path(source).name != path.stem and not Path(source).is_file()) or not path.is_file():
+    if not path.is_file():
         raise InputError(source, "no such recipe", "List the recipes with: mobilellm recipes")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, an impossible date
         reason = " ".join(str(error).split())
         raise InputError(path, f"is not valid YAML ({reason})", "Correct the file") from error
     if not isinstance(raw, dict):
@@ -144,7 +147,11 @@ def _override(raw: dict[str, Any], text: str) -> None:
             place = place.setdefault(part, {})
         if not isinstance(place, (dict, list)):
             raise InputError(text, f"{part!r} holds no keys", "See the recipe for its keys")
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(text, f"{value!r} is not a YAML value ({reason})", "Quote it") from error
     if isinstance(place, list):
         _list_item(place, parts[-1], text)
         place[int(parts[-1])] = parsed
@@ -153,7 +160,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def _list_item(items: list[Any], index: str, text: str) -> Any:
-    if not index.isdigit() or int(index) >= len(items):
+    if not index.isdecimal() or int(index) >= len(items):
         raise InputError(text, f"{index!r} is not one of 0..{len(items) - 1}", "Count from 0")
     return items[int(index)]
 

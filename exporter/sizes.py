@@ -44,8 +44,9 @@ def _predict_executorch(
     weights = sum(_stored_bytes(schemes[name], shape) for name, shape in shapes.items())
     table = _table_bytes(config, schemes) + 2 * target.max_context * config.head_dim * 4
     tied_codes = 0
-    if config.tie_word_embeddings and schemes[EMBEDDING] != FLOAT:
-        tied_codes = math.prod(shapes[EMBEDDING]) * (schemes[EMBEDDING].bits or 0) // 8
+    if config.tie_word_embeddings:
+        bits = schemes[EMBEDDING].bits or 32
+        tied_codes = math.prod(shapes[EMBEDDING]) * bits // 8
     untied_table = (
         0 if config.tie_word_embeddings else _stored_bytes(schemes[EMBEDDING], shapes[EMBEDDING])
     )

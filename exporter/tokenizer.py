@@ -1,11 +1,13 @@
 """Text to token ids and back, with the checkpoint's own tokenizer and chat template."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -33,6 +35,10 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text as it stands, nothing added."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError("prompt", f"is not Unicode ({error.reason})", "Give UTF-8") from error
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -53,13 +59,12 @@ class TextTokenizer:
             raise InputError(self.path, "has no chat template", "Use --raw to give plain text")
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_template_error
+        variables = {"tools": None, "documents": None, **self.special_tokens}
         try:
-            return environment.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=True, **self.special_tokens
+            return _ENVIRONMENT.from_string(self.chat_template).render(
+                messages=messages, add_generation_prompt=True, **variables
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it can fail in any way
             raise InputError(
                 f"{self.path}: chat template",
                 f"cannot be rendered ({error})",
@@ -86,11 +91,9 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     config = read_json(config_path) if config_path.is_file() else {}
     template_path = folder / "chat_template.jinja"
     if template_path.is_file():
-        template: Any = template_path.read_text(encoding="utf-8")
+        template: str | None = template_path.read_text(encoding="utf-8")
     else:
-        template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        template = _default_template(config.get("chat_template"), config_path)
     tokens = {key: _token_text(value) for key, value in config.items() if key.endswith("_token")}
     special = {key: text for key, text in tokens.items() if text is not None}
     return TextTokenizer(folder, tokenizer, template, special)
@@ -103,5 +106,44 @@ def _token_text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def _default_template(value: object, path: Path) -> str | None:
+    """A template is text, or one of several that are named."""
+    if value is None or isinstance(value, str):
+        return value
+    templates = dict[str, str]()
+    for entry in value if isinstance(value, list) else [value]:
+        if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
+            raise InputError(f"{path}: chat_template", f"{value!r} is no template", "Give text")
+        templates[str(entry["name"])] = str(entry["template"])
+    return templates.get("default")
+
+
+class _GenerationBlock(Extension):
+    """``{% generation %}`` marks an answer for training; here it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What transformers gives to a chat template."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
+    )
+    environment.globals["raise_exception"] = _raise_template_error
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+_ENVIRONMENT = _environment()

@@ -15,6 +15,7 @@ from torch import Tensor
 from exporter.artifact import FinishedArtifact
 from exporter.backends import Runner, backend
 from exporter.backends.reference import score
+from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
 from exporter.evaluation.agreement import Agreement, compare_logits
 from exporter.quantization.integers import QuantizedTensor
@@ -118,24 +119,32 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int32) if x.dtype == torch.float32 else x
 
 
-def verification_text(waist: QuantizedCheckpoint, context: int, file: Path | None) -> Text:
+def verification_text(
+    model: Checkpoint | QuantizedCheckpoint, context: int, file: Path | None
+) -> Text:
     """The first tokens of `file`, or of the sample; seeded random ones without a tokenizer."""
-    wanted = min(PREFILL_LENGTHS[-1] + DECODE_STEPS, context)
-    if not (waist.path / "tokenizer.json").is_file():
+    wanted, vocab_size = min(PREFILL_LENGTHS[-1] + DECODE_STEPS, context), model.config.vocab_size
+    if not (model.path / "tokenizer.json").is_file():
         if file is not None:
             raise InputError(file, "cannot be read without the model's tokenizer.json")
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(waist.config.vocab_size, (wanted,), generator=generator)
+        ids = torch.randint(vocab_size, (wanted,), generator=generator)
         return Text(tuple(ids.tolist()), "seeded random tokens (there is no tokenizer)", False)
     path = file or SAMPLE_TEXT
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"cannot be read as text ({error})", "Give a UTF-8 file") from error
-    begin = [] if waist.bos_token_id is None else [waist.bos_token_id]
-    tokens = (begin + load_tokenizer(waist.path).encode(content))[:wanted]
-    if len(tokens) < 3:
+    begin = [] if model.bos_token_id is None else [model.bos_token_id]
+    tokens = (begin + load_tokenizer(model.path).encode(content))[:wanted]
+    if len(tokens) < min(3, wanted):
         raise InputError(path, f"gives {len(tokens)} tokens, too few to compare", "Give more text")
+    if max(tokens) >= vocab_size:
+        raise InputError(
+            model.path / "tokenizer.json",
+            f"gives token {max(tokens)}, outside the model's vocabulary of {vocab_size}",
+            "The tokenizer does not belong to this model",
+        )
     return Text(tuple(tokens), str(file or "the built-in sample text"), True)
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from exporter import files
 from exporter.errors import InputError
 from exporter.files import (
     Output,
@@ -188,9 +189,9 @@ def test_versions_are_given_for_what_is_installed_only() -> None:
 # Folders.
 
 
-def fill(folder: Path, *files: str) -> Path:
+def fill(folder: Path, *made: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in files:
+    for name in made:
         (folder / name).write_text(f"old {name}")
     return folder
 
@@ -218,12 +219,12 @@ FOREIGN: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("held", FOREIGN.values(), ids=FOREIGN)
 def test_a_folder_of_something_else_is_refused_and_left_alone(
-    files: list[str], overwrite: bool, tmp_path: Path
+    held: list[str], overwrite: bool, tmp_path: Path
 ) -> None:
-    message = claim_refused(fill(tmp_path / "out", *files), overwrite=overwrite)
-    foreign = next((name for name in files if "thesis" in name or name == ".git"), files[0])
+    message = claim_refused(fill(tmp_path / "out", *held), overwrite=overwrite)
+    foreign = next((name for name in held if "thesis" in name or name == ".git"), held[0])
     assert f"holds files of something else ({foreign})" in message
     assert "nothing in this one was changed" in message
 
@@ -237,13 +238,13 @@ UNFINISHED: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("files", UNFINISHED.values(), ids=UNFINISHED)
+@pytest.mark.parametrize("held", UNFINISHED.values(), ids=UNFINISHED)
 def test_what_a_killed_run_left_is_continued_with_its_files(
-    files: list[str], tmp_path: Path
+    held: list[str], tmp_path: Path
 ) -> None:
-    out = fill(tmp_path / "out", *files)
+    out = fill(tmp_path / "out", *held)
     with claim_folder(out, OUTPUT, same_inputs=False, overwrite=False):
-        assert names(out) == sorted(files)
+        assert names(out) == sorted(held)
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
@@ -274,17 +275,16 @@ def test_overwrite_clears_files_and_folders_but_not_what_a_link_points_to(tmp_pa
     assert names(mine) == ["kept"]
 
 
-@pytest.mark.parametrize("kind", ["a file", "a file above", "a dangling link"])
-def test_what_is_no_folder_is_refused(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file", "file/out", "file/out/below", "dangling"])
+def test_what_is_no_folder_is_refused(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    places = {
-        "a file": tmp_path / "file",
-        "a file above": tmp_path / "file" / "out",
-        "a dangling link": tmp_path / "link",
-    }
-    claim_refused(places[kind])
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError) as raised, claim_folder(tmp_path / place, OUTPUT, False, False):
+        pytest.fail("the folder was given")
+    assert str(tmp_path / Path(place).parts[0]) in str(raised.value)
+    assert raised.value.remedy
     assert (tmp_path / "file").read_text() == "mine"
+    assert names(tmp_path) == ["dangling", "file"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
@@ -347,6 +347,26 @@ def test_a_refusal_lets_go_of_the_folder(tmp_path: Path) -> None:
     claim_refused(out)
     with claim_folder(out, OUTPUT, same_inputs=True, overwrite=False):
         assert names(out) == ["first.bin", "last.json"]
+
+
+def test_a_result_that_another_run_finished_in_the_meantime_is_not_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run ends between our look at the folder and our lock on it."""
+    out = fill(tmp_path / "out", "first.bin")
+    lock = files._lock
+
+    def finish_then_lock(descriptor: int, folder: Path) -> None:
+        fill(out, "last.json")
+        lock(descriptor, folder)
+
+    monkeypatch.setattr(files, "_lock", finish_then_lock)
+    with (
+        pytest.raises(InputError, match="other inputs"),
+        claim_folder(out, OUTPUT, same_inputs=False, overwrite=False),
+    ):
+        pytest.fail("the folder was given")
+    assert names(out) == ["first.bin", "last.json"]
 
 
 # Safetensors.

@@ -226,8 +226,8 @@ def test_one_token_needs_no_decode(runner: ReferenceRunner) -> None:
         ({"top_p": 0.0}, "--top-p", "0.0"),
         ({"top_p": 1.01}, "--top-p", "1.01"),
         ({"top_p": float("nan")}, "--top-p", "nan"),
-        ({"seed": 2**64}, "--seed", str(2**64)),
-        ({"seed": -(2**63) - 1}, "--seed", str(-(2**63) - 1)),
+        ({"seed": 2**63}, "--seed", str(2**63)),
+        ({"seed": -1}, "--seed", "-1"),
     ],
     ids=str,
 )
@@ -240,7 +240,7 @@ def test_an_option_out_of_range_is_refused_with_its_flag_and_value(
     assert raised.value.remedy.startswith("Give")
 
 
-@pytest.mark.parametrize("seed", [0, -1, 2**64 - 1, -(2**63)])
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_every_seed_that_is_accepted_samples(seed: int) -> None:
     options = {"temperature": 1.0, "seed": seed, "max_new_tokens": 3}
     assert len(generate(Scripted([3]), [0], **options).tokens) == 3

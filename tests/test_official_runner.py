@@ -13,6 +13,7 @@ from exporter import pipeline
 from exporter.artifact import FinishedArtifact
 from exporter.backends import executorch
 from exporter.bundle import Bundle
+from exporter.files import sha256
 from exporter.generation import Generation, Sampling
 from exporter.pipeline import no_progress
 from exporter.quantization.waist import open_waist
@@ -87,6 +88,9 @@ def endless(demo: Official, tmp_path_factory: pytest.TempPathFactory) -> Officia
     for name in ("config.json", "generation_config.json"):
         content = json.loads((folder / "waist" / name).read_text())
         (folder / "waist" / name).write_text(json.dumps({**content, "eos_token_id": never}))
+    manifest = json.loads((folder / "waist" / "quantization.json").read_text())
+    manifest["files"] = {name: sha256(folder / "waist" / name) for name in manifest["files"]}
+    (folder / "waist" / "quantization.json").write_text(json.dumps(manifest))
     waist, target = open_waist(folder / "waist"), demo.artifact.artifact.target
     return official(pipeline.lower(waist, target, folder / "artifact", no_progress), folder)
 

@@ -46,6 +46,10 @@ class Runner(Protocol):
     def context(self) -> int:
         """How many positions the cache holds."""
 
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model knows."""
+
     def prefill(self, tokens: list[int]) -> Tensor:
         """Start a new text with these tokens."""
 

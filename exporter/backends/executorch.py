@@ -128,11 +128,16 @@ class ExecuTorchRunner:
         with _quietly():
             self._module = portable_lib._load_for_executorch(str(path))
             self._context = int(self._module.run_method("get_max_context_len", ())[0])
+            self._vocab_size = int(self._module.run_method("get_vocab_size", ())[0])
         self._position = 0
 
     @property
     def context(self) -> int:
         return self._context
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
 
     def prefill(self, tokens: list[int]) -> Tensor:
         self._position = 0

@@ -268,6 +268,10 @@ class OnnxRunner:
     def context(self) -> int:
         return self._context
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self._session.get_outputs()[0].shape[-1])
+
     def prefill(self, tokens: list[int]) -> Tensor:
         self._position = 0
         if not self._shared:

@@ -46,6 +46,10 @@ class ReferenceRunner:
     def context(self) -> int:
         return self._decoder.context
 
+    @property
+    def vocab_size(self) -> int:
+        return self._decoder.config.vocab_size
+
     def prefill(self, tokens: list[int]) -> Tensor:
         self._cache.start = 0
         return self._step(tokens)

@@ -5,7 +5,7 @@
 """
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from exporter.checkpoint import (
     COMPANION_FILES,
+    WEIGHT_DTYPES,
     Checkpoint,
     parse_config,
     special_tokens,
@@ -140,9 +141,9 @@ def write_waist(
     A whole waist of the same `waist_identity` is left as it is; any other is written anew.
     """
     if made_from(out / MANIFEST, identity):
-        waist = open_waist(out)
-        if not differing_files(out, waist.manifest["files"]):
-            return waist
+        hashes = read_json(out / MANIFEST)["files"]
+        if not differing_files(out, hashes):
+            return open_waist(out)
     (out / MANIFEST).unlink(missing_ok=True)
     done: tuple[str, QuantizedTensor] | None = None
 
@@ -235,12 +236,15 @@ def open_waist(folder: Path) -> QuantizedCheckpoint:
     config = parse_config(read_json(folder / "config.json"), folder / "config.json")
     bos, eos = special_tokens(folder, config.vocab_size)
     tensors = manifest.get("tensors")
-    if not isinstance(tensors, dict) or set(tensors) != set(config.parameter_shapes()):
+    shapes = config.parameter_shapes()
+    if not isinstance(tensors, dict) or set(tensors) != set(shapes):
         raise InputError(
             f"{folder / MANIFEST}: tensors", "does not list the model's tensors", "Quantize again"
         )
+    if not isinstance(manifest.get("files"), dict):
+        raise InputError(f"{folder / MANIFEST}: files", "is missing", "Quantize again")
     schemes = {
-        name: parse_scheme(entry["scheme"], f"{folder / MANIFEST}: {name}")
+        name: _stored_scheme(entry, shapes[name], f"{folder / MANIFEST}: {name}")
         for name, entry in tensors.items()
     }
     waist = QuantizedCheckpoint(folder, config, bos, eos, manifest, schemes)
@@ -248,31 +252,53 @@ def open_waist(folder: Path) -> QuantizedCheckpoint:
     return waist
 
 
+def _stored_scheme(entry: object, shape: tuple[int, ...], subject: str) -> Scheme:
+    scheme = parse_scheme(entry.get("scheme") if isinstance(entry, dict) else entry, subject)
+    problem = scheme.problem_with(shape)
+    if problem:
+        raise InputError(subject, problem, "Quantize again")
+    return scheme
+
+
+def require_whole(waist: QuantizedCheckpoint) -> None:
+    """Raise InputError for the first file that is not what the manifest's hash says."""
+    for name, problem in differing_files(waist.path, waist.manifest["files"]).items():
+        raise InputError(waist.path / name, problem, "It is damaged: quantize again")
+
+
 def _check_entries(waist: QuantizedCheckpoint) -> None:
     file = waist.path / WEIGHTS
     try:
         with safe_open(file, framework="pt") as handle:
             names = handle.keys()
-            present = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+            slices = {name: handle.get_slice(name) for name in names}
+            present = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise InputError(
             file, f"is not a whole safetensors file ({error})", "Quantize the checkpoint again"
         ) from error
     for name, shape in waist.config.parameter_shapes().items():
         scheme = waist.schemes[name]
-        expected = {name: shape}
+        expected: dict[str, tuple[tuple[int, ...], Collection[str]]]
+        expected = {name: (shape, WEIGHT_DTYPES)}
         if scheme != FLOAT:
-            columns = shape[1] // 2 if scheme.bits == 4 else shape[1]
+            int4 = scheme.bits == 4
+            columns = shape[1] // 2 if int4 else shape[1]
             expected = {
-                f"{name}.codes": (shape[0], columns),
-                f"{name}.scales": scheme.scale_shape(shape),
+                f"{name}.codes": ((shape[0], columns), ("U8",) if int4 else ("I8",)),
+                f"{name}.scales": (scheme.scale_shape(shape), ("F16",)),
             }
-        for entry, entry_shape in expected.items():
-            if present.pop(entry, None) != entry_shape:
+        for entry, (entry_shape, kinds) in expected.items():
+            found, kind = present.pop(entry, (None, ""))
+            if found != entry_shape:
                 raise InputError(
                     f"{file}: {entry}",
                     f"is missing or not of shape {list(entry_shape)}",
                     "Quantize the checkpoint again",
+                )
+            if kind not in kinds:
+                raise InputError(
+                    f"{file}: {entry}", f"has dtype {kind}", "Quantize the checkpoint again"
                 )
     if present:
         raise InputError(f"{file}: {sorted(present)[0]}", "does not belong to this model")
