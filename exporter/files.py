@@ -154,8 +154,9 @@ def check_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
     whole = (out, *out.absolute().parents)
     nearest = next(path for path in whole if path.exists() or path.is_symlink())
     if not nearest.is_dir():
-        where = "is" if nearest == out else f"lies below {nearest}, which is"
-        raise InputError(out, f"{where} not a folder", "Give a folder for the output")
+        kind = "a file" if nearest.exists() else "a link to nowhere"
+        problem = f"is {kind}" if nearest == out else f"lies below {nearest}, which is {kind}"
+        raise InputError(out, problem, "Give a folder for the output")
     if not os.access(nearest, os.W_OK):
         raise InputError(
             out, f"cannot be written ({nearest} is read-only)", "Choose another folder"

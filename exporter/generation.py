@@ -28,7 +28,7 @@ class Sampling:
             "--max-new-tokens": (self.max_new_tokens >= 1, "1 or more"),
             "--temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
             "--top-p": (0 < self.top_p <= 1, "a share above 0 and up to 1"),
-            "--seed": (-(2**63) <= self.seed < 2**64, "a whole number of 64 bits"),
+            "--seed": (0 <= self.seed < 2**63, "a whole number from 0 below 2^63"),
         }
         for flag, (right, wanted) in problems.items():
             if not right:

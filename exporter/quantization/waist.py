@@ -253,7 +253,7 @@ def open_waist(folder: Path) -> QuantizedCheckpoint:
 
 
 def _stored_scheme(entry: object, shape: tuple[int, ...], subject: str) -> Scheme:
-    scheme = parse_scheme(entry.get("scheme") if isinstance(entry, dict) else entry, subject)
+    scheme = parse_scheme(entry.get("scheme") if isinstance(entry, dict) else None, subject)
     problem = scheme.problem_with(shape)
     if problem:
         raise InputError(subject, problem, "Quantize again")
