@@ -400,6 +400,30 @@ RECIPES: dict[str, tuple[Row, list[str]]] = {
         lambda w: w.export(w.make(), "quantization.linear=int8-g32"),
         [Q_PROJ, "int8-g32", "one scale a row only", "Use int8"],
     ),
+    "an opset for onnx": (
+        lambda w: w.recipe("targets:\n  - target: onnx\n    opset: 9\n"),
+        ["targets.0", "unknown key 'opset'", "form"],
+    ),
+    "an unknown onnx form": (
+        lambda w: w.recipe("targets:\n  - target: onnx\n    form: fused\n"),
+        ["targets.0.form", "'fused'", "'contrib', 'portable'"],
+    ),
+    "onnx with bfloat16": (
+        lambda w: w.recipe("targets:\n  - target: onnx\n    activations: bfloat16\n"),
+        ["targets.0.activations", "'bfloat16'", "'float32', 'float16'"],
+    ),
+    "int8 products in standard operators": (
+        lambda w: w.recipe("targets:\n  - target: onnx\n    form: portable\n    max_context: 64\n"),
+        ["products", "'int8' needs ONNX Runtime's own operators", "Set products to float"],
+    ),
+    "an onnx context longer than the model's": (
+        lambda w: w.recipe("targets:\n  - target: onnx\n    max_context: 100000\n"),
+        ["max_context", "100000 is more than the model's", "Lower max_context"],
+    ),
+    "a target that the recipe does not have": (
+        lambda w: [*w.export(w.make()), "--target", "onnx"],
+        ["--target onnx", "is not in the recipe", "executorch"],
+    ),
     "int8 groups for a tied embedding": (
         lambda w: w.export(w.make(), "quantization.embedding=int8-g32"),
         [EMBEDDING, "int8-g32", "one scale a row only", "Use int8"],

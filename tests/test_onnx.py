@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from commands import run
 from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 
 from exporter import pipeline
@@ -343,6 +344,21 @@ def test_the_ort_pair_runs_and_lists_its_operators(finished_bundle: Bundle, tmp_
     assert "MatMulNBits" in operators
     session = onnxruntime.InferenceSession(folder / "model.ort")
     assert [value.name for value in session.get_inputs()][:1] == ["input_ids"]
+
+
+def test_the_command_line_verifies_and_speaks_through_the_onnx_of_a_bundle(
+    finished_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = pipeline.verify(finished_bundle.path, no_progress)
+    targets = Counter(check.target for check in checks if check.check == "integers")
+    assert all(check.passed for check in checks)
+    assert targets["onnx"] == targets["executorch"] == 6 * 9 + 3
+    question = "Ada has 12 eggs. Ada sells 5. How many eggs does Ada have now?"
+    outcome = run(
+        capsys, "generate", finished_bundle.path, "--target", "onnx", "--prompt", question
+    )
+    assert outcome.code == 0
+    assert "12 - 5 = 7" in outcome.out
 
 
 def test_two_lowerings_are_equal_to_the_last_byte(finished_bundle: Bundle, tmp_path: Path) -> None:
