@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -535,7 +536,7 @@ def test_the_manifest_says_what_was_done_to_what(
     assert manifest["tensors"][Q_PROJ] == {"scheme": "int4-g32"}
     assert manifest["tensors"][EMBEDDING] == {"scheme": "int8"}
     assert set(manifest["tensors"][NORM]) == {"scheme", "reason"}
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == metadata.version("torch")
     read = [*COMPANION_FILES, "model.safetensors"]
     for key, folder, names in (
         ("source", source.path, read),
