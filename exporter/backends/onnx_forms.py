@@ -68,8 +68,9 @@ def build(graph: OnnxGraph, form: Form, config: ModelConfig) -> None:
         down = form.linear(inner, f"{mlp}.down_proj.weight")[0]
         following = f"model.layers.{layer + 1}.input_layernorm.weight"
         x, normal = form.add_norm(x, down, "model.norm.weight" if last else following)
-    logits = form.linear(normal, EMBEDDING if config.tie_word_embeddings else OUTPUT)[0]
-    graph.ops("Identity", [logits], ["logits"])
+    graph.rename(
+        form.linear(normal, EMBEDDING if config.tie_word_embeddings else OUTPUT)[0], "logits"
+    )
 
 
 class _Common:
@@ -271,7 +272,7 @@ class ContribForm(_Common):
         return [q, k, v]
 
     def silu(self, x: str) -> str:
-        return self.g.op("QuickGelu", x, domain=CONTRIB, alpha=1.0)
+        return self.g.op("Mul", x, self.g.op("Sigmoid", x))
 
 
 class PortableForm(_Common):

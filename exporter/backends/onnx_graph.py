@@ -70,6 +70,11 @@ class OnnxGraph:
         )
         return outputs
 
+    def rename(self, value: str, name: str) -> None:
+        """Give the output of the last node its final name."""
+        outputs = self._nodes[-1].output
+        outputs[list(outputs).index(value)] = name
+
     def fresh(self, stem: str) -> str:
         """A name that no other value has."""
         return self._fresh(stem)
