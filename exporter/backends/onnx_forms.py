@@ -4,6 +4,7 @@
 uses standard operators only (opset 23).
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -35,7 +36,9 @@ class Form(Protocol):
 
     def embed(self) -> str: ...
 
-    def linear(self, x: str, *names: str) -> list[str]: ...
+    def linear(self, x: str, *names: str) -> list[str]:
+        """x times each weight; or one value, with the products side by side."""
+        ...
 
     def norm(self, x: str, name: str) -> str: ...
 
@@ -63,7 +66,8 @@ def build(graph: OnnxGraph, form: Form, config: ModelConfig) -> None:
             )
         attended = form.linear(attended, f"{prefix}.self_attn.o_proj.weight")[0]
         x, normal = form.add_norm(x, attended, f"{prefix}.post_attention_layernorm.weight")
-        gate, up = (form.linear(normal, f"{mlp}.{p}_proj.weight")[0] for p in ("gate", "up"))
+        both = form.linear(normal, f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
+        gate, up = _apart(graph, both, config.intermediate_size)
         inner = graph.op("Mul", form.silu(gate), up)
         down = form.linear(inner, f"{mlp}.down_proj.weight")[0]
         following = f"model.layers.{layer + 1}.input_layernorm.weight"
@@ -71,6 +75,14 @@ def build(graph: OnnxGraph, form: Form, config: ModelConfig) -> None:
     graph.rename(
         form.linear(normal, EMBEDDING if config.tie_word_embeddings else OUTPUT)[0], "logits"
     )
+
+
+def _apart(graph: OnnxGraph, values: list[str], width: int) -> Sequence[str]:
+    """Two products of this width, which may lie side by side in one value."""
+    if len(values) == 2:
+        return values
+    outputs = [graph.fresh("part"), graph.fresh("part")]
+    return graph.ops("Split", [values[0], graph.integers(width, width)], outputs, axis=-1)
 
 
 class _Common:
@@ -172,18 +184,17 @@ class ContribForm(_Common):
         )  # fmt: skip
 
     def linear(self, x: str, *names: str) -> list[str]:
-        """Weights of one scheme are one product: its outputs lie side by side."""
+        """Weights of one scheme are one product, which is faster."""
         schemes = {self.waist.schemes[name] for name in names}
         read = [self.waist.read(name) for name in names]
         weights = [weight for weight in read if isinstance(weight, QuantizedTensor)]
         if len(schemes) > 1 or not weights:
-            parts = [
+            return [
                 self._product(x, name, weight)
                 if isinstance(weight, QuantizedTensor)
                 else self.float_linear(x, name)
                 for name, weight in zip(names, read, strict=True)
             ]
-            return [self.g.op("Concat", *parts, axis=-1)] if len(parts) > 1 else parts
         return [self._product(x, merged_name(names), concatenate(weights))]
 
     def _product(self, x: str, name: str, weight: QuantizedTensor) -> str:
@@ -233,9 +244,10 @@ class ContribForm(_Common):
         here and after it in the model: a rotation keeps the norm, so that is the same."""
         config = self.config
         past, present = self.cache(layer)
-        packed = [qkv[0], "", ""]
+        side_by_side = qkv[0] if len(qkv) == 1 else self.g.op("Concat", *qkv, axis=-1)
+        packed = [side_by_side, "", ""]
         if config.use_qk_norm:
-            packed = self._normalized(qkv[0])
+            packed = self._normalized(side_by_side)
         output = self.g.fresh("attention")
         self.g.ops(
             "GroupQueryAttention",
