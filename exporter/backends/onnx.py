@@ -142,7 +142,7 @@ def _write_ort(out: Path) -> list[str]:
     """The .ort form of the model, and the operators that a reduced build of the runtime needs."""
     converter = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort"]
     options = ["--optimization_style", "Fixed", "--target_platform", "arm", "--output_dir"]
-    with tempfile.TemporaryDirectory(dir=out, prefix=".ort", suffix=".tmp") as scratch:
+    with tempfile.TemporaryDirectory() as scratch:  # not in `out`, where a kill would leave it
         command = [*converter, *options, scratch, str(out / FILE_NAME)]
         result = subprocess.run(
             [*_without_address_randomization(), *command],
