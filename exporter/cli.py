@@ -368,12 +368,14 @@ def _print_facts(title: str, facts: dict[str, str]) -> None:
 
 def _print_checks(checks: Sequence[Any]) -> None:
     """Passed checks of a kind in one line; every failed one with where and how much."""
+    from exporter.verification import failures
+
     kinds = dict[tuple[str, str | None], list[Any]]()
     for check in checks:
         kinds.setdefault((check.check, check.target), []).append(check)
     table = _table("", "check", "target", "value", "limit", "what")
     for (name, target), group in kinds.items():
-        failed = [check for check in group if not check.passed]
+        failed = list(failures(group))
         for check in failed or group[:1]:
             single = len(group) == 1 or failed
             what = f"{check.subject}: {check.note}" if check.note else check.subject
@@ -387,9 +389,9 @@ def _print_checks(checks: Sequence[Any]) -> None:
                 escape(what) if single else f"{len(group)} of {len(group)}",
             )  # fmt: skip
     _wide.print(table)
-    failures = sum(not check.passed for check in checks)
-    if failures:
-        _out.print(f"[bold red]{failures} of {len(checks)} checks failed[/]")
+    count = len(list(failures(checks)))
+    if count:
+        _out.print(f"[bold red]{count} of {len(checks)} checks failed[/]")
     else:
         _out.print(f"[bold green]all {len(checks)} checks passed[/]")
 

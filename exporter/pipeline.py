@@ -48,7 +48,7 @@ from exporter.quantization.waist import (
     write_waist,
 )
 from exporter.quantization.waist import MANIFEST as WAIST_MANIFEST
-from exporter.recipe import TARGETS, Recipe, Target
+from exporter.recipe import TARGETS, Recipe, Target, check_context
 from exporter.sizes import Prediction, predict
 from exporter.verification import (
     Check,
@@ -356,9 +356,10 @@ def forecast(recipe: Recipe, checkpoint: Checkpoint) -> list[Forecast]:
         return [Forecast(recipe.name, target.target, None, str(error)) for target in recipe.targets]
     forecasts = []
     for target in recipe.targets:
-        limit = checkpoint.config.max_position_embeddings
-        if target.max_context > limit:
-            problem = f"max_context {target.max_context} is more than the model's {limit}"
+        try:
+            check_context(checkpoint.config, target)
+        except InputError as error:
+            problem = f"{error.subject} {error.problem}"
             forecasts.append(Forecast(recipe.name, target.target, None, problem))
             continue
         prediction = predict(checkpoint.config, schemes, target)

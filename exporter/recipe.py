@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from exporter.errors import InputError
+from exporter.model import ModelConfig
 from exporter.quantization.integers import Scheme, parse_scheme
 
 
@@ -126,6 +127,16 @@ def parse_target(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] 
         _override(values, override)
     target: Target = _build_target(values, "", subject)
     return target
+
+
+def check_context(config: ModelConfig, target: Target) -> None:
+    """Refuse a context longer than the model was made for. Raises InputError."""
+    if target.max_context > config.max_position_embeddings:
+        raise InputError(
+            "max_context",
+            f"{target.max_context} is more than the model's {config.max_position_embeddings}",
+            "Lower max_context",
+        )
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

@@ -38,7 +38,7 @@ from exporter.files import replacing
 from exporter.model import ModelConfig
 from exporter.quantization.integers import QuantizedTensor, Scheme
 from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
-from exporter.recipe import ExecuTorchTarget
+from exporter.recipe import ExecuTorchTarget, check_context
 
 FILE_NAME = "model.pte"
 PACKAGES = ("executorch", "torch")
@@ -47,12 +47,7 @@ FILES = (FILE_NAME,)
 
 def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorchTarget) -> None:
     """Refuse what XNNPACK or the model cannot do. Raises InputError."""
-    if target.max_context > config.max_position_embeddings:
-        raise InputError(
-            "max_context",
-            f"{target.max_context} is more than the model's {config.max_position_embeddings}",
-            "Lower max_context",
-        )
+    check_context(config, target)
     for name, scheme in schemes.items():
         multiplied = name != EMBEDDING or config.tie_word_embeddings
         if multiplied and scheme.bits == 8 and scheme.group_size:

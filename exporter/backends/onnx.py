@@ -32,7 +32,7 @@ from exporter.files import copy_file, replacing, write_json
 from exporter.model import ModelConfig
 from exporter.quantization.integers import FLOAT, QuantizedTensor, Scheme
 from exporter.quantization.waist import EMBEDDING, OUTPUT, QuantizedCheckpoint
-from exporter.recipe import OnnxTarget
+from exporter.recipe import OnnxTarget, check_context
 
 FILE_NAME = "model.onnx"
 DATA_NAME = FILE_NAME + DATA_SUFFIX
@@ -44,12 +44,7 @@ PACKAGES = ("onnx", "onnxruntime")
 
 def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: OnnxTarget) -> None:
     """Refuse what the form cannot hold. Raises InputError."""
-    if target.max_context > config.max_position_embeddings:
-        raise InputError(
-            "max_context",
-            f"{target.max_context} is more than the model's {config.max_position_embeddings}",
-            "Lower max_context",
-        )
+    check_context(config, target)
     if target.form == "portable" and target.products == "int8":
         raise InputError(
             "products",

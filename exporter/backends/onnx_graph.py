@@ -53,7 +53,7 @@ class OnnxGraph:
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         """A node with one output, which is returned."""
-        return self.ops(kind, inputs, [self._fresh(kind)], domain, **attributes)[0]
+        return self.ops(kind, inputs, [self.fresh(kind)], domain, **attributes)[0]
 
     def ops(
         self,
@@ -74,10 +74,6 @@ class OnnxGraph:
         """Give the output of the last node its final name."""
         outputs = self._nodes[-1].output
         outputs[list(outputs).index(value)] = name
-
-    def fresh(self, stem: str) -> str:
-        """A name that no other value has."""
-        return self._fresh(stem)
 
     def integers(self, *values: int) -> str:
         """A constant vector of int64; the same for the same values."""
@@ -148,7 +144,8 @@ class OnnxGraph:
             tensor.external_data.add(key=key, value=str(value))
         self._add(tensor)
 
-    def _fresh(self, stem: str) -> str:
+    def fresh(self, stem: str) -> str:
+        """A name that no other value has."""
         count = self._names.get(stem, 0)
         self._names[stem] = count + 1
         return f"{stem}_{count}"
