@@ -6,7 +6,7 @@ NANO := examples/mobilellm-r1-nano
 
 .PHONY: quickstart test lint clean
 
-quickstart: $(VENV)/.executorch,onnx  ## The demo checkpoint to a verified .pte that answers a question
+quickstart: $(VENV)/.executorch,onnx,coreml  ## The demo checkpoint to a verified .pte that answers a question
 	$(BIN)/mobilellm export mobilellm-r1-nano-int4 --checkpoint $(NANO) -o build/nano
 	$(BIN)/mobilellm generate build/nano --prompt "Ada has 12 eggs. Ada finds 7 more. Ada sells 5. How many eggs does Ada have now?"
 

@@ -48,7 +48,8 @@ class FinishedArtifact:
 
 def artifact_output(target: Target) -> Output:
     files = backend(target.target).FILES
-    return Output(files[0], MANIFEST, (*files, *COMPANIONS))
+    tops = [Path(name).parts[0] for name in files]  # a Core ML package is a folder
+    return Output(tops[0], MANIFEST, (*tops, *COMPANIONS))
 
 
 def artifact_identity(waist: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def write_artifact(
 
 def open_artifact(path: Path) -> FinishedArtifact:
     """Open an artifact's folder, or a file in it. Raises InputError."""
-    folder = path.parent if path.is_file() else path
+    folder = path.parent if path.is_file() or (path.parent / MANIFEST).is_file() else path
     manifest = read_json(folder / MANIFEST)
     subject = folder / MANIFEST
     if manifest.get("format_version") != FORMAT_VERSION:

@@ -51,7 +51,7 @@ def bundle_identity(
         "format_version": FORMAT_VERSION,
         "recipe": recipe.to_dict(),
         "source": waist["source"],
-        "targets": sorted(artifacts),
+        "targets": list(artifacts),
         "versions": waist["versions"] | {k: v for a in artifacts.values() for k, v in a.items()},
     }
 

@@ -40,14 +40,32 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """As `replacing`, for a folder that is written whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for written in (temporary, *temporary.rglob("*")):
+            sync(written)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Make what a file holds, or a rename inside a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -118,7 +136,10 @@ def package_versions(*packages: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Output:
-    """What a run leaves in its folder: `first` is begun first, `finished` is written last."""
+    """What a run leaves in its folder: `first` is begun first, `finished` is written last.
+
+    These are names in the folder itself, of files or of folders.
+    """
 
     first: str
     finished: str

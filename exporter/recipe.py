@@ -62,8 +62,30 @@ class OnnxTarget:
     ort: bool = False
 
 
-Target = ExecuTorchTarget | OnnxTarget
-TARGETS: dict[str, type[Target]] = {"executorch": ExecuTorchTarget, "onnx": OnnxTarget}
+@dataclass(frozen=True)
+class CoreMLTarget:
+    """An .mlpackage for iOS 18 and macOS 15; prompts are read in chunks of `prefill` tokens.
+
+    `activations: float32` is for models whose activations float16 cannot hold; the Neural Engine
+    does not run it. `output: token` finds the likeliest token inside the program. `author` and
+    `license` are shown in Xcode.
+    """
+
+    target: Literal["coreml"] = "coreml"
+    max_context: int = 2048
+    prefill: int = 128
+    activations: Literal["float16", "float32"] = "float16"
+    output: Literal["logits", "token"] = "logits"
+    author: str = ""
+    license: str = ""
+
+
+Target = ExecuTorchTarget | OnnxTarget | CoreMLTarget
+TARGETS: dict[str, type[Target]] = {
+    "executorch": ExecuTorchTarget,
+    "onnx": OnnxTarget,
+    "coreml": CoreMLTarget,
+}
 
 
 @dataclass(frozen=True)

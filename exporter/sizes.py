@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from exporter.model import ModelConfig
 from exporter.quantization.integers import FLOAT, Scheme
 from exporter.quantization.waist import EMBEDDING, OUTPUT
-from exporter.recipe import ExecuTorchTarget, OnnxTarget, Target
+from exporter.recipe import CoreMLTarget, ExecuTorchTarget, OnnxTarget, Target
 
 #: Program, XNNPACK graphs and padding: for the file as a whole, and for each layer of it.
 _PROGRAM_BYTES, _LAYER_BYTES = 12_000, 10_500
@@ -16,6 +16,10 @@ _PROGRAM_BYTES, _LAYER_BYTES = 12_000, 10_500
 _ONNX_LAYER_BYTES, _ONNX_PADDING, _ONNX_MAPPED = 4_200, 2_048, 16_384
 #: Share of an ONNX file that the runtime holds on top of it, as repacked weights.
 _ONNX_REPACKED = 0.25
+#: The operations of a Core ML layer in both functions, more with q/k norm; what is there once; the
+#: record of a weight and its mean padding.
+_COREML_LAYER_BYTES, _COREML_QK_NORM_BYTES, _COREML_PROGRAM_BYTES = 34_900, 5_200, 15_000
+_COREML_RECORD = 96
 #: What the runtime takes beside weights, tables and planned memory.
 _RUNTIME_BYTES = 12_000_000
 
@@ -23,7 +27,8 @@ _RUNTIME_BYTES = 12_000_000
 @dataclass(frozen=True)
 class Prediction:
     """Bytes. `memory` is what loading and running add to a process, prompts up to some hundred
-    tokens; measured on x86-64 with nano, 140M and 950M shapes, it is within a tenth."""
+    tokens; measured on x86-64 with nano, 140M and 950M shapes, it is within a tenth. For Core ML
+    it is only counted (file, cache and activations), for want of a device to measure on."""
 
     file: int
     kv_cache: int
@@ -34,6 +39,8 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
     """The size of an artifact of this plan; the file within one per cent, two for the smallest."""
     if isinstance(target, OnnxTarget):
         return _predict_onnx(config, schemes, target)
+    if isinstance(target, CoreMLTarget):
+        return _predict_coreml(config, schemes, target)
     return _predict_executorch(config, schemes, target)
 
 
@@ -126,3 +133,27 @@ def _onnx_bytes(
     scales = width * shape[0] * blocks
     mapped = sum(part >= _ONNX_MAPPED for part in (codes, scales))
     return codes + scales + mapped * _ONNX_PADDING
+
+
+def _predict_coreml(
+    config: ModelConfig, schemes: Mapping[str, Scheme], target: CoreMLTarget
+) -> Prediction:
+    width, shapes = 2 if target.activations == "float16" else 4, config.parameter_shapes()
+    weights = sum(_coreml_bytes(schemes[name], shape, width) for name, shape in shapes.items())
+    tables = (2 * target.max_context + config.head_dim) * config.head_dim * width
+    biases = width * sum({shape[0] for shape in shapes.values() if len(shape) == 2})
+    layer = _COREML_LAYER_BYTES + (_COREML_QK_NORM_BYTES if config.use_qk_norm else 0)
+    program = _COREML_PROGRAM_BYTES + layer * config.num_hidden_layers
+    file = weights + tables + biases + program
+    kv_cache = config.kv_cache_bytes(target.max_context, bytes_per_value=2)
+    widest = max(config.num_attention_heads * target.max_context, 4 * config.intermediate_size)
+    activations = width * target.prefill * widest
+    return Prediction(file, kv_cache, file + kv_cache + activations)
+
+
+def _coreml_bytes(scheme: Scheme, shape: tuple[int, ...], width: int) -> int:
+    """Codes and their scales, each with a record; a normalization's weight is float32."""
+    if scheme == FLOAT:
+        return math.prod(shape) * (4 if len(shape) == 1 else width) + _COREML_RECORD
+    codes = math.prod(shape) * (scheme.bits or 0) // 8
+    return codes + width * math.prod(scheme.scale_shape(shape)) + 2 * _COREML_RECORD

@@ -166,7 +166,9 @@ def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: T
         note = f"the runtime failed ({type(error).__name__}: {error})"
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
     positions = [length - 1 for length in lengths] + list(range(lengths[-1], len(text.tokens)))
-    reference = score(waist, text.tokens, positions, None)
+    activations = _LargestActivations()
+    reference = score(waist, text.tokens, positions, observe=activations)
+    activations("lm_head", "output", reference)
     found = compare_logits(reference, logits)
     expected = None
     rounding = module.rounding(waist.schemes, artifact.target, lengths[-1])
@@ -183,12 +185,39 @@ def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: T
         return Check(f"logits.{name}", target, subject, passed, value, limit, note)
 
     worst = f"worst at position {positions[found.worst]}"
-    simulated_kl = f"; int8 activations simulated cost {expected.kl:.2g}" if expected else ""
+    simulated_kl = f"; rounded activations simulated cost {expected.kl:.2g}" if expected else ""
     return [
+        *activations.checks(target, module.largest_activation(artifact.target)),
         check("kl", found.kl, found.kl <= kl, kl, worst + simulated_kl),
         check("top1", found.top1, top1 is None or found.top1 >= top1, top1, ""),
         check("max_difference", largest, largest <= difference, difference, ""),
     ]
+
+
+_WIDER = "overflows in float16: set the target's activations to float32"
+
+
+class _LargestActivations:
+    """The largest activation of each layer in the reference, and where it was seen."""
+
+    def __init__(self) -> None:
+        self._found = dict[str, tuple[float, str]]()
+
+    def __call__(self, name: str, which: str, values: Tensor) -> None:
+        prefix, _, part = name.partition("layers.")[2].partition(".")
+        layer = f"model.layers.{prefix}" if prefix else name
+        largest, place = values.abs().max().item(), f"{which} of {part or name}"
+        self._found[layer] = max(self._found.get(layer, (0.0, "")), (largest, place))
+
+    def checks(self, target: str, limit: float | None) -> list[Check]:
+        """One check a layer, where activations have a limit."""
+        return [
+            Check("range", target, layer, largest <= limit, largest, limit, place)
+            if largest <= limit
+            else Check("range", target, layer, False, largest, limit, f"{place}; {_WIDER}")
+            for layer, (largest, place) in self._found.items()
+            if limit is not None
+        ]
 
 
 def _limits(

@@ -8,6 +8,8 @@
 - ``rounding(schemes, target, prompt)``: how its runtime rounds activations where the first
   `prompt` tokens are read at once, or None.
 
+- ``largest_activation(target)``: beyond it activations overflow; None in float32.
+
 Also ``FILES``, every file it may write, the first one first, and ``PACKAGES``, the distributions
 whose versions decide the bytes.
 """
@@ -27,6 +29,7 @@ from exporter.recipe import Target
 BACKENDS = {
     "executorch": ("exporter.backends.executorch", "executorch"),
     "onnx": ("exporter.backends.onnx", "onnx"),
+    "coreml": ("exporter.backends.coreml", "coreml"),
 }
 
 

@@ -65,6 +65,11 @@ def rounding(
     return round_rows_to_int8
 
 
+def largest_activation(target: ExecuTorchTarget) -> float | None:
+    """Activations are float32."""
+    return None
+
+
 def lower(waist: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -> Artifact:
     """Write `out`/model.pte."""
     check(waist.config, waist.schemes, target)

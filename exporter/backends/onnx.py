@@ -26,7 +26,12 @@ from exporter.backends import Artifact
 from exporter.backends.onnx_forms import ContribForm, PortableForm, build
 from exporter.backends.onnx_graph import DATA_SUFFIX, OnnxGraph
 from exporter.backends.onnx_weights import LARGEST_BLOCK, StoredWeight
-from exporter.backends.reference import Rounding, round_blocks_to_int8, round_prompt_to_int8
+from exporter.backends.reference import (
+    LARGEST_HALF,
+    Rounding,
+    round_blocks_to_int8,
+    round_prompt_to_int8,
+)
 from exporter.errors import InputError
 from exporter.files import copy_file, replacing, write_json
 from exporter.model import ModelConfig
@@ -62,6 +67,11 @@ def rounding(schemes: Mapping[str, Scheme], target: OnnxTarget, prompt: int) -> 
         return partial(round_prompt_to_int8, prompt=prompt)
     groups = [scheme.group_size or LARGEST_BLOCK for scheme in linear if scheme != FLOAT]
     return partial(round_blocks_to_int8, block=max(groups, default=LARGEST_BLOCK))
+
+
+def largest_activation(target: OnnxTarget) -> float | None:
+    """What overflows in float16."""
+    return LARGEST_HALF if target.activations == "float16" else None
 
 
 def lower(waist: QuantizedCheckpoint, target: OnnxTarget, out: Path) -> Artifact:

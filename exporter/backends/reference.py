@@ -24,6 +24,8 @@ from exporter.quantization.waist import EMBEDDING, OUTPUT
 
 #: Activations [..., seq, features] as a runtime rounds them before a matrix product.
 Rounding = Callable[[Tensor], Tensor]
+#: Told of values that a part of the model reads or writes: its name, and which they are.
+Observe = Callable[[str, str, Tensor], None]
 
 
 class FloatWeights(Protocol):
@@ -77,11 +79,16 @@ def load_decoder(source: FloatWeights, context: int) -> Decoder:
 
 @torch.inference_mode()
 def score(
-    source: FloatWeights, tokens: Sequence[int], positions: Sequence[int], rounding: Rounding | None
+    source: FloatWeights,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    rounding: Rounding | None = None,
+    observe: Observe | None = None,
 ) -> Tensor:
     """Logits float32 [len(positions), vocab_size] at these positions of one text.
 
-    With `rounding`, the inputs of every matrix product are rounded as some runtime does it.
+    With `rounding`, the inputs of every matrix product are rounded as some runtime does it. What
+    goes into each linear layer and normalization and what comes out is shown to `observe`.
     """
     config = source.config
     cos, sin = rope_tables(config, len(tokens))
@@ -93,9 +100,13 @@ def score(
         _fill(layer, source, f"model.layers.{index}.")
         if rounding:
             _round_inputs(layer, rounding)
+        if observe:
+            _show(layer, f"model.layers.{index}", observe)
         x = layer(x, cos, sin, attend_causal)
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     _fill(norm, source, "model.norm.")
+    if observe:
+        _show(norm, "model.norm", observe)
     states = norm(x[0, list(positions)])
     states = rounding(states[:, None])[:, 0] if rounding else states
     output = embedding if config.tie_word_embeddings else source.float_weight(OUTPUT)
@@ -116,6 +127,15 @@ def round_prompt_to_int8(x: Tensor, prompt: int) -> Tensor:
     that is read at once, here the first `prompt` rows, and then for each row."""
     first, rest = x[..., :prompt, :], x[..., prompt:, :]
     return torch.cat((_round_over(first, (-2, -1)), _round_over(rest, (-1,))), -2)
+
+
+#: The largest number that float16 holds.
+LARGEST_HALF = 65504.0
+
+
+def round_to_half(x: Tensor) -> Tensor:
+    """x as float16 holds it."""
+    return x.half().float()
 
 
 def _round_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -154,6 +174,21 @@ def _fill(module: nn.Module, source: FloatWeights, prefix: str) -> None:
         module.register_buffer("cos", cos, persistent=False)
         module.register_buffer("sin", sin, persistent=False)
     module.requires_grad_(False)
+
+
+def _show(module: nn.Module, prefix: str, observe: Observe) -> None:
+    """Call `observe` at every linear layer and normalization of `module`."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def show(_: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+            observe(name, "input", given[0])
+            observe(name, "output", result)
+
+        return show
+
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear | RMSNorm):
+            part.register_forward_hook(hook(f"{prefix}.{name}".removesuffix(".")))
 
 
 def _round_inputs(layer: nn.Module, rounding: Rounding) -> None:

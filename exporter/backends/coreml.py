@@ -1,0 +1,225 @@
+"""Core ML: a stateful package for iOS 18 and macOS 15, with the waist's codes and scales.
+
+    mobilellm lower build/nano-int4 --target coreml -o build/nano-coreml
+
+`coreml_graph` says what is in the program, `coreml_package` knows the files. Where there is no
+Core ML, `coreml_interpreter` runs the package.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version as metadata_version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.backends import Artifact
+from exporter.backends.coreml_graph import (
+    DECODE,
+    LOGITS,
+    PREFILL,
+    build_program,
+    mil_name,
+)
+from exporter.backends.coreml_interpreter import Interpreter, State, readers_of
+from exporter.backends.coreml_package import (
+    MANIFEST,
+    MODEL,
+    WEIGHTS,
+    Package,
+    Value,
+    open_package,
+    write_manifest,
+)
+from exporter.backends.coreml_toolkit import coremltools
+from exporter.backends.coreml_toolkit import load as to_specification
+from exporter.backends.reference import LARGEST_HALF, Rounding, round_to_half
+from exporter.errors import InputError
+from exporter.files import replacing_folder, sha256
+from exporter.model import ModelConfig
+from exporter.quantization.integers import QuantizedTensor, Scheme
+from exporter.quantization.waist import MANIFEST as WAIST_MANIFEST
+from exporter.quantization.waist import QuantizedCheckpoint
+from exporter.recipe import CoreMLTarget, check_context
+
+FILE_NAME = "model.mlpackage"
+FILES = tuple(f"{FILE_NAME}/{name}" for name in (MANIFEST, MODEL, WEIGHTS))
+PACKAGES = ("coremltools", "numpy")
+_IOS_18 = 9  # the specification version of iOS 18 and macOS 15
+
+
+def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: CoreMLTarget) -> None:
+    """Refuse what the program cannot be. Raises InputError."""
+    check_context(config, target)
+    if not 2 <= target.prefill <= target.max_context:
+        raise InputError(
+            "prefill",
+            f"{target.prefill} tokens are not between 2 and max_context ({target.max_context})",
+            "128 suits most phones",
+        )
+
+
+def rounding(schemes: Mapping[str, Scheme], target: CoreMLTarget, prompt: int) -> Rounding | None:
+    """Activations are float16, if not asked to be wider."""
+    return round_to_half if target.activations == "float16" else None
+
+
+def largest_activation(target: CoreMLTarget) -> float | None:
+    """What overflows in float16."""
+    return LARGEST_HALF if target.activations == "float16" else None
+
+
+def lower(waist: QuantizedCheckpoint, target: CoreMLTarget, out: Path) -> Artifact:
+    """Write `out`/model.mlpackage."""
+    check(waist.config, waist.schemes, target)
+    program = build_program(waist, target)
+    with replacing_folder(out / FILE_NAME) as folder:
+        weights_folder = (folder / WEIGHTS).parent
+        weights_folder.mkdir(parents=True)
+        specification = to_specification(
+            program, str(weights_folder), specification_version=_IOS_18
+        )
+        _describe(specification.description.metadata, waist, target)
+        (folder / MODEL).write_bytes(specification.SerializeToString(deterministic=True))
+        write_manifest(folder)
+    return Artifact(out, target, FILES)
+
+
+def _describe(metadata: Any, waist: QuantizedCheckpoint, target: CoreMLTarget) -> None:
+    """What Xcode shows of a package, and what an app needs to know of it."""
+    config, tokenizer = waist.config, waist.path / "tokenizer.json"
+    facts = {
+        "max_context": str(target.max_context),
+        "prefill": str(target.prefill),
+        "output": target.output,
+        "vocab_size": str(config.vocab_size),
+        "bos_token_id": json.dumps(waist.bos_token_id),
+        "eos_token_ids": json.dumps(list(waist.eos_token_ids)),
+        "quantized_sha256": sha256(waist.path / WAIST_MANIFEST),
+    }
+    if tokenizer.is_file():
+        facts["tokenizer_sha256"] = sha256(tokenizer)
+    metadata.shortDescription = (
+        f"{config.model_type} decoder, {config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"with a cache of {target.max_context} tokens"
+    )
+    metadata.versionString = metadata_version("mobilellm-exporter")
+    metadata.author, metadata.license = target.author, target.license
+    metadata.userDefined.update(facts)
+
+
+def weights(
+    artifact: Artifact, waist: QuantizedCheckpoint
+) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
+    """Every weight of every function, decoded out of the package: name, the function and the
+    operators that read it, codes and scales."""
+    package = open_package(artifact.path / FILE_NAME)
+    names = {mil_name(name): name for name in waist.schemes}
+    for function in package.functions:
+        operations = package.block(function).operations
+        readers = readers_of(operations)
+        for operation in operations:
+            name = names.get(operation.outputs[0].name if operation.outputs else "")
+            if name is None:
+                continue
+            place = f"{function}: {', '.join(readers.get(mil_name(name), ['not used']))}"
+            if operation.type == "const":
+                yield name, place, package.value(operation.attributes["val"]).data
+            elif operation.type == "constexpr_blockwise_shift_scale":
+                yield name, place, _quantized(package, operation, waist.schemes[name])
+
+
+def _quantized(package: Package, operation: Any, scheme: Scheme) -> QuantizedTensor:
+    given = {name: binding.arguments[0].value for name, binding in operation.inputs.items()}
+    if "offset" in given:
+        raise InputError(operation.outputs[0].name, "has an offset, which the waist has not")
+    codes, scales = package.value(given["data"]), package.value(given["scale"])
+    if codes.kind != f"int{scheme.bits}":
+        raise InputError(operation.outputs[0].name, f"has {codes.kind} codes, not {scheme}")
+    return QuantizedTensor(codes.data, scales.data, scheme)
+
+
+#: Runs a function on int32 inputs, and updates the state: logits float32 [1, 1, vocab_size].
+Execute = Callable[[str, Mapping[str, Tensor], Any], Tensor]
+
+
+class CoreMLRunner:
+    """The package on this machine: both of its functions over one cache."""
+
+    def __init__(self, execute: Execute, new_state: Callable[[], Any], artifact: Artifact) -> None:
+        self._execute, self._new_state = execute, new_state
+        assert isinstance(artifact.target, CoreMLTarget)
+        self._context, self._steps = artifact.target.max_context, artifact.target.prefill
+        self._state, self._position = new_state(), 0
+        self._vocab_size = self._run(DECODE, input_ids=[[0]], position=[0]).numel()
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        """In chunks. One that would end beyond the cache begins earlier: what is read twice is
+        written twice, the same."""
+        self._state, self._position = self._new_state(), 0
+        steps = self._steps
+        while self._position < len(tokens):
+            start = min(self._position, self.context - steps)
+            chunk = tokens[start : start + steps]
+            padded = chunk + [0] * (steps - len(chunk))
+            logits = self._run(PREFILL, input_ids=[padded], position=[start], length=[len(chunk)])
+            self._position = start + len(chunk)
+        return logits
+
+    def decode(self, token: int) -> Tensor:
+        if self._position >= self.context:
+            raise InputError(
+                "context", f"{self._position + 1} tokens do not fit", "Lower with more"
+            )
+        logits = self._run(DECODE, input_ids=[[token]], position=[self._position])
+        self._position += 1
+        return logits
+
+    def _run(self, function: str, **inputs: Any) -> Tensor:
+        tensors = {name: torch.tensor(value, dtype=torch.int32) for name, value in inputs.items()}
+        return self._execute(function, tensors, self._state)[0, -1]
+
+
+def load(artifact: Artifact) -> CoreMLRunner:
+    """The artifact in Core ML on a Mac, in the reference interpreter elsewhere."""
+    if sys.platform == "darwin" and artifact.target.output == "logits":
+        return _on_mac(artifact)
+    return interpret(artifact)
+
+
+def interpret(artifact: Artifact) -> CoreMLRunner:
+    """The artifact in the reference interpreter, on any machine."""
+    interpreter = Interpreter(open_package(artifact.path / FILE_NAME))
+
+    def execute(function: str, inputs: Mapping[str, Tensor], state: State) -> Tensor:
+        values = {name: Value(tensor, "int32") for name, tensor in inputs.items()}
+        return interpreter.run(function, values, state, also=[LOGITS])[LOGITS].data
+
+    return CoreMLRunner(execute, interpreter.new_state, artifact)
+
+
+def _on_mac(artifact: Artifact) -> CoreMLRunner:
+    """The artifact in Core ML itself. Not tried yet, for want of a Mac."""
+    path = str(artifact.path / FILE_NAME)
+    functions = {
+        name: coremltools.models.MLModel(path, function_name=name) for name in (PREFILL, DECODE)
+    }
+
+    def execute(function: str, inputs: Mapping[str, Tensor], state: Any) -> Tensor:
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        logits = functions[function].predict(arrays, state=state)[LOGITS]
+        return torch.from_numpy(np.asarray(logits, np.float32))
+
+    return CoreMLRunner(execute, functions[DECODE].make_state, artifact)

@@ -1,0 +1,20 @@
+"""What is used of coremltools. It is imported here alone, since its import talks about much that
+does not concern an export (scikit-learn, other versions of torch, a missing Mac)."""
+
+import logging
+import warnings
+
+_level = logging.root.manager.disable
+logging.disable(logging.WARNING)
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import coremltools
+        from coremltools.converters.mil.backend.mil.load import load
+        from coremltools.converters.mil.mil import Builder as mb  # noqa: N813  # its name everywhere
+        from coremltools.converters.mil.mil import Function, Program, types
+        from coremltools.proto import MIL_pb2, Model_pb2
+finally:
+    logging.disable(_level)
+
+__all__ = ["Function", "MIL_pb2", "Model_pb2", "Program", "coremltools", "load", "mb", "types"]
