@@ -76,6 +76,8 @@ def inspect(args: argparse.Namespace) -> int:
     from exporter import pipeline
     from exporter.checkpoint import open_checkpoint
 
+    if Path(args.checkpoint).suffix == ".mlpackage":
+        return _inspect_package(args)
     checkpoint = open_checkpoint(args.checkpoint)
     fitting = _recipes_for(checkpoint.path.name)
     forecasts = [f for recipe in fitting for f in pipeline.forecast(recipe, checkpoint)]
@@ -119,6 +121,39 @@ def inspect(args: argparse.Namespace) -> int:
     impossible = [forecast for forecast in forecasts if forecast.prediction is None]
     for forecast in impossible:
         _out.print(f"[dim]{forecast.recipe} does not fit: {escape(forecast.problem)}[/]")
+    return FINE
+
+
+def _inspect_package(args: argparse.Namespace) -> int:
+    from exporter import pipeline
+
+    found = pipeline.inspect_package(Path(args.checkpoint))
+    if args.json:
+        return _print_json(asdict(found))
+    facts = {"description": found.description} if found.description else {}
+    facts["specification"] = f"version {found.specification_version}"
+    _print_facts(found.path, facts | dict(found.metadata))
+    features = _table("function", "", "name", "type", "shape", title="Functions")
+    operators = _table("operator", *(function.name for function in found.functions))
+    for function in found.functions:
+        for role in ("inputs", "states", "outputs"):
+            for feature in getattr(function, role):
+                shape = " × ".join(map(str, feature.shape))
+                cells = (feature.name, feature.type, shape)
+                features.add_row(function.name, role.removesuffix("s"), *map(escape, cells))
+    counts = [function.operators for function in found.functions]
+    for operator in dict.fromkeys(name for one in counts for name in one):
+        operators.add_row(operator, *(str(one.get(operator, "–")) for one in counts))
+    weights = _table("weights", "tensors", "size")
+    for weight in found.weights:
+        weights.add_row(weight.format, str(weight.tensors), _megabytes(weight.bytes))
+    for column in (*operators.columns[1:], *weights.columns[1:]):
+        column.justify = "right"
+    for table in (features, operators, weights):
+        _wide.print(table, "")
+    unknown = sorted({name for function in found.functions for name in function.unknown})
+    if unknown:
+        _out.print(f"[dim]The reference interpreter does not know: {', '.join(unknown)}[/]")
     return FINE
 
 
@@ -463,10 +498,13 @@ def _parser() -> argparse.ArgumentParser:
     nano = "examples/mobilellm-r1-nano"
     sub = command(
         "inspect", inspect,
-        "Show a checkpoint, and what each recipe would weigh in file, KV cache and memory",
+        "Show a checkpoint, and what each recipe would weigh in file, KV cache and memory; "
+        "or what is in a Core ML package",
         f"mobilellm inspect {nano}",
     )  # fmt: skip
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="model folder or hub id")
+    sub.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="model folder, hub id, or anyone's .mlpackage"
+    )
 
     sub = command(
         "quantize", quantize, "Quantize a checkpoint: integers and scales in one folder",

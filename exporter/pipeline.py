@@ -348,6 +348,14 @@ class Forecast:
     problem: str = ""
 
 
+def inspect_package(path: Path) -> Any:
+    """What is in a Core ML package, also one that was made elsewhere: `coreml_inspection`."""
+    backend("coreml")  # says what to install where coremltools is missing
+    from exporter.backends.coreml_inspection import inspect_package
+
+    return inspect_package(path)
+
+
 def forecast(recipe: Recipe, checkpoint: Checkpoint) -> list[Forecast]:
     """The predicted sizes for every target of a recipe; needs no toolkit."""
     try:

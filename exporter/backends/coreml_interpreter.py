@@ -15,6 +15,8 @@ from exporter.backends.coreml_operators import OPERATORS, Operator, overwrite
 from exporter.backends.coreml_package import TYPES, Package, Value, open_shape_of, place_of
 from exporter.errors import InputError
 
+#: The operators that touch a state; the others are in `OPERATORS`.
+STATEFUL = frozenset({"read_state", "write_state"})
 #: States by name; a run replaces what it writes.
 State = dict[str, Value]
 
@@ -152,7 +154,7 @@ class Interpreter:
             if kind == "const":
                 value = self._constant(operation.attributes["val"])
                 constants[operation.outputs[0].name] = value
-            elif kind not in OPERATORS and kind not in ("read_state", "write_state"):
+            elif kind not in OPERATORS.keys() | STATEFUL:
                 raise InputError(
                     f"{name}: {kind}", "is an operator that the reference interpreter does not know"
                 )
