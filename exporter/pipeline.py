@@ -1,10 +1,10 @@
 """The whole story, straight down: checkpoint → waist → artifacts → proof → bundle."""
 
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -59,11 +59,15 @@ from exporter.verification import (
     verification_text,
 )
 
-#: Told of each step: the stage's name, how many of its steps are done, and how many there are.
-Progress = Callable[[str, int, int], None]
+
+class Progress(Protocol):
+    """Told of each step: the stage's name, how many of its steps are done, of how many, and what
+    else is worth showing."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
 
 
-def no_progress(stage: str, done: int, total: int) -> None:
+def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
     """Show nothing."""
 
 

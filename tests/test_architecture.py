@@ -28,7 +28,7 @@ LAYERS = (
         "verification", "generation", "sizes", "doctor", "gate", "report",
     },
     {"pipeline"},
-    {"cli"},
+    {"arguments", "display", "cli"},
     {"__main__"},
 )  # fmt: skip
 PART_OF_LAYER = {part: height for height, parts in enumerate(LAYERS) for part in parts}
