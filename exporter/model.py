@@ -7,6 +7,7 @@ attend in their own way over the same projections.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -241,3 +242,35 @@ class StaticCache:
             enable_gqa=True,
         )
         return out.transpose(1, 2)
+
+
+class FloatWeights(Protocol):
+    """A checkpoint or a waist, as a source of float32 weights."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def float_weight(self, name: str) -> Tensor: ...
+
+
+def load_decoder(source: FloatWeights, context: int) -> Decoder:
+    """The whole model in memory, float32."""
+    with torch.device("meta"):
+        decoder = Decoder(source.config, context)
+    fill_weights(decoder, source, "")
+    return decoder.eval()
+
+
+def fill_weights(module: nn.Module, source: FloatWeights, prefix: str) -> None:
+    """Give every parameter of a module made on the meta device its weight."""
+    tied = source.config.tie_word_embeddings
+    names = [name for name, _ in module.named_parameters()]
+    weights = {name: source.float_weight(prefix + name) for name in names}
+    module.load_state_dict(weights, assign=True, strict=False)
+    if isinstance(module, Decoder):
+        if tied:
+            module.lm_head.weight = module.model.embed_tokens.weight
+        cos, sin = rope_tables(module.config, module.context)
+        module.register_buffer("cos", cos, persistent=False)
+        module.register_buffer("sin", sin, persistent=False)
+    module.requires_grad_(False)

@@ -16,11 +16,12 @@ from exporter.artifact import FinishedArtifact
 from exporter.backends import executorch
 from exporter.backends.executorch_graph import decode_filter, filter_bytes, scale_bytes
 from exporter.backends.executorch_layers import exchange_columns
-from exporter.backends.reference import round_rows_to_int8, score
+from exporter.backends.reference import score
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.evaluation.agreement import compare_logits
 from exporter.pipeline import no_progress
+from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.integers import QuantizedTensor, parse_scheme, quantize
 from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
 from exporter.recipe import parse_recipe

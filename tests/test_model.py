@@ -17,10 +17,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from exporter.backends.reference import load_decoder
 from exporter.checkpoint import open_checkpoint, parse_config
 from exporter.errors import InputError
-from exporter.model import Decoder, StaticCache, rms_normalize, rope_tables, rotate
+from exporter.model import (
+    Decoder,
+    StaticCache,
+    load_decoder,
+    rms_normalize,
+    rope_tables,
+    rotate,
+)
 from exporter.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-4

@@ -18,13 +18,14 @@ from exporter import pipeline
 from exporter.artifact import FinishedArtifact, open_artifact
 from exporter.backends import executorch
 from exporter.backends import onnx as backend
-from exporter.backends.reference import round_blocks_to_int8, score
+from exporter.backends.reference import score
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import InputError
 from exporter.evaluation.agreement import compare_logits
 from exporter.generation import Generation, Sampling
 from exporter.pipeline import no_progress
+from exporter.quantization.activations import round_blocks_to_int8
 from exporter.quantization.integers import QuantizedTensor
 from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
 from exporter.recipe import OnnxTarget, parse_recipe, parse_target

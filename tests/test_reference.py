@@ -9,16 +9,15 @@ import torch
 from conftest import LLAMA, LLAMA4, MakeCheckpoint
 from torch import Tensor
 
-from exporter.backends.reference import (
-    ReferenceRunner,
-    load_decoder,
+from exporter.backends.reference import ReferenceRunner, score
+from exporter.bundle import Bundle
+from exporter.checkpoint import open_checkpoint
+from exporter.model import load_decoder
+from exporter.quantization.activations import (
     round_blocks_to_int8,
     round_prompt_to_int8,
     round_rows_to_int8,
-    score,
 )
-from exporter.bundle import Bundle
-from exporter.checkpoint import open_checkpoint
 from exporter.quantization.waist import EMBEDDING
 from exporter.tokenizer import load_tokenizer
 

@@ -37,10 +37,10 @@ from exporter.backends.coreml_package import (
 )
 from exporter.backends.coreml_toolkit import coremltools
 from exporter.backends.coreml_toolkit import load as to_specification
-from exporter.backends.reference import LARGEST_HALF, Rounding, round_to_half
 from exporter.errors import InputError
 from exporter.files import replacing_folder, sha256
 from exporter.model import ModelConfig
+from exporter.quantization.activations import LARGEST_HALF, Rounding, round_to_half
 from exporter.quantization.integers import QuantizedTensor, Scheme
 from exporter.quantization.waist import MANIFEST as WAIST_MANIFEST
 from exporter.quantization.waist import QuantizedCheckpoint

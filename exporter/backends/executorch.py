@@ -32,10 +32,10 @@ with warnings.catch_warnings():
     from exporter.backends.executorch_program import Program, delegate, export_program
 
 from exporter.backends import Artifact
-from exporter.backends.reference import Rounding, round_rows_to_int8
 from exporter.errors import InputError
 from exporter.files import replacing
 from exporter.model import ModelConfig
+from exporter.quantization.activations import Rounding, round_rows_to_int8
 from exporter.quantization.integers import QuantizedTensor, Scheme
 from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
 from exporter.recipe import ExecuTorchTarget, check_context

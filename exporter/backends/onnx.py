@@ -26,15 +26,15 @@ from exporter.backends import Artifact
 from exporter.backends.onnx_forms import ContribForm, PortableForm, build
 from exporter.backends.onnx_graph import DATA_SUFFIX, OnnxGraph
 from exporter.backends.onnx_weights import LARGEST_BLOCK, StoredWeight
-from exporter.backends.reference import (
+from exporter.errors import InputError
+from exporter.files import copy_file, replacing, write_json
+from exporter.model import ModelConfig
+from exporter.quantization.activations import (
     LARGEST_HALF,
     Rounding,
     round_blocks_to_int8,
     round_prompt_to_int8,
 )
-from exporter.errors import InputError
-from exporter.files import copy_file, replacing, write_json
-from exporter.model import ModelConfig
 from exporter.quantization.integers import FLOAT, QuantizedTensor, Scheme
 from exporter.quantization.waist import EMBEDDING, OUTPUT, QuantizedCheckpoint
 from exporter.recipe import OnnxTarget, check_context

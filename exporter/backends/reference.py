@@ -5,36 +5,26 @@ and gives the logits of a known text, with the rounding of a runtime simulated o
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exporter.model import (
-    Decoder,
     DecoderLayer,
-    ModelConfig,
+    FloatWeights,
     RMSNorm,
     StaticCache,
     attend_causal,
+    fill_weights,
+    load_decoder,
     rope_tables,
 )
+from exporter.quantization.activations import Rounding
 from exporter.quantization.waist import EMBEDDING, OUTPUT
 
-#: Activations [..., seq, features] as a runtime rounds them before a matrix product.
-Rounding = Callable[[Tensor], Tensor]
 #: Told of values that a part of the model reads or writes: its name, and which they are.
 Observe = Callable[[str, str, Tensor], None]
-
-
-class FloatWeights(Protocol):
-    """A checkpoint or a waist, as a source of float32 weights."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    def float_weight(self, name: str) -> Tensor: ...
 
 
 class ReferenceRunner:
@@ -69,14 +59,6 @@ class ReferenceRunner:
         return logits
 
 
-def load_decoder(source: FloatWeights, context: int) -> Decoder:
-    """The whole model in memory, float32."""
-    with torch.device("meta"):
-        decoder = Decoder(source.config, context)
-    _fill(decoder, source, "")
-    return decoder.eval()
-
-
 @torch.inference_mode()
 def score(
     source: FloatWeights,
@@ -97,83 +79,20 @@ def score(
     for index in range(config.num_hidden_layers):
         with torch.device("meta"):
             layer = DecoderLayer(config, index)
-        _fill(layer, source, f"model.layers.{index}.")
+        fill_weights(layer, source, f"model.layers.{index}.")
         if rounding:
             _round_inputs(layer, rounding)
         if observe:
             _show(layer, f"model.layers.{index}", observe)
         x = layer(x, cos, sin, attend_causal)
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-    _fill(norm, source, "model.norm.")
+    fill_weights(norm, source, "model.norm.")
     if observe:
         _show(norm, "model.norm", observe)
     states = norm(x[0, list(positions)])
     states = rounding(states[:, None])[:, 0] if rounding else states
     output = embedding if config.tie_word_embeddings else source.float_weight(OUTPUT)
     return F.linear(states, output)
-
-
-def round_rows_to_int8(x: Tensor) -> Tensor:
-    """x as XNNPACK's dynamic int8 activations hold it: one scale and zero point for each row.
-
-    Source: ``xnn_f32_qd8_asymmetric_quantization_params`` in XNNPACK's quantization.h; the range
-    always includes zero.
-    """
-    return _round_over(x, (-1,))
-
-
-def round_prompt_to_int8(x: Tensor, prompt: int) -> Tensor:
-    """x [..., seq, features] as ONNX Runtime's DynamicQuantizeLinear holds it: one scale for all
-    that is read at once, here the first `prompt` rows, and then for each row."""
-    first, rest = x[..., :prompt, :], x[..., prompt:, :]
-    return torch.cat((_round_over(first, (-2, -1)), _round_over(rest, (-1,))), -2)
-
-
-#: The largest number that float16 holds.
-LARGEST_HALF = 65504.0
-
-
-def round_to_half(x: Tensor) -> Tensor:
-    """x as float16 holds it."""
-    return x.half().float()
-
-
-def _round_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """8 bits with a scale and zero point common to `dims`."""
-    if not x.numel():
-        return x
-    low = x.amin(dims, keepdim=True).clamp(max=0)
-    high = x.amax(dims, keepdim=True).clamp(min=0)
-    scale = (high - low) / 255
-    scale = torch.where(scale == 0, 1.0, scale)
-    zero_point = (-128 - low / scale).round().clamp(-128, 127)
-    codes = ((x / scale).round() + zero_point).clamp(-128, 127)
-    return (codes - zero_point) * scale
-
-
-def round_blocks_to_int8(x: Tensor, block: int) -> Tensor:
-    """x as ONNX Runtime's MatMulNBits holds it at accuracy level 4: symmetric blocks, those of
-    the weight; a width that `block` does not divide is one block."""
-    blocks = x.unflatten(-1, (-1, block if x.shape[-1] % block == 0 else x.shape[-1]))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    scale = torch.where(scale == 0, 1.0, scale)
-    rounded: Tensor = ((blocks / scale).round() * scale).flatten(-2)
-    return rounded
-
-
-def _fill(module: nn.Module, source: FloatWeights, prefix: str) -> None:
-    """Give every parameter of a module made on the meta device its weight."""
-    tied = source.config.tie_word_embeddings
-    names = [name for name, _ in module.named_parameters()]
-    weights = {name: source.float_weight(prefix + name) for name in names}
-    module.load_state_dict(weights, assign=True, strict=False)
-    if isinstance(module, Decoder):
-        if tied:
-            module.lm_head.weight = module.model.embed_tokens.weight
-        cos, sin = rope_tables(module.config, module.context)
-        module.register_buffer("cos", cos, persistent=False)
-        module.register_buffer("sin", sin, persistent=False)
-    module.requires_grad_(False)
 
 
 def _show(module: nn.Module, prefix: str, observe: Observe) -> None:
