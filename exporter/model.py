@@ -264,11 +264,11 @@ def load_decoder(source: FloatWeights, context: int) -> Decoder:
 def fill_weights(module: nn.Module, source: FloatWeights, prefix: str) -> None:
     """Give every parameter of a module made on the meta device its weight."""
     tied = source.config.tie_word_embeddings
-    names = [name for name, _ in module.named_parameters()]
+    names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     weights = {name: source.float_weight(prefix + name) for name in names}
     module.load_state_dict(weights, assign=True, strict=False)
     if isinstance(module, Decoder):
-        if tied:
+        if tied and isinstance(module.lm_head, nn.Linear):
             module.lm_head.weight = module.model.embed_tokens.weight
         cos, sin = rope_tables(module.config, module.context)
         module.register_buffer("cos", cos, persistent=False)

@@ -111,7 +111,7 @@ def quantize(weight: Tensor, scheme: Scheme, method: str) -> QuantizedTensor:
     groups = scheme.scale_shape(tuple(weight.shape))[1]
     codes = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(weight.shape[0], groups)
-    for rows in _row_blocks(weight):
+    for rows in row_blocks(weight):
         block = weight[rows].to(torch.float32).unflatten(1, (groups, -1))
         widest = torch.maximum(block.amax(-1) / highest, block.amin(-1) / lowest)
         if method == "mse":
@@ -119,27 +119,47 @@ def quantize(weight: Tensor, scheme: Scheme, method: str) -> QuantizedTensor:
         else:
             scale = to_scale_grid(widest)
         scales[rows] = scale
-        codes[rows] = _round(block, scale, lowest, highest).flatten(1).to(torch.int8)
+        codes[rows] = round_codes(block, scale, lowest, highest).flatten(1).to(torch.int8)
     return QuantizedTensor(codes, scales, scheme)
 
 
-def _row_blocks(weight: Tensor) -> Iterator[slice]:
+def row_blocks(weight: Tensor) -> Iterator[slice]:
     """Blocks of rows small enough to stay in the processor's cache."""
     rows = max(1, _ROWS_AT_ONCE_VALUES // weight.shape[1])
     return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
 
 
-def _round(block: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
+def round_codes(block: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
+    """Codes, still as floats, of block [rows, groups, group_size] with scale [rows, groups]."""
     return (block / scale[..., None]).round_().clamp_(lowest, highest)
 
 
-def _least_squared_error(block: Tensor, widest: Tensor, lowest: int, highest: int) -> Tensor:
+def least_squared_error_scales(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
+    """Scales [out_features, groups] of least squared error, where the error of each input counts
+    as `importance` [in_features] says."""
+    assert scheme.bits is not None
+    lowest, highest = CODE_RANGE[scheme.bits]
+    groups = scheme.scale_shape(tuple(weight.shape))[1]
+    scales = torch.empty(weight.shape[0], groups)
+    for rows in row_blocks(weight):
+        block = weight[rows].to(torch.float32).unflatten(1, (groups, -1))
+        widest = torch.maximum(block.amax(-1) / highest, block.amin(-1) / lowest)
+        scales[rows] = _least_squared_error(
+            block, widest, lowest, highest, importance.unflatten(0, (groups, -1))
+        )
+    return scales
+
+
+def _least_squared_error(
+    block: Tensor, widest: Tensor, lowest: int, highest: int, importance: Tensor | None = None
+) -> Tensor:
     """The best scale on the grid for each group of block [rows, groups, group_size]."""
     best_scale, best_error = to_scale_grid(widest), torch.full_like(widest, torch.inf)
     for share in CLIPPING_SHARES.tolist():
         scale = to_scale_grid(widest * share)
-        error = _round(block, scale, lowest, highest).mul_(scale[..., None]).sub_(block)
-        error = error.square_().sum(-1)
+        error = round_codes(block, scale, lowest, highest).mul_(scale[..., None]).sub_(block)
+        error = error.square_()
+        error = (error if importance is None else error.mul_(importance)).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

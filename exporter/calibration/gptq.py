@@ -1,0 +1,93 @@
+"""GPTQ over a whole model: each weight is rounded when the calibration text reaches it.
+
+The text runs through one layer after the other, and what has been rounded stays rounded, so a
+weight is fitted to the inputs that it will really see.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exporter.model import (
+    DecoderLayer,
+    FloatWeights,
+    RMSNorm,
+    attend_causal,
+    fill_weights,
+    rope_tables,
+)
+from exporter.quantization.gptq import Compensated, gptq
+from exporter.quantization.integers import FLOAT, Scheme, quantize
+from exporter.quantization.waist import EMBEDDING, OUTPUT
+
+#: Damping for the tied embedding: as a lookup table its error counts in every direction.
+TIED_DAMPING = 1.0
+
+
+@torch.inference_mode()
+def gptq_weights(
+    source: FloatWeights, schemes: Mapping[str, Scheme], tokens: Tensor, products: torch.dtype
+) -> Iterator[tuple[str, Compensated]]:
+    """Every quantized weight, in the order of computation, the tied embedding last.
+
+    `tokens` [sequences, seq] is the calibration text; `products` is the type of matrix products.
+    """
+    config = source.config
+    cos, sin = rope_tables(config, tokens.shape[1])
+    embedding = source.float_weight(EMBEDDING)
+    rounded = embedding
+    if schemes[EMBEDDING] != FLOAT:
+        quantized = quantize(embedding, schemes[EMBEDDING], "mse")
+        rounded = quantized.dequantize()
+        if not config.tie_word_embeddings:
+            yield EMBEDDING, Compensated(quantized, embedding)
+    x = F.embedding(tokens, rounded)
+    with torch.autocast("cpu", products, enabled=products != torch.float32):
+        for index in range(config.num_hidden_layers):
+            with torch.device("meta"):
+                layer = DecoderLayer(config, index)
+            prefix = f"model.layers.{index}."
+            fill_weights(layer, source, prefix)
+            done = dict[str, Compensated]()
+            _round_on_arrival(layer, prefix, schemes, done)
+            x = layer(x, cos, sin, attend_causal)
+            yield from done.items()
+    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    fill_weights(norm, source, "model.norm.")
+    output = EMBEDDING if config.tie_word_embeddings else OUTPUT
+    if schemes[output] != FLOAT:
+        damping = {"damping": TIED_DAMPING} if config.tie_word_embeddings else {}
+        hessian = _hessian(norm(x))
+        yield output, gptq(source.float_weight(output), hessian, schemes[output], **damping)
+
+
+def _round_on_arrival(
+    layer: nn.Module, prefix: str, schemes: Mapping[str, Scheme], done: dict[str, Compensated]
+) -> None:
+    """Replace each linear weight just before its first product, knowing all of its inputs."""
+    last: tuple[Tensor, Tensor] | None = None
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def arrive(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            nonlocal last
+            if last is None or last[0] is not inputs[0]:  # q, k and v read the same
+                last = inputs[0], _hessian(inputs[0])
+            assert isinstance(module, nn.Linear)
+            done[name] = gptq(module.weight, last[1], schemes[name])
+            module.weight = nn.Parameter(done[name].rounded.dequantize(), requires_grad=False)
+
+        return arrive
+
+    for part, module in layer.named_modules():
+        name = f"{prefix}{part}.weight"
+        if isinstance(module, nn.Linear) and schemes[name] != FLOAT:
+            module.register_forward_pre_hook(hook(name))
+
+
+def _hessian(inputs: Tensor) -> Tensor:
+    """The sum of x xᵀ over all positions of `inputs` [..., features], float32."""
+    flat = inputs.flatten(0, -2).float()
+    with torch.autocast("cpu", enabled=False):  # in bfloat16 it would not stay positive definite
+        return flat.t() @ flat

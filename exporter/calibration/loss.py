@@ -1,0 +1,96 @@
+"""How far the student's next-token distribution is from the teacher's, with its gradient.
+
+The loss is KL(teacher || student) at a temperature. A teacher may be given by its likeliest tokens
+only; then all others are one bucket in both distributions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_POSITIONS_AT_ONCE = 256
+_SMALLEST = 1e-9
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """The teacher at some positions: ids int32 and log-probabilities at the temperature, each
+    [positions, top_k]; without ids, log-probabilities [positions, vocab_size] of all tokens."""
+
+    ids: Tensor | None
+    log_probabilities: Tensor
+
+
+def teacher_logits(logits: Tensor, top_k: int, temperature: float) -> TeacherLogits:
+    """The `top_k` likeliest tokens of logits [positions, vocab_size]; 0 keeps all."""
+    log_p = (logits.float() / temperature).log_softmax(-1)
+    if not top_k or top_k >= logits.shape[-1]:
+        return TeacherLogits(None, log_p)
+    values, ids = log_p.topk(top_k)
+    return TeacherLogits(ids.to(torch.int32), values)
+
+
+class _Divergence(torch.autograd.Function):
+    """Output layer and loss in one, a block of positions at a time: the logits of a whole batch
+    are never in memory, and each is computed once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, teacher: TeacherLogits, temperature: float
+    ) -> Tensor:
+        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        narrow, total = weight.to(low), torch.zeros(())
+        to_states = torch.empty_like(states)
+        to_weight = torch.zeros_like(weight)
+        with torch.autocast("cpu", enabled=False):
+            for start in range(0, len(states), _POSITIONS_AT_ONCE):
+                rows = slice(start, start + _POSITIONS_AT_ONCE)
+                block = states[rows].to(low)
+                logits = F.linear(block, narrow).float().div_(temperature)
+                ids = None if teacher.ids is None else teacher.ids[rows].long()
+                log_p = teacher.log_probabilities[rows].float()
+                loss, slope = _divergence_and_slope(logits, ids, log_p)
+                total += loss
+                # temperature² keeps the gradient's size; one temperature is of the division.
+                slope = slope.mul_(temperature / len(states)).to(low)
+                to_states[rows] = slope @ narrow
+                to_weight += slope.t() @ block
+        ctx.save_for_backward(to_states, to_weight)
+        return total * (temperature**2 / len(states))
+
+    @staticmethod
+    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        to_states, to_weight = ctx.saved_tensors
+        return to_states * arriving, to_weight * arriving, None, None
+
+
+def _divergence_and_slope(
+    logits: Tensor, ids: Tensor | None, log_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sum of KL over positions, and its derivative by logits, which are overwritten."""
+    log_q = logits.log_softmax(-1)
+    chosen = log_q if ids is None else log_q.gather(-1, ids)
+    p = log_p.exp()
+    loss = (p * (log_p - chosen)).sum()
+    q = torch.exp(log_q, out=logits)
+    if ids is None:
+        return loss, q.sub_(p)
+    p_rest = (1 - p.sum(-1, keepdim=True)).clamp_(min=_SMALLEST)
+    q_rest = (1 - chosen.exp().sum(-1, keepdim=True)).clamp_(min=_SMALLEST)
+    loss += (p_rest * (p_rest.log() - q_rest.log())).sum()
+    slope = q.mul_(1 - p_rest / q_rest)
+    return loss, slope.scatter_(-1, ids, chosen.exp() - p)
+
+
+def divergence(
+    states: Tensor, weight: Tensor, teacher: TeacherLogits, temperature: float = 1.0
+) -> Tensor:
+    """Mean KL in nats, times temperature², of states [positions, hidden] through the output layer
+    `weight` [vocab_size, hidden]."""
+    loss: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]  # of torch
+        states, weight, teacher, temperature
+    )
+    return loss

@@ -1,0 +1,185 @@
+"""The model that learns to be quantized: float weights that are rounded in every forward pass.
+
+Rounding has no slope, so gradients pass through it as if it were not there (the straight-through
+estimator). The step sizes are learned too (LSQ: Esser et al., arXiv 1902.08153), as logarithms,
+and are always used as the portable scales that they will be stored as.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exporter.model import Decoder, FloatWeights, attend_causal, fill_weights
+from exporter.quantization.activations import Rounding
+from exporter.quantization.gptq import Compensated
+from exporter.quantization.integers import (
+    CODE_RANGE,
+    QuantizedTensor,
+    round_codes,
+    row_blocks,
+    to_scale_grid,
+)
+from exporter.quantization.waist import EMBEDDING
+
+
+class _Rounded(torch.autograd.Function):
+    """weight [rows, columns] and log_scales [rows, groups] → code times scale, in `dtype`.
+
+    Works on blocks of rows that stay in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, log_scales: Tensor, bits: int, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(weight, log_scales)
+        ctx.bits = bits
+        result = torch.empty(weight.shape, dtype=dtype)
+        for rows in row_blocks(weight):
+            grouped, scale = _grouped(weight[rows], log_scales[rows])
+            codes = round_codes(grouped, scale, *CODE_RANGE[bits])
+            result[rows] = codes.mul_(scale[..., None]).flatten(1)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weight, log_scales = ctx.saved_tensors
+        lowest, highest = CODE_RANGE[ctx.bits]
+        to_weight, to_scales = torch.empty_like(weight), torch.empty_like(log_scales)
+        for rows in row_blocks(weight):
+            grouped, scale = _grouped(weight[rows], log_scales[rows])
+            arriving = gradient[rows].float().view_as(grouped)
+            exact = grouped / scale[..., None]
+            inside = (exact >= lowest - 0.5) & (exact <= highest + 0.5)
+            # d(code * scale) / d(scale) is code - exact inside of the range, and code outside.
+            codes = exact.round().clamp_(lowest, highest)
+            slope = codes.sub_(exact.mul_(inside))
+            to_scales[rows] = slope.mul_(arriving).sum(-1).mul_(scale)
+            to_weight[rows] = (arriving * inside).flatten(1)
+        return to_weight, to_scales, None, None
+
+
+def _grouped(weight: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight as [rows, groups, group_size], and its portable scales [rows, groups]."""
+    return weight.unflatten(1, (log_scales.shape[1], -1)), to_scale_grid(log_scales.exp())
+
+
+class RoundedWeight(nn.Module):
+    """A weight that is being learned; `forward` gives it as it is now, rounded."""
+
+    def __init__(self, start: Compensated) -> None:
+        super().__init__()
+        scheme = start.rounded.scheme
+        assert scheme.bits is not None
+        self.scheme, self.bits = scheme, scheme.bits
+        self.weight = nn.Parameter(start.weight.clone())
+        self.log_scales = nn.Parameter(start.rounded.scales.log())
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        rounded: Tensor = _Rounded.apply(  # type: ignore[no-untyped-call]  # of torch
+            self.weight, self.log_scales, self.bits, dtype
+        )
+        return rounded
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedTensor:
+        """What would be stored now."""
+        lowest, highest = CODE_RANGE[self.bits]
+        codes = torch.empty(self.weight.shape, dtype=torch.int8)
+        for rows in row_blocks(self.weight):
+            grouped, scale = _grouped(self.weight[rows], self.log_scales[rows])
+            codes[rows] = round_codes(grouped, scale, lowest, highest).flatten(1).to(torch.int8)
+        return QuantizedTensor(codes, to_scale_grid(self.log_scales.exp()), self.scheme)
+
+
+class RoundedLinear(nn.Module):
+    """A linear layer without bias whose weight is a `RoundedWeight`."""
+
+    def __init__(self, start: Compensated, rounding: Rounding | None) -> None:
+        super().__init__()
+        self.rounded, self.rounding = RoundedWeight(start), rounding
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _straight_through(x, self.rounding) if self.rounding else x
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return F.linear(x, self.rounded(kind))
+
+
+class RoundedEmbedding(nn.Module):
+    """An embedding; where it is the output layer too, that uses what the last lookup rounded."""
+
+    def __init__(self, start: Compensated) -> None:
+        super().__init__()
+        self.rounded = RoundedWeight(start)
+        self.table: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.table = self.rounded(torch.float32)
+        return F.embedding(tokens, self.table)
+
+
+class Student(nn.Module):
+    """A decoder whose quantized weights are learned; everything else stays as it is.
+
+    `starts` holds what each quantized weight starts from. With `rounding`, the inputs of every
+    matrix product are rounded as a runtime does it.
+    """
+
+    def __init__(
+        self,
+        source: FloatWeights,
+        starts: Mapping[str, Compensated],
+        context: int,
+        rounding: Rounding | None = None,
+    ) -> None:
+        super().__init__()
+        self.rounding = rounding
+        with torch.device("meta"):
+            self.decoder = Decoder(source.config, context)
+        tied = source.config.tie_word_embeddings
+        for name, start in starts.items():
+            parent, _, child = name.removesuffix(".weight").rpartition(".")
+            module = (
+                RoundedEmbedding(start) if name == EMBEDDING else RoundedLinear(start, rounding)
+            )
+            setattr(self.decoder.get_submodule(parent), child, module)
+        if tied and EMBEDDING in starts:
+            self.decoder.lm_head = nn.Identity()  # type: ignore[assignment]  # see `output_weight`
+        fill_weights(self.decoder, source, "")
+        for module in self.modules():
+            if isinstance(module, RoundedWeight):
+                module.requires_grad_(True)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [batch, seq] to the inputs of the output layer [batch, seq, hidden], and the
+        weight of that layer [vocab_size, hidden]."""
+        positions = torch.arange(tokens.shape[1])
+        states = self.decoder.hidden_states(tokens, positions, attend_causal)
+        states = _straight_through(states, self.rounding) if self.rounding else states
+        return states, self.output_weight()
+
+    def output_weight(self) -> Tensor:
+        embedding, output = self.decoder.model.embed_tokens, self.decoder.lm_head
+        if isinstance(output, RoundedLinear):
+            return output.rounded(torch.float32)
+        if isinstance(embedding, RoundedEmbedding) and isinstance(output, nn.Identity):
+            assert embedding.table is not None
+            return embedding.table
+        weight: Tensor = output.weight
+        return weight
+
+    def quantized(self) -> dict[str, QuantizedTensor]:
+        """Codes and scales of every learned weight, by its name in the checkpoint."""
+        return {
+            name.removeprefix("decoder.").removesuffix(".rounded") + ".weight": module.quantized()
+            for name, module in self.named_modules()
+            if isinstance(module, RoundedWeight)
+        }
+
+
+def _straight_through(x: Tensor, rounding: Rounding) -> Tensor:
+    """`x` rounded; the gradient passes as if it were not."""
+    return x + (rounding(x.detach().float()) - x.detach()).to(x.dtype)
