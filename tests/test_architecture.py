@@ -25,7 +25,7 @@ LAYERS = (
     {"checkpoint", "quantization", "recipe"},
     {
         "tokenizer", "backends", "calibration", "evaluation", "artifact", "bundle",
-        "verification", "generation", "sizes", "doctor", "gate", "report",
+        "verification", "generation", "speaker", "sizes", "doctor", "gate", "report",
     },
     {"pipeline"},
     {"arguments", "display", "cli"},
