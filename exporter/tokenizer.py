@@ -57,7 +57,7 @@ class TextTokenizer:
     def chat_text(self, prompt: str, system: str | None = None) -> str:
         """The prompt as one turn of a conversation that the model is to answer."""
         messages = [Message("system", system)] if system else []
-        return self._render([*messages, Message("user", prompt)], add_generation_prompt=True)
+        return self.conversation_text([*messages, Message("user", prompt)], to_be_answered=True)
 
     def document_text(self, document: Document) -> str:
         """Plain text as it stands; a conversation through the chat template, or as paragraphs
@@ -66,16 +66,17 @@ class TextTokenizer:
             return document
         if self.chat_template is None:
             return "\n\n".join(message.content for message in document)
-        return self._render(document, add_generation_prompt=False)
+        return self.conversation_text(document, to_be_answered=False)
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def conversation_text(self, messages: Sequence[Message], *, to_be_answered: bool) -> str:
+        """The chat template's text; `to_be_answered` ends it where the model's turn begins."""
         if self.chat_template is None:
             raise InputError(self.path, "has no chat template", "Use --raw to give plain text")
         variables = {"tools": None, "documents": None, **self.special_tokens}
         try:
             return _ENVIRONMENT.from_string(self.chat_template).render(
                 messages=[asdict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=to_be_answered,
                 **variables,
             )
         except Exception as error:  # a template is a program: it can fail in any way
