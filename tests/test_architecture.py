@@ -89,6 +89,20 @@ def test_a_mobile_toolkit_is_imported_by_its_backend_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("package", "owners"),
+    [
+        ("lm_eval", {"evaluation/lm_eval.py", "evaluation/lm_eval_plugin.py"}),
+        ("pyarrow", {"textdata.py"}),
+    ],
+)
+def test_a_large_library_is_imported_where_it_is_needed_alone(
+    package: str, owners: set[str]
+) -> None:
+    using = [p for p in modules() if package in {name.split(".")[0] for name in imports(p)}]
+    assert {path.relative_to(PACKAGE).as_posix() for path in using} == owners
+
+
+@pytest.mark.parametrize(
     ("one", "other"), [("calibration", "backends"), ("backends", "calibration")]
 )
 def test_calibration_and_backends_do_not_see_each_other(one: str, other: str) -> None:

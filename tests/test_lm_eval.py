@@ -42,14 +42,6 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_network() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_DATASETS_OFFLINE", "1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def ours() -> MobileLLM:
     return MobileLLM(str(NANO))
@@ -206,7 +198,10 @@ def task_files(folder: Path) -> list[str]:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = {
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "rows.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
         "test_split": "test",
         "doc_to_text": "{{text}}",
     }
@@ -261,7 +256,7 @@ def test_every_kind_of_request_runs_on_every_kind_of_model(
             assert results[name][key] == pytest.approx(expected[name][key], rel=1e-4)
 
 
-def lm_eval_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def lm_eval_command(module: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`lm_eval` in a process that finds this package's entry points as setup.cfg names them."""
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
@@ -272,17 +267,20 @@ def lm_eval_command(folder: Path, *arguments: str) -> subprocess.CompletedProces
     (info / "entry_points.txt").write_text(f"[torch.backends]\n{lines}\n")
     paths = os.pathsep.join((str(info.parent), str(ROOT), os.environ.get("PYTHONPATH", "")))
     return subprocess.run(
-        [sys.executable, "-m", "lm_eval", *arguments], cwd=ROOT, check=False, text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT, check=False, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1",
+             "HF_DATASETS_CACHE": str(folder / "cache")},
     )  # fmt: skip
 
 
-def test_the_plain_lm_eval_command_knows_the_model_and_its_own(
-    finished_bundle: Bundle, tmp_path: Path
+@pytest.mark.parametrize("module", ["lm_eval", "exporter.evaluation.lm_eval"])
+def test_the_plain_lm_eval_command_runs_the_example(
+    module: str, finished_bundle: Bundle, tmp_path: Path
 ) -> None:
-    """The example's command: most of eight problems are solved through the .onnx."""
+    """Most of eight problems are solved through the .onnx."""
     outcome = lm_eval_command(
-        tmp_path, "--model", "mobilellm", "--model_args",
+        module, tmp_path, "--model", "mobilellm", "--model_args",
         f"path={finished_bundle.path},target=onnx", "--tasks", str(TASK), "--limit", "8",
         "--apply_chat_template", "--output_path", str(tmp_path / "out"),
     )  # fmt: skip
