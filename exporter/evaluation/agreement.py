@@ -16,10 +16,13 @@ class Agreement:
     worst: int
 
 
-def divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || logits) in nats of float32 logits [positions, vocab_size]: [positions]."""
-    log_p = reference.double().log_softmax(-1)
-    log_q = logits.double().log_softmax(-1)
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of float32 logits [..., vocab_size], in float64: KL is a small difference of large sums."""
+    return logits.double().log_softmax(-1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats of log-probabilities [positions, vocab_size]: [positions]."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -35,7 +38,7 @@ def compare_logits(reference: Tensor, logits: Tensor) -> Agreement:
     same most likely token, `max_difference` the largest absolute difference of any logit.
     NaN anywhere in `logits` gives NaN, which passes no limit.
     """
-    kl = divergence(reference, logits)
+    kl = divergence(log_probabilities(reference), log_probabilities(logits))
     return Agreement(
         positions=len(kl),
         kl=kl.mean().item(),

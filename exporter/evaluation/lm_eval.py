@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from exporter.errors import InputError
+from exporter.evaluation.agreement import log_probabilities
 from exporter.evaluation.lm_eval_plugin import register
 from exporter.evaluation.perplexity import next_logits
 from exporter.generation import Generation, Sampling
@@ -209,7 +210,7 @@ class MobileLLM(TemplateLM):
 
 
 def _log_likelihood(logits: Tensor, targets: Tensor) -> float:
-    return logits.double().log_softmax(-1).gather(-1, targets[:, None]).sum().item()
+    return log_probabilities(logits).gather(-1, targets[:, None]).sum().item()
 
 
 if __name__ == "__main__":

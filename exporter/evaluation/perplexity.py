@@ -14,12 +14,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from exporter.backends import Runner
 from exporter.backends.reference import ReferenceRunner
 from exporter.errors import InputError
-from exporter.evaluation.agreement import divergence, same_choice
+from exporter.evaluation.agreement import divergence, log_probabilities, same_choice
 from exporter.tokenizer import TextTokenizer
 
 #: Told how many of how many steps are done, and what is worth showing.
@@ -180,18 +179,19 @@ def _scored(
     logits = next_logits(runner, read, prefill)
     if reference is None:
         for rows, wanted in zip(logits, targets, strict=True):
-            loss = _loss(rows, wanted)
+            loss = _loss(log_probabilities(rows), wanted)
             yield torch.stack((loss, *[torch.full_like(loss, math.nan)] * 3))
         return
     theirs = next_logits(reference, read, prefill)
     for rows, expected, wanted in zip(logits, theirs, targets, strict=True):
-        kl, same = divergence(expected, rows), same_choice(expected, rows).double()
-        yield torch.stack((_loss(rows, wanted), _loss(expected, wanted), kl, same))
+        log_p, log_q = log_probabilities(expected), log_probabilities(rows)
+        kl, same = divergence(log_p, log_q), same_choice(expected, rows).double()
+        yield torch.stack((_loss(log_q, wanted), _loss(log_p, wanted), kl, same))
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Minus the log-likelihood of each target in nats, float64."""
-    return F.cross_entropy(logits.double(), targets, reduction="none")
+def _loss(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Minus the log-likelihood of each target in nats: [positions]."""
+    return -log_probabilities.gather(-1, targets[:, None])[:, 0]
 
 
 def _exp(loss: float) -> float:
