@@ -96,7 +96,12 @@ def main() -> None:
     stream = problems(args.seed)
     for _ in range(args.count):
         problem = next(stream)
-        print(json.dumps({"prompt": problem.question, "answer": problem.answer}))
+        row = {
+            "prompt": problem.question,
+            "completion": problem.reasoning,
+            "answer": problem.answer,
+        }
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,14 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _text_argument(sub)
 
     sub = command(
+        "evaluate",
+        "Measure the quality of a checkpoint, a quantized one, or an artifact in its own runtime: "
+        "perplexity, KL and agreement on text, problems solved",
+        f"mobilellm evaluate build/nano --data FILE --reference {nano}",
+    )  # fmt: skip
+    _evaluate_arguments(sub)
+
+    sub = command(
         "generate", "Write text with a checkpoint, a quantized one, or an artifact",
         'mobilellm generate build/nano --prompt "Ada has 12 eggs. Ada sells 5. ..."',
     )  # fmt: skip
@@ -122,6 +130,47 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     command("recipes", "List the recipes that come with the tool", "mobilellm recipes")
     command("doctor", "Show what is missing on this machine", "mobilellm doctor")
     return parser
+
+
+def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    def number(group: argparse._ArgumentGroup, flag: str, default: int | None, text: str) -> None:
+        group.add_argument(flag, type=int, metavar="N", default=default, help=text)
+
+    sub.add_argument("path", metavar="PATH", help="bundle, artifact, quantized or CHECKPOINT")
+    sub.add_argument("--target", metavar="NAME", help="which artifact of a bundle")
+    sub.add_argument(
+        "--reference", metavar="CHECKPOINT",
+        help="what to compare with: KL, top-1 agreement, --generations",
+    )  # fmt: skip
+    text = sub.add_argument_group("text")
+    text.add_argument("--data", type=Path, metavar="FILE", help="text, JSONL or parquet")
+    text.add_argument(
+        "--field", metavar="NAME",
+        help="of a row (default: text, messages, prompt + completion or question + answer)",
+    )  # fmt: skip
+    number(text, "--max-tokens", 8192, "default 8192")
+    number(text, "--sequence-length", 512, "default 512")
+    number(
+        text, "--prefill", 1,
+        "tokens of each sequence that an artifact reads at once; what follows them is scored "
+        "(default 1)",
+    )  # fmt: skip
+    text.add_argument(
+        "--simulate", action="store_true",
+        help="a bundle's quantized checkpoint in torch, activations rounded as in the target",
+    )  # fmt: skip
+    task = sub.add_argument_group("problems")
+    task.add_argument(
+        "--task", type=Path, metavar="FILE",
+        help="JSONL or parquet with prompt (or question) and answer; compared are the last "
+        "\\boxed{} or ####",
+    )  # fmt: skip
+    number(task, "--limit", None, "only the first N problems")
+    number(task, "--max-new-tokens", 512, "default 512")
+    number(
+        task, "--generations", 0,
+        "compare the answers to the first N problems with those of --reference",
+    )  # fmt: skip
 
 
 def _recipe_arguments(sub: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -245,14 +245,28 @@ def verify(args: argparse.Namespace) -> int:
     return FINE if passed else CHECK_FAILED
 
 
+def evaluate(args: argparse.Namespace) -> int:
+    from exporter.evaluation import measure
+
+    asked = measure.Measures(
+        **{field.name: getattr(args, field.name) for field in fields(measure.Measures)}
+    )
+    with display.progress() as progress, display.Clock() as clock:
+        found = measure.evaluate(args.path, args.target, asked, progress)
+    if args.json:
+        return display.print_json({"path": args.path, **found.figures(), **clock.figures()})
+    display.print_evaluation(args.path, found, clock.facts())
+    return FINE
+
+
 def generate(args: argparse.Namespace) -> int:
-    from exporter import pipeline
     from exporter.generation import Generation, Sampling
+    from exporter.speaker import open_speaker
     from exporter.tokenizer import load_tokenizer
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     started = time.perf_counter()
-    speaker = pipeline.open_speaker(args.path, args.target)
+    speaker = open_speaker(args.path, args.target)
     loaded = time.perf_counter() - started
     tokenizer = load_tokenizer(speaker.tokenizer_folder)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -332,5 +346,5 @@ def _recipes_for(model: str) -> list[Any]:
 #: Every subcommand, in the order of the help.
 COMMANDS = {
     function.__name__: function
-    for function in (inspect, quantize, lower, export, verify, generate, recipes, doctor)
+    for function in (inspect, quantize, lower, export, verify, evaluate, generate, recipes, doctor)
 }

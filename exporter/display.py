@@ -117,6 +117,42 @@ def print_checks(checks: Sequence[Any]) -> None:
         out.print(f"[bold green]all {len(checks)} checks passed[/]")
 
 
+def print_evaluation(path: str, found: Any, more: dict[str, str]) -> None:
+    """The figures of one model, then how they change along the text."""
+    facts = {"runs as": found.kind}
+    text, task, generations = found.text, found.task, found.generations
+    if text:
+        facts["perplexity"] = f"{text.perplexity:.3f} ± {text.perplexity_error:.3f}" + (
+            f" (reference {text.reference_perplexity:.3f})" if text.kl is not None else ""
+        )
+        if text.kl is not None:
+            facts["KL"] = f"{text.kl:.4g} nats"
+            facts["top-1 agreement"] = f"{text.top1_agreement:.1%}"
+        facts["measured on"] = f"{text.tokens:,} predictions in {text.sequences:,} sequences"
+    if task:
+        facts["accuracy"] = f"{task.accuracy:.1%} of {task.problems:,} problems"
+        facts["with an answer"] = f"{task.answered:.1%}"
+        facts["never ended"] = f"{task.never_ended:.1%}"
+        facts["tokens an answer"] = f"{task.mean_tokens:.1f}"
+    if generations:
+        count = generations.generations
+        facts["same generations"] = f"{generations.identical_generations:.1%} of {count:,}"
+        facts["first divergence"] = f"at {generations.median_first_divergence:g} (median)"
+    print_facts(path, facts | more)
+    if text:
+        rows = table("positions", "perplexity", "KL", "top-1 agreement", title="Along the text")
+        for band in text.agreement_by_position:
+            top1 = "" if band.top1_agreement is None else f"{band.top1_agreement:.1%}"
+            cells = figure(band.perplexity), figure(band.kl), top1
+            rows.add_row(f"{band.first}–{band.last}", *cells)
+        wide.print("", rows)
+    if generations:
+        rows = table("positions", "same token", title="Along the generations")
+        for band in generations.generation_agreement_by_position:
+            rows.add_row(f"{band.first}–{band.last}", f"{band.agreement:.1%}")
+        wide.print("", rows)
+
+
 def figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 

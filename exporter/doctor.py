@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 DISTRIBUTION = "mobilellm-exporter"
 #: Extras that a user may leave out; `all` and `dev` only repeat others.
-EXTRAS = ("executorch", "onnx", "coreml", "profile")
+EXTRAS = ("executorch", "onnx", "coreml", "lm-eval", "profile")
 
 
 @dataclass(frozen=True)

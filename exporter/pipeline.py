@@ -14,11 +14,9 @@ from exporter.artifact import (
     artifact_identity,
     artifact_output,
     artifact_versions,
-    open_artifact,
     write_artifact,
 )
-from exporter.backends import Runner, backend
-from exporter.backends.reference import ReferenceRunner
+from exporter.backends import backend
 from exporter.bundle import (
     BUNDLE_OUTPUT,
     SEAL,
@@ -32,7 +30,7 @@ from exporter.bundle import (
     write_seal,
 )
 from exporter.bundle import WAIST as BUNDLE_WAIST
-from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
 from exporter.files import check_folder, claim_folder, differing_files, made_from
 from exporter.quantization.waist import (
@@ -291,55 +289,6 @@ def _verify_models(
         checks += check_logits(waist, finished, texts[target])
         progress(stage, 1, 1)
     return checks
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """A model that can be asked: its runner, and the folder with its tokenizer."""
-
-    runner: Runner
-    tokenizer_folder: Path
-    eos_token_ids: tuple[int, ...]
-    kind: str
-
-
-#: The cache of a checkpoint or a waist that runs in torch.
-REFERENCE_CONTEXT = 4096
-
-
-def open_speaker(source: str, target: str | None) -> Speaker:
-    """Whatever `source` is: a bundle (`target` picks its artifact), an artifact, a waist or a
-    checkpoint (folder or hub id). Raises InputError."""
-    path = Path(source)
-    if is_bundle(path) or (path / BUNDLE_WAIST).is_dir():
-        artifacts = open_bundle(path).artifacts
-        name = target or next(iter(artifacts))
-        if name not in artifacts:
-            raise InputError(
-                f"--target {name}", f"is not in {path}", f"It holds: {', '.join(artifacts)}"
-            )
-        return _artifact_speaker(artifacts[name])
-    if target is not None:
-        raise InputError("--target", f"{path} is not a bundle", "Leave the option out")
-    if path.is_file() or (path / ARTIFACT_MANIFEST).is_file():
-        return _artifact_speaker(open_artifact(path))
-    waist = (path / WAIST_MANIFEST).is_file()
-    model = open_waist(path) if waist else open_checkpoint(source)
-    if isinstance(model, QuantizedCheckpoint):
-        require_whole(model)
-    context = min(model.config.max_position_embeddings, REFERENCE_CONTEXT)
-    kind = "waist in torch" if waist else "checkpoint in torch"
-    return Speaker(ReferenceRunner(model, context), model.path, model.eos_token_ids, kind)
-
-
-def _artifact_speaker(finished: FinishedArtifact) -> Speaker:
-    artifact = finished.artifact
-    problems = differing_files(artifact.path, finished.manifest["files"])
-    if problems:
-        name, problem = next(iter(problems.items()))
-        raise InputError(artifact.path / name, problem, "The file is damaged: lower it again")
-    runner = backend(artifact.target.target).load(artifact)
-    return Speaker(runner, artifact.path, finished.eos_token_ids, artifact.target.target)
 
 
 @dataclass(frozen=True)

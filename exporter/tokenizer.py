@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jinja2 import TemplateError, nodes
@@ -14,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 
 from exporter.errors import InputError
 from exporter.files import read_json
+from exporter.textdata import Document, Message
 
 #: Files that a folder needs to turn text into tokens, as far as they are present.
 TOKENIZER_FILES = (
@@ -55,14 +56,28 @@ class TextTokenizer:
 
     def chat_text(self, prompt: str, system: str | None = None) -> str:
         """The prompt as one turn of a conversation that the model is to answer."""
+        messages = [Message("system", system)] if system else []
+        return self.conversation_text([*messages, Message("user", prompt)], to_be_answered=True)
+
+    def document_text(self, document: Document) -> str:
+        """Plain text as it stands; a conversation through the chat template, or as paragraphs
+        where the model has none."""
+        if isinstance(document, str):
+            return document
+        if self.chat_template is None:
+            return "\n\n".join(message.content for message in document)
+        return self.conversation_text(document, to_be_answered=False)
+
+    def conversation_text(self, messages: Sequence[Message], *, to_be_answered: bool) -> str:
+        """The chat template's text; `to_be_answered` ends it where the model's turn begins."""
         if self.chat_template is None:
             raise InputError(self.path, "has no chat template", "Use --raw to give plain text")
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": prompt})
         variables = {"tools": None, "documents": None, **self.special_tokens}
         try:
             return _ENVIRONMENT.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=True, **variables
+                messages=[asdict(message) for message in messages],
+                add_generation_prompt=to_be_answered,
+                **variables,
             )
         except Exception as error:  # a template is a program: it can fail in any way
             raise InputError(

@@ -21,11 +21,11 @@ DEVICES = ROOT / "devices"
 #: From the bottom up; a module may import from its own layer and those below it.
 LAYERS = (
     {"errors"},
-    {"files", "model"},
+    {"files", "model", "textdata"},
     {"checkpoint", "quantization", "recipe"},
     {
         "tokenizer", "backends", "calibration", "evaluation", "artifact", "bundle",
-        "verification", "generation", "sizes", "doctor", "gate", "report",
+        "verification", "generation", "speaker", "sizes", "doctor", "gate", "report",
     },
     {"pipeline"},
     {"arguments", "display", "cli"},
@@ -86,6 +86,20 @@ def test_a_mobile_toolkit_is_imported_by_its_backend_alone(path: Path) -> None:
     }  # fmt: skip
     own = {kit for kit, owner in owners.items() if path.name.startswith(owner)}
     assert used <= (own if path.parent.name == "backends" else set())
+
+
+@pytest.mark.parametrize(
+    ("package", "owners"),
+    [
+        ("lm_eval", {"evaluation/lm_eval.py", "evaluation/lm_eval_plugin.py"}),
+        ("pyarrow", {"textdata.py"}),
+    ],
+)
+def test_a_large_library_is_imported_where_it_is_needed_alone(
+    package: str, owners: set[str]
+) -> None:
+    using = [p for p in modules() if package in {name.split(".")[0] for name in imports(p)}]
+    assert {path.relative_to(PACKAGE).as_posix() for path in using} == owners
 
 
 @pytest.mark.parametrize(

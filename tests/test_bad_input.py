@@ -18,6 +18,8 @@ RECIPE = "mobilellm-r1-nano-int4"
 TINY = "model: tiny\ntargets: [{target: executorch, max_context: 64}]\n"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
+#: More than one sequence.
+PLENTY = json.dumps({"text": "Ada has 12 eggs. " * 400}) + "\n"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,19 @@ class World:
 
     def generate(self, path: object, *options: str, prompt: str = "Ada") -> list[str]:
         return ["generate", str(path), "--prompt", prompt, *options]
+
+    def data(
+        self, content: str | bytes, *options: str, path: object = NANO, length: int = 512
+    ) -> list[str]:
+        """Evaluate a model on a data file with this content."""
+        file = self.write(self.root / "data.jsonl", content)
+        sized = [] if "--sequence-length" in options else ["--sequence-length", str(length)]
+        return ["evaluate", str(path), "--data", str(file), *sized, *options]
+
+    def task(self, content: str) -> list[str]:
+        """Evaluate the demo bundle on a task file with this content."""
+        file = self.write(self.root / "task.jsonl", content)
+        return ["evaluate", str(self.finished.path), "--task", str(file)]
 
     def lower(self, waist: object, *options: str, target: str = "executorch") -> list[str]:
         return ["lower", str(waist), *options, "--target", target, "-o", "out"]
@@ -158,6 +173,16 @@ def _tokenizer_of_another_model(w: World) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(NANO / name, folder)
     return folder
+
+
+def _other_tokenizer(w: World) -> Path:
+    """The demo checkpoint with two of its tokens exchanged."""
+    text = (NANO / "tokenizer.json").read_text()
+    vocabulary = json.loads(text)["model"]["vocab"]
+    one, other = (next(name for name, i in vocabulary.items() if i == at) for at in (40, 41))
+    content = json.loads(text)
+    content["model"]["vocab"] |= {one: 41, other: 40}
+    return w.nano_with("tokenizer.json", json.dumps(content))
 
 
 Row = Callable[[World], list[str]]
@@ -652,7 +677,112 @@ GENERATING: dict[str, tuple[Row, list[str]]] = {
     ),
 }
 
-ROWS = {**CONFIGS, **WEIGHTS, **RECIPES, **OUTPUTS, **LOWERING, **VERIFYING, **GENERATING}
+EVALUATING: dict[str, tuple[Row, list[str]]] = {
+    "nothing to evaluate": (lambda w: ["evaluate", str(NANO)], ["nothing to measure", "--data"]),
+    "no such data": (
+        lambda w: ["evaluate", str(NANO), "--data", "no.txt"],
+        ["no.txt", "No such file", "UTF-8"],
+    ),
+    "empty data": (lambda w: w.data(""), ["data.jsonl", "is empty"]),
+    "data in Latin-1": (
+        lambda w: w.data("Köln".encode("latin-1")), ["data.jsonl", "0xf6", "UTF-8"]
+    ),
+    "line without the field": (
+        lambda w: w.data('{"text": "a"}\n{"body": "b"}\n'),
+        ["data.jsonl: line 2", "'text'", "--field", "'body'"],
+    ),
+    "line that is no JSON": (
+        lambda w: w.data('{"text": "a"}\ntext\n'), ["data.jsonl: line 2", "not valid JSON"]
+    ),
+    "field that is not there": (
+        lambda w: w.data('{"text": "a"}\n', "--field", "body"), ["line 1", "no field 'body'"]
+    ),
+    "data shorter than one sequence": (
+        lambda w: w.data('{"text": "two eggs"}\n'),
+        ["--data", "tokens, less than one sequence of 512", "--sequence-length"],
+    ),
+    "fewer tokens than one sequence": (
+        lambda w: w.data(PLENTY, "--max-tokens", "100"),
+        ["--max-tokens 100", "less than one sequence", "512 or more"],
+    ),
+    "sequence of one": (
+        lambda w: w.data(PLENTY, "--sequence-length", "1"), ["--sequence-length 1", "2 or more"]
+    ),
+    "prefill of the whole sequence": (
+        lambda w: w.data(PLENTY, "--prefill", "512"), ["--prefill 512", "nothing to predict"]
+    ),
+    "sequence longer than the context": (
+        lambda w: w.data(PLENTY, "--sequence-length", "1200", path=w.part("executorch")),
+        ["--sequence-length 1200", "the 1024 tokens", "part"],
+    ),
+    "reference that is nowhere": (
+        lambda w: w.data(PLENTY, "--reference", "./nowhere"), ["./nowhere", "is not a folder"]
+    ),
+    "reference of another size": (
+        lambda w: w.data(PLENTY, "--reference", str(w.make())),
+        ["--reference", "vocabulary of 96 tokens, the model one of 512", "was made from"],
+    ),
+    "reference with another tokenizer": (
+        lambda w: w.data(PLENTY, "--reference", str(_other_tokenizer(w))),
+        ["--reference", "another tokenizer"],
+    ),
+    "reference with nothing to compare": (
+        lambda w: [*w.task('{"prompt": "a", "answer": "1"}'), "--reference", str(NANO)],
+        ["--reference", "--generations"],
+    ),
+    "field without data": (
+        lambda w: [*w.task('{"prompt": "a", "answer": "1"}'), "--field", "a"], ["--field", "--data"]
+    ),
+    "evaluation with a tokenizer of another model": (
+        lambda w: w.data(PLENTY, path=_tokenizer_of_another_model(w), length=64),
+        ["tokenizer.json", "vocabulary of 96"],
+    ),
+    "target of a checkpoint to evaluate": (
+        lambda w: w.data(PLENTY, "--target", "onnx"), ["--target", "is not a bundle"]
+    ),
+    "checkpoint to simulate": (
+        lambda w: w.data(PLENTY, "--simulate"), ["--simulate", "is not a bundle"]
+    ),
+    "simulated answers": (
+        lambda w: [*w.task('{"prompt": "a", "answer": "1"}'), "--simulate"],
+        ["--simulate", "--data only"],
+    ),
+    "flipped program to evaluate": (
+        lambda w: w.data(PLENTY, path=_flipped(w.part("onnx") / "model.onnx")),
+        ["model.onnx", "sha256", "damaged"],
+    ),
+    "task of plain text": (
+        lambda w: ["evaluate", str(NANO), "--task", str(w.write(w.root / "t.txt", "a"))],
+        ["t.txt", "has no rows", ".jsonl"],
+    ),
+    "empty task": (lambda w: w.task("\n"), ["task.jsonl", "no problems"]),
+    "problem without answer": (
+        lambda w: w.task('{"prompt": "a"}'), ["line 1", "no field 'answer'", "'prompt'"]
+    ),
+    "problem without prompt": (
+        lambda w: w.task('{"answer": "a"}'), ["line 1", "no field 'prompt' or 'question'"]
+    ),
+    "answer that is a list": (
+        lambda w: w.task('{"prompt": "a", "answer": [1]}'), ["line 1: answer", "[1] is not text"]
+    ),
+    "problem longer than the context": (
+        lambda w: [*w.task('{"prompt": "a", "answer": "1"}\n{"prompt": "%s", "answer": "1"}'
+                           % ("eggs " * 1100)), "--target", "onnx"],
+        ["problem 2", "the context holds 1024"],
+    ),
+    "no problems wanted": (
+        lambda w: [*w.task('{"prompt": "a", "answer": "1"}'), "--limit", "0"],
+        ["--limit 0", "1 or more"],
+    ),
+    "generations without a reference": (
+        lambda w: [*w.task('{"prompt": "a", "answer": "1"}'), "--generations", "2"],
+        ["--generations", "--reference"],
+    ),
+}  # fmt: skip
+
+ROWS = {
+    **CONFIGS, **WEIGHTS, **RECIPES, **OUTPUTS, **LOWERING, **VERIFYING, **GENERATING, **EVALUATING
+}  # fmt: skip
 EVERY_ROW = pytest.mark.parametrize(("row", "said"), ROWS.values(), ids=ROWS)
 
 
@@ -698,6 +828,8 @@ def test_with_json_bad_input_gives_one_object_with_the_error(
         (["lower", "a", "-o", "out"], "--target"),
         (["verify"], "BUNDLE"),
         (["generate", "a"], "--prompt"),
+        (["evaluate"], "PATH"),
+        (["evaluate", "a", "--data", "b", "--max-tokens", "many"], "'many'"),
         (["generate", "a", "--prompt", "b", "--max-new-tokens", "many"], "'many'"),
         (["generate", "a", "--prompt", "b", "--temperature", "hot"], "'hot'"),
     ],

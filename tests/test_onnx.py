@@ -29,6 +29,7 @@ from exporter.quantization.activations import round_blocks_to_int8
 from exporter.quantization.integers import QuantizedTensor
 from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
 from exporter.recipe import OnnxTarget, parse_recipe, parse_target
+from exporter.speaker import open_speaker
 from exporter.tokenizer import load_tokenizer
 from exporter.verification import check_integers, run_teacher_forced
 
@@ -323,7 +324,7 @@ def test_a_truncated_data_file_is_found_before_the_runtime_opens_it(
     data = lowered.artifact.path / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-5000])
     with pytest.raises(InputError, match=r"model\.onnx\.data.*sha256"):
-        pipeline.open_speaker(str(lowered.artifact.path), None)
+        open_speaker(str(lowered.artifact.path), None)
     checks = check_integers(finished_bundle.waist, lowered, lambda name: None)
     assert any("ends beyond the end" in check.note for check in checks)
 

@@ -1,10 +1,11 @@
 """The torch reference: what every artifact is compared with.
 
-`ReferenceRunner` holds a whole model and generates. `score` needs one layer in memory at a time
-and gives the logits of a known text, with the rounding of a runtime simulated on request.
+`ReferenceRunner` holds a whole model; it generates and scores. The function `score` needs one
+layer in memory at a time and gives the logits of a known text. Both simulate the rounding of a
+runtime on request.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,16 @@ Observe = Callable[[str, str, Tensor], None]
 
 
 class ReferenceRunner:
-    """A `Runner` in torch, float32."""
+    """A `Runner` in torch, float32; with `rounding` of the inputs of every matrix product."""
 
-    def __init__(self, source: FloatWeights, context: int) -> None:
+    def __init__(
+        self, source: FloatWeights, context: int, rounding: Rounding | None = None
+    ) -> None:
         self._decoder = load_decoder(source, context)
         self._cache = StaticCache(source.config, context)
+        if rounding:
+            _round_inputs(self._decoder.model, rounding)
+            _round_single_inputs(self._decoder.lm_head, rounding)
 
     @property
     def context(self) -> int:
@@ -48,6 +54,15 @@ class ReferenceRunner:
 
     def decode(self, token: int) -> Tensor:
         return self._step([token])
+
+    @torch.inference_mode()
+    def score(self, tokens: Sequence[int], first: int, rows: int) -> Iterator[Tensor]:
+        """Logits of a whole text from its position `first` on, float32 [up to `rows`,
+        vocab_size] at a time: those of all positions may not fit into memory."""
+        positions = torch.arange(len(tokens))
+        states = self._decoder.hidden_states(torch.tensor([list(tokens)]), positions, attend_causal)
+        for part in states[0, first:].split(rows):
+            yield self._decoder.lm_head(part)
 
     @torch.inference_mode()
     def _step(self, tokens: list[int]) -> Tensor:
@@ -110,7 +125,14 @@ def _show(module: nn.Module, prefix: str, observe: Observe) -> None:
             part.register_forward_hook(hook(f"{prefix}.{name}".removesuffix(".")))
 
 
-def _round_inputs(layer: nn.Module, rounding: Rounding) -> None:
-    for module in layer.modules():
+def _round_inputs(parent: nn.Module, rounding: Rounding) -> None:
+    for module in parent.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
+
+
+def _round_single_inputs(layer: nn.Linear, rounding: Rounding) -> None:
+    """Every row by itself: the output layer reads only the last of a prompt."""
+    layer.register_forward_pre_hook(
+        lambda _, inputs: (rounding(inputs[0].unsqueeze(-2)).squeeze(-2),)
+    )

@@ -142,10 +142,10 @@ class Student(nn.Module):
         tied = source.config.tie_word_embeddings
         for name, start in starts.items():
             parent, _, child = name.removesuffix(".weight").rpartition(".")
-            module = (
+            learned: nn.Module = (
                 RoundedEmbedding(start) if name == EMBEDDING else RoundedLinear(start, rounding)
             )
-            setattr(self.decoder.get_submodule(parent), child, module)
+            setattr(self.decoder.get_submodule(parent), child, learned)
         if tied and EMBEDDING in starts:
             self.decoder.lm_head = nn.Identity()  # type: ignore[assignment]  # see `output_weight`
         fill_weights(self.decoder, source, "")
@@ -163,12 +163,14 @@ class Student(nn.Module):
 
     def output_weight(self) -> Tensor:
         embedding, output = self.decoder.model.embed_tokens, self.decoder.lm_head
+        weight: Tensor
         if isinstance(output, RoundedLinear):
-            return output.rounded(torch.float32)
+            weight = output.rounded(torch.float32)
+            return weight
         if isinstance(embedding, RoundedEmbedding) and isinstance(output, nn.Identity):
             assert embedding.table is not None
             return embedding.table
-        weight: Tensor = output.weight
+        weight = output.weight
         return weight
 
     def quantized(self) -> dict[str, QuantizedTensor]:

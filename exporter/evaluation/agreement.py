@@ -16,6 +16,21 @@ class Agreement:
     worst: int
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of float32 logits [..., vocab_size], in float64: KL is a small difference of large sums."""
+    return logits.double().log_softmax(-1)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats of log-probabilities [positions, vocab_size]: [positions]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def same_choice(reference: Tensor, logits: Tensor) -> Tensor:
+    """Whether the most likely token is the same: bool [positions]."""
+    return reference.argmax(-1) == logits.argmax(-1)
+
+
 def compare_logits(reference: Tensor, logits: Tensor) -> Agreement:
     """Compare float32 logits [positions, vocab_size].
 
@@ -23,13 +38,11 @@ def compare_logits(reference: Tensor, logits: Tensor) -> Agreement:
     same most likely token, `max_difference` the largest absolute difference of any logit.
     NaN anywhere in `logits` gives NaN, which passes no limit.
     """
-    log_p = reference.double().log_softmax(-1)
-    log_q = logits.double().log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    kl = divergence(log_probabilities(reference), log_probabilities(logits))
     return Agreement(
         positions=len(kl),
         kl=kl.mean().item(),
-        top1=(reference.argmax(-1) == logits.argmax(-1)).double().mean().item(),
+        top1=same_choice(reference, logits).double().mean().item(),
         max_difference=(reference - logits).abs().max().item(),
         worst=int(kl.nan_to_num(nan=float("inf")).argmax()),
     )

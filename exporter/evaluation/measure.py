@@ -1,0 +1,190 @@
+"""Everything that `mobilellm evaluate` measures of one model, checked before it is started."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+from exporter.errors import InputError
+from exporter.evaluation.generations import (
+    GenerationScore,
+    Written,
+    check_prompts,
+    compare_texts,
+    write_texts,
+)
+from exporter.evaluation.perplexity import TextScore, cut_sequences, score_text
+from exporter.evaluation.tasks import TaskScore, read_problems, score_problems
+from exporter.speaker import Speaker, open_simulated, open_speaker
+from exporter.textdata import Document, read_documents
+from exporter.tokenizer import TextTokenizer, load_tokenizer
+
+#: Told of each step: the stage, how many of its steps are done, of how many, what to show.
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What to measure; named as on the command line. Raises InputError for what cannot be."""
+
+    data: Path | None = None
+    field: str | None = None
+    max_tokens: int = 8192
+    sequence_length: int = 512
+    prefill: int = 1
+    reference: str | None = None
+    task: Path | None = None
+    limit: int | None = None
+    generations: int = 0
+    max_new_tokens: int = 512
+    simulate: bool = False
+
+    def __post_init__(self) -> None:
+        least = 1 if self.limit is None else self.limit
+        for flag, value, wanted in (
+            ("--sequence-length", self.sequence_length, 2),
+            ("--max-tokens", self.max_tokens, self.sequence_length),
+            ("--prefill", self.prefill, 1),
+            ("--limit", least, 1),
+            ("--generations", self.generations, 0),
+            ("--max-new-tokens", self.max_new_tokens, 1),
+        ):
+            if value < wanted:
+                reason = "less than one sequence" if flag == "--max-tokens" else "out of range"
+                raise InputError(f"{flag} {value}", f"is {reason}", f"Give {wanted} or more")
+        if self.prefill >= self.sequence_length:
+            raise InputError(
+                f"--prefill {self.prefill}",
+                f"leaves nothing to predict of {self.sequence_length} tokens",
+                "Give less than --sequence-length",
+            )
+        for flag, missing, remedy in (
+            ("evaluate", not (self.data or self.task), "Give --data FILE, --task FILE, or both"),
+            ("--field", self.field is not None and not self.data, "Give --data FILE with it"),
+            ("--generations", self.generations and not self.task, "Give --task FILE with it"),
+            ("--limit", self.limit is not None and not self.task, "Give --task FILE with it"),
+            ("--generations", self.generations and not self.reference, "Give --reference with it"),
+            ("--reference", self.reference and not (self.data or self.generations),
+             "Give --data FILE or --generations N with it"),
+        ):  # fmt: skip
+            if missing:
+                raise InputError(flag, "has nothing to measure", remedy)
+        if self.simulate and self.task:
+            raise InputError(
+                "--simulate", "is for --data only", "Run the artifact itself on the --task"
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found; None for what was not asked for. `kind` says what ran, and where."""
+
+    kind: str
+    text: TextScore | None
+    task: TaskScore | None
+    generations: GenerationScore | None
+
+    def figures(self) -> dict[str, object]:
+        """Every figure by its name, None for what was not measured."""
+        named = dict.fromkeys(
+            field.name for kind in (TextScore, TaskScore, GenerationScore) for field in fields(kind)
+        )
+        found = [asdict(score) for score in (self.text, self.task, self.generations) if score]
+        return {"kind": self.kind, **named, **{k: v for one in found for k, v in one.items()}}
+
+
+def evaluate(source: str, target: str | None, asked: Measures, progress: Progress) -> Evaluation:
+    """Measure a checkpoint, a waist, an artifact or a bundle (`target` picks its artifact), each
+    in its own runtime. Raises InputError before any long work."""
+    documents = read_documents(asked.data, asked.field) if asked.data else []
+    problems = read_problems(asked.task, asked.limit) if asked.task else []
+    if asked.simulate:
+        speaker = open_simulated(source, target, asked.prefill)
+    else:
+        speaker = open_speaker(source, target)
+    reference = open_speaker(asked.reference, None) if asked.reference else None
+    tokenizer = load_tokenizer(speaker.tokenizer_folder)
+    if reference:
+        _check_same_tokens(reference, speaker, tokenizer)
+    sequences = _sequences(documents, speaker, reference, tokenizer, asked) if documents else []
+    prompts = [
+        tokenizer.encode(tokenizer.prompt_text(problem.prompt, raw=False)) for problem in problems
+    ]
+    check_prompts(speaker, prompts)
+    compared = prompts[: asked.generations]
+    if reference:
+        check_prompts(reference, compared)
+
+    text = None
+    if sequences:
+        text = score_text(
+            speaker.runner,
+            sequences,
+            partial(progress, "text"),
+            reference.runner if reference else None,
+            asked.prefill,
+        )
+    task, generations = None, None
+    if problems:
+        written = _write(speaker, prompts, asked, "task", progress)
+        task = score_problems(problems, written, tokenizer)
+        if reference and compared:
+            expected = _write(reference, compared, asked, "reference", progress)
+            generations = compare_texts(expected, written[: len(compared)])
+    return Evaluation(speaker.kind, text, task, generations)
+
+
+def _write(
+    speaker: Speaker,
+    prompts: Sequence[list[int]],
+    asked: Measures,
+    stage: str,
+    progress: Progress,
+) -> list[Written]:
+    return write_texts(speaker, prompts, asked.max_new_tokens, partial(progress, stage))
+
+
+def _sequences(
+    documents: Sequence[Document],
+    speaker: Speaker,
+    reference: Speaker | None,
+    tokenizer: TextTokenizer,
+    asked: Measures,
+) -> list[list[int]]:
+    length = asked.sequence_length
+    for one in (speaker, reference) if reference else (speaker,):
+        if length - 1 > one.runner.context:  # the last token is only predicted
+            raise InputError(
+                f"--sequence-length {length}",
+                f"is more than the {one.runner.context} tokens that the context of "
+                f"{one.tokenizer_folder} holds",
+                "Lower it",
+            )
+    texts = map(tokenizer.document_text, documents)
+    sequences = cut_sequences(texts, tokenizer, speaker.bos_token_id, length, asked.max_tokens)
+    largest = max(max(tokens) for tokens in sequences)
+    if largest >= speaker.runner.vocab_size:
+        raise InputError(
+            speaker.tokenizer_folder / "tokenizer.json",
+            f"gives token {largest}, outside the model's vocabulary of {speaker.runner.vocab_size}",
+            "The tokenizer does not belong to this model",
+        )
+    return sequences
+
+
+def _check_same_tokens(reference: Speaker, speaker: Speaker, tokenizer: TextTokenizer) -> None:
+    """A token must mean the same to both, or their logits cannot be compared."""
+    theirs, ours = reference.runner.vocab_size, speaker.runner.vocab_size
+    if theirs != ours:
+        raise InputError(
+            f"--reference {reference.tokenizer_folder}",
+            f"has a vocabulary of {theirs} tokens, the model one of {ours}",
+            "Give the checkpoint that the model was made from",
+        )
+    other = load_tokenizer(reference.tokenizer_folder)
+    if other.tokenizer.get_vocab() != tokenizer.tokenizer.get_vocab():
+        raise InputError(
+            f"--reference {reference.tokenizer_folder}",
+            "has another tokenizer than the model",
+            "Give the checkpoint that the model was made from",
+        )

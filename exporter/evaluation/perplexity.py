@@ -1,0 +1,199 @@
+"""How well a model predicts a text, and how far its predictions are from another model's.
+
+    mobilellm evaluate build/nano --data problems.jsonl --reference examples/mobilellm-r1-nano
+
+The documents' tokens are put one after the other, with the begin-of-text token between them, and
+cut into sequences of one length; each sequence starts with that token, where the model has one.
+What is left at the end is not scored. Every kind of model is given the same sequences.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from exporter.backends import Runner
+from exporter.backends.reference import ReferenceRunner
+from exporter.errors import InputError
+from exporter.evaluation.agreement import divergence, log_probabilities, same_choice
+from exporter.tokenizer import TextTokenizer
+
+#: Told how many of how many steps are done, and what is worth showing.
+OnStep = Callable[[int, int, str], None]
+#: Logits of this many positions are in memory at once; a vocabulary of 128k takes 0.5 MB each.
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Band:
+    """Positions `first`..`last` of every sequence, counted from 0: the token that is read there
+    is followed by a prediction."""
+
+    first: int
+    last: int
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Over all `tokens` that were predicted.
+
+    `kl` is the mean of KL(reference || model) in nats, `top1_agreement` the share of positions
+    with the same most likely token; None without a reference. `perplexity_error` is the standard
+    error of the perplexity, the tokens taken as independent.
+    """
+
+    tokens: int
+    sequences: int
+    perplexity: float
+    perplexity_error: float
+    reference_perplexity: float | None
+    kl: float | None
+    top1_agreement: float | None
+    agreement_by_position: tuple[Band, ...]
+
+
+def cut_sequences(
+    texts: Iterable[str],
+    tokenizer: TextTokenizer,
+    begin: int | None,
+    length: int,
+    max_tokens: int,
+) -> list[list[int]]:
+    """Sequences of `length` tokens, as many whole ones as `max_tokens` allow; see the module.
+
+    Texts are read as far as they are needed. Raises InputError where they do not fill one.
+    """
+    head = [] if begin is None else [begin]
+    body = length - len(head)
+    sequences, rest = list[list[int]](), list[int]()
+    for text in texts:
+        tokens = tokenizer.encode(text)
+        # A chat template may write the begin-of-text token itself; it stands there once.
+        rest += head + (tokens[1:] if head and tokens[:1] == head else tokens)
+        start = 0
+        while len(sequences) < max_tokens // length:
+            start += bool(head) and rest[start : start + 1] == head
+            if start + body > len(rest):
+                break
+            sequences.append(head + rest[start : start + body])
+            start += body
+        if len(sequences) == max_tokens // length:
+            break
+        rest = rest[start:]
+    if not sequences:
+        count = len(rest) + len(head)
+        raise InputError(
+            "--data",
+            f"gives {count} tokens, less than one sequence of {length}",
+            "Give more text, or lower --sequence-length",
+        )
+    return sequences
+
+
+def score_text(
+    runner: Runner,
+    sequences: Sequence[Sequence[int]],
+    on_step: OnStep,
+    reference: Runner | None = None,
+    prefill: int = 1,
+) -> TextScore:
+    """Predict every token of the sequences from those before it.
+
+    A model in torch reads a whole sequence at once. An artifact reads its first `prefill` tokens
+    at once, and the others one by one. For both, the predictions from there on are scored.
+    """
+    found = list[Tensor]()
+    mean = 0.0
+    for index, tokens in enumerate(sequences):
+        on_step(index, len(sequences), f"perplexity {_exp(mean):.2f}" if index else "")
+        found.append(torch.cat(list(_scored(runner, reference, tokens, prefill)), -1))
+        for name, losses in zip(("model", "reference"), found[-1][:2], strict=True):
+            bad = (~losses.isfinite()).nonzero()
+            if len(bad) and (reference is not None or name == "model"):
+                raise InputError(
+                    f"sequence {index}",
+                    f"the {name}'s logits at position {prefill - 1 + int(bad[0])} are not finite",
+                    "mobilellm verify shows where a lowered model goes wrong",
+                )
+        mean += (found[-1][0].mean().item() - mean) / (index + 1)
+    on_step(len(sequences), len(sequences), f"perplexity {_exp(mean):.2f}")
+    loss, reference_loss, kl, same = torch.stack(found, 1)
+    perplexity = _exp(loss.mean().item())
+    spread = loss.std(correction=0).item()
+    return TextScore(
+        tokens=loss.numel(),
+        sequences=len(sequences),
+        perplexity=perplexity,
+        perplexity_error=perplexity * spread / math.sqrt(loss.numel()),
+        reference_perplexity=_exp(reference_loss.mean().item()) if reference else None,
+        kl=kl.mean().item() if reference else None,
+        top1_agreement=same.mean().item() if reference else None,
+        agreement_by_position=tuple(
+            Band(
+                first=first + prefill - 1,
+                last=last + prefill - 2,
+                perplexity=_exp(loss[:, first:last].mean().item()),
+                kl=kl[:, first:last].mean().item() if reference else None,
+                top1_agreement=same[:, first:last].mean().item() if reference else None,
+            )
+            for first, last in bands(loss.shape[1])
+        ),
+    )
+
+
+def bands(count: int) -> list[tuple[int, int]]:
+    """Positions 0..count - 1 as half-open ranges, each as long as all before it."""
+    edges = [0, *(16 << power for power in range(32) if 16 << power < count), count]
+    return list(pairwise(edges))
+
+
+def next_logits(
+    runner: Runner, tokens: Sequence[int], prefill: int, rows: int = ROWS
+) -> Iterator[Tensor]:
+    """Logits float32 [up to `rows`, vocab_size] at a time, of what follows the first `prefill`
+    tokens, and of what follows each further token."""
+    if isinstance(runner, ReferenceRunner):
+        yield from runner.score(tokens, prefill - 1, rows)
+        return
+    found = [runner.prefill(list(tokens[:prefill]))]
+    for token in tokens[prefill:]:
+        if len(found) == rows:
+            yield torch.stack(found)
+            found = []
+        found.append(runner.decode(token))
+    yield torch.stack(found)
+
+
+def _scored(
+    runner: Runner, reference: Runner | None, tokens: Sequence[int], prefill: int
+) -> Iterator[Tensor]:
+    """Of some positions at a time, float64 [4, positions]: the model's loss, the reference's,
+    KL, and 1 where both choose the same; without a reference NaN."""
+    read, targets = tokens[:-1], torch.tensor(tokens[prefill:]).split(ROWS)
+    logits = next_logits(runner, read, prefill)
+    if reference is None:
+        for rows, wanted in zip(logits, targets, strict=True):
+            loss = _loss(log_probabilities(rows), wanted)
+            yield torch.stack((loss, *[torch.full_like(loss, math.nan)] * 3))
+        return
+    theirs = next_logits(reference, read, prefill)
+    for rows, expected, wanted in zip(logits, theirs, targets, strict=True):
+        log_p, log_q = log_probabilities(expected), log_probabilities(rows)
+        kl, same = divergence(log_p, log_q), same_choice(expected, rows).double()
+        yield torch.stack((_loss(log_q, wanted), _loss(log_p, wanted), kl, same))
+
+
+def _loss(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Minus the log-likelihood of each target in nats: [positions]."""
+    return -log_probabilities.gather(-1, targets[:, None])[:, 0]
+
+
+def _exp(loss: float) -> float:
+    """Infinite where it is too large for a float, which math.exp refuses."""
+    return math.exp(loss) if loss < 700 else math.inf

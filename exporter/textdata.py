@@ -1,0 +1,179 @@
+"""Texts and conversations out of local files: plain text, JSONL and parquet.
+
+    mobilellm evaluate build/nano --data problems.jsonl
+
+A plain file is one document. A row of JSONL or parquet is one: its field `text`, or a
+conversation in `messages`, or a prompt with what answers it (`prompt` and `completion`, or
+`question` and `answer`). Files are UTF-8.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.errors import InputError
+
+#: Fields of a row that are its text, in the order in which they are looked for.
+TEXT_FIELDS = ("text", "messages")
+#: Or a prompt and what answers it.
+PAIRS = (("prompt", "completion"), ("question", "answer"))
+#: .json, too, holds one object a line in most published data sets.
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+#: Plain text, or a conversation that the tokenizer's template turns into text.
+Document = str | tuple[Message, ...]
+
+
+def read_documents(path: Path, field: str | None = None) -> list[Document]:
+    """Every document of a file that is not empty; `field` names the one to read of each row.
+
+    Raises InputError with the line or row for what is not UTF-8, not JSON, or lacks the field.
+    """
+    if not is_table(path):
+        if field is not None:
+            raise InputError(
+                "--field", f"{path} is plain text and has no fields", "Leave it out, or give JSONL"
+            )
+        documents: list[Document] = [_text(path)]
+    else:
+        documents = [_document(row, place, field) for place, row in read_rows(path)]
+    found = [document for document in documents if not isinstance(document, str) or document]
+    if not any(not isinstance(document, str) or document.strip() for document in found):
+        raise InputError(path, "holds no text", "Give a file with some")
+    return found
+
+
+def is_table(path: Path) -> bool:
+    """Whether the file has rows with fields, by its name."""
+    return path.suffix.lower() in (*JSONL_SUFFIXES, ".parquet")
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Each row of a JSONL or parquet file, with its place in words for errors."""
+    if path.suffix.lower() == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    if path.suffix.lower() not in JSONL_SUFFIXES:
+        raise InputError(path, "has no rows", f"Give {', '.join(JSONL_SUFFIXES)} or .parquet")
+    # Only a line feed ends a line: JSON may hold the other characters that Python splits at.
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}: line {number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(
+                place, f"is not valid JSON ({error})", "Give one object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(
+                place, f"holds a {type(row).__name__}, not an object", "Give one object a line"
+            )
+        yield place, row
+
+
+def text_field(row: Row, place: str, names: Sequence[str]) -> str:
+    """The first of these fields that the row has, as text. Raises InputError."""
+    for name in names:
+        if name in row:
+            return _string(row[name], f"{place}: {name}")
+    raise InputError(
+        place, f"has no field {' or '.join(map(repr, names))}", f"Its fields: {_fields(row)}"
+    )
+
+
+def _document(row: Row, place: str, field: str | None) -> Document:
+    if field is not None and field not in row:
+        raise InputError(
+            place, f"has no field {field!r}", f"Its fields: {_fields(row)}"
+        )  # fmt: skip
+    for name in (field,) if field is not None else TEXT_FIELDS:
+        if name in row:
+            value, where = row[name], f"{place}: {name}"
+            return _messages(value, where) if isinstance(value, list) else _string(value, where)
+    for prompt, answer in PAIRS:
+        if prompt in row and answer in row:
+            return (
+                Message("user", _string(row[prompt], f"{place}: {prompt}")),
+                Message("assistant", _string(row[answer], f"{place}: {answer}")),
+            )
+    pairs = ", or ".join(f"{prompt!r} and {answer!r}" for prompt, answer in PAIRS)
+    raise InputError(
+        place,
+        f"has no field 'text' or 'messages', nor {pairs}",
+        f"Name one with --field; its fields: {_fields(row)}",
+    )
+
+
+def _messages(value: Sequence[object], where: str) -> tuple[Message, ...]:
+    messages = list[Message]()
+    for entry in value:
+        if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys():
+            raise InputError(
+                where, f"{_short(entry)} is no message", "Give objects with 'role' and 'content'"
+            )
+        role, content = (_string(entry[key], f"{where}: {key}") for key in ("role", "content"))
+        messages.append(Message(role, content))
+    if not messages:
+        raise InputError(where, "holds no messages", "Give one or more, or leave the row out")
+    return tuple(messages)
+
+
+def _string(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(where, f"{_short(value)} is not text", "Give a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise InputError(where, f"is not Unicode ({error.reason})", "Correct the text") from error
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _fields(row: Row) -> str:
+    return ", ".join(map(repr, row)) or "none"
+
+
+def _text(path: Path) -> str:
+    """A whole file as text, without the byte order mark that Windows puts first."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, f"cannot be read as text ({error})", "Give a UTF-8 file") from error
+    if not text:
+        raise InputError(path, "is empty", "Give a file with some text")
+    return text
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (ArrowException, OSError) as error:
+        raise InputError(
+            path, f"cannot be read as parquet ({error})", "Get the file again"
+        ) from error
