@@ -22,6 +22,7 @@ _SAFETENSORS_NAMES = {
     torch.float16: "F16",
     torch.float32: "F32",
     torch.int8: "I8",
+    torch.int32: "I32",
     torch.uint8: "U8",
 }
 
@@ -146,8 +147,10 @@ class Output:
     others: tuple[str, ...] = ()
 
     def names(self) -> set[str]:
-        whole = {self.first, self.finished, *self.others}
-        return whole | {f".{name}.tmp" for name in whole}
+        return {self.first, self.finished, *self.others} | self.temporary_names()
+
+    def temporary_names(self) -> set[str]:
+        return {f".{name}.tmp" for name in (self.first, self.finished, *self.others)}
 
 
 @contextmanager
@@ -184,7 +187,7 @@ def check_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
         )
     held = {path.name for path in out.iterdir()} if out.is_dir() else set[str]()
     foreign = sorted(held - output.names())
-    begun = held & {output.first, f".{output.first}.tmp"}
+    begun = held & ({output.first} | output.temporary_names())
     if foreign or (held and not begun):
         raise InputError(
             out,
@@ -248,4 +251,4 @@ def write_safetensors(
         for name, (dtype, shape) in layout.items():
             value = tensor(name)
             assert value.dtype == dtype and tuple(value.shape) == shape, name
-            file.write(value.contiguous().view(torch.uint8).numpy().data)
+            file.write(value.reshape(-1).view(torch.uint8).numpy().data)

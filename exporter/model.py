@@ -221,23 +221,24 @@ def attend_causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class StaticCache:
-    """Keys and values [layers, kv_heads, context, head_dim] of one running text."""
+    """Keys and values [layers, batch, kv_heads, context, head_dim] of texts that run in step."""
 
-    def __init__(self, config: ModelConfig, context: int) -> None:
-        size = (config.num_hidden_layers, config.num_key_value_heads, context, config.head_dim)
+    def __init__(self, config: ModelConfig, context: int, batch: int = 1) -> None:
+        heads, layers = config.num_key_value_heads, config.num_hidden_layers
+        size = (layers, batch, heads, context, config.head_dim)
         self.keys, self.values = torch.zeros(size), torch.zeros(size)
         self.start = 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of new positions, from `start`, over all before them (see `Attend`)."""
         end = self.start + q.shape[1]
-        self.keys[layer, :, self.start : end] = k[0].transpose(0, 1)
-        self.values[layer, :, self.start : end] = v[0].transpose(0, 1)
+        self.keys[layer, :, :, self.start : end] = k.transpose(1, 2)
+        self.values[layer, :, :, self.start : end] = v.transpose(1, 2)
         visible = torch.ones(q.shape[1], end, dtype=torch.bool).tril(self.start)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
-            self.keys[None, layer, :, :end],
-            self.values[None, layer, :, :end],
+            self.keys[layer, :, :, :end],
+            self.values[layer, :, :, :end],
             attn_mask=visible,
             enable_gqa=True,
         )
@@ -262,7 +263,7 @@ def load_decoder(source: FloatWeights, context: int) -> Decoder:
 
 
 def fill_weights(module: nn.Module, source: FloatWeights, prefix: str) -> None:
-    """Give every parameter of a module made on the meta device its weight."""
+    """Give every parameter of a module that is still on the meta device its weight."""
     tied = source.config.tie_word_embeddings
     names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     weights = {name: source.float_weight(prefix + name) for name in names}

@@ -1,10 +1,11 @@
 """The whole story, straight down: checkpoint → waist → artifacts → proof → bundle."""
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -35,12 +36,15 @@ from exporter.errors import InputError
 from exporter.files import check_folder, claim_folder, differing_files, made_from
 from exporter.quantization.waist import (
     DEQUANTIZED_OUTPUT,
+    REPORTS,
     WAIST_OUTPUT,
     Plan,
     QuantizedCheckpoint,
+    finished_waist,
     open_waist,
     plan_schemes,
     require_whole,
+    source_hashes,
     waist_identity,
     write_dequantized,
     write_waist,
@@ -56,6 +60,9 @@ from exporter.verification import (
     check_waist,
     verification_text,
 )
+
+if TYPE_CHECKING:  # imported where it is needed: it takes its time
+    from exporter.calibration.calibrate import Prepared
 
 
 class Progress(Protocol):
@@ -86,6 +93,62 @@ def plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     linear, embedding, overrides = recipe.quantization.schemes()
     shapes = checkpoint.config.parameter_shapes()
     return plan_schemes(shapes, linear, embedding, overrides, recipe.quantization.method)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Everything that is decided before any weight is written."""
+
+    plan: Plan
+    prepared: "Prepared | None"
+    identity: dict[str, Any]
+
+
+def decide(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Decided:
+    """The plan and, where the recipe calibrates, the text and what a budget allows.
+
+    Raises InputError.
+    """
+    decided = plan(recipe, checkpoint)
+    if not recipe.quantization.calibrated:
+        return Decided(decided, None, waist_identity(checkpoint, decided))
+    from exporter.calibration.calibrate import prepare
+    from exporter.calibration.sensitivity import WIDER
+
+    source = source_hashes(checkpoint)
+    prepared = prepare(checkpoint, recipe, decided.schemes, source, _stages(progress))
+    schemes = {**decided.schemes, **dict.fromkeys(prepared.wider, WIDER)}
+    decided = replace(decided, schemes=schemes)
+    identity = waist_identity(checkpoint, decided, prepared.identity())
+    return Decided(decided, prepared, identity)
+
+
+def _stages(progress: Progress) -> Callable[[str], Callable[[int, int, str], None]]:
+    return lambda stage: partial(progress, stage)
+
+
+def _write_waist(
+    checkpoint: Checkpoint, decided: Decided, out: Path, progress: Progress
+) -> QuantizedCheckpoint:
+    """The waist in `out`: the finished one that is there, or a new one."""
+    done = finished_waist(out, decided.identity)
+    if done is not None:
+        return done
+    weights, reports = None, list[str]()
+    folder = out / f".{REPORTS}.tmp"
+    if decided.prepared is not None:
+        from exporter.calibration.calibrate import calibrate, write_reports
+
+        schemes = decided.plan.schemes
+        result = calibrate(checkpoint, decided.prepared, schemes, folder, _stages(progress))
+        weights = result.weights
+        shutil.rmtree(out / REPORTS, ignore_errors=True)
+        written = write_reports(out / REPORTS, result.reports)
+        reports = [path.relative_to(out).as_posix() for path in written]
+    counter = _Counter(progress, "quantize", len(decided.plan.schemes))
+    waist = write_waist(checkpoint, decided.plan, decided.identity, out, counter, weights, reports)
+    shutil.rmtree(folder, ignore_errors=True)
+    return waist
 
 
 def check_targets(recipe: Recipe, checkpoint: Checkpoint, decided: Plan) -> None:
@@ -123,17 +186,15 @@ def quantize(
     dequantized: Dequantized | None = None,
 ) -> QuantizedCheckpoint:
     """Checkpoint → waist, and on request → an ordinary Hugging Face folder of its values."""
-    decided = plan(recipe, checkpoint)
-    identity = waist_identity(checkpoint, decided)
-    same = made_from(out / WAIST_MANIFEST, identity)
+    checkpoint.check_weights()
+    decided = decide(recipe, checkpoint, progress)
+    same = made_from(out / WAIST_MANIFEST, decided.identity)
     if dequantized:
         if dequantized.path.resolve() == checkpoint.path.resolve():
             raise InputError(dequantized.path, "is the checkpoint itself", "Give another folder")
         check_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite)
-    checkpoint.check_weights()
     with claim_folder(out, WAIST_OUTPUT, same, overwrite):
-        counter = _Counter(progress, "quantize", len(decided.schemes))
-        waist = write_waist(checkpoint, decided, identity, out, counter)
+        waist = _write_waist(checkpoint, decided, out, progress)
     if dequantized:
         with claim_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite):
             counter = _Counter(progress, "dequantize", len(waist.schemes))
@@ -190,24 +251,22 @@ def export(
     text: Path | None = None,
 ) -> Export:
     """Checkpoint → a verified bundle. A stage that is finished is not run again."""
-    decided = plan(recipe, checkpoint)
-    check_targets(recipe, checkpoint, decided)
+    check_targets(recipe, checkpoint, plan(recipe, checkpoint))
     texts: dict[str, Text] = {
         target.target: verification_text(checkpoint, target.max_context, text)
         for target in recipe.targets
     }
     checkpoint.check_weights()
-    identity = waist_identity(checkpoint, decided)
+    decided = decide(recipe, checkpoint, progress)
     packages: dict[str, dict[str, str]] = {
         target.target: artifact_versions(target) for target in recipe.targets
     }
-    manifest = bundle_identity(recipe, identity, packages)
-    same = is_bundle_of(out, manifest, identity)
+    manifest = bundle_identity(recipe, decided.identity, packages)
+    same = is_bundle_of(out, manifest, decided.identity)
     with claim_folder(out, BUNDLE_OUTPUT, same, overwrite):
         for other in TARGETS.keys() - packages.keys():  # of an unfinished run of another recipe
             shutil.rmtree(out / other, ignore_errors=True)
-        counter = _Counter(progress, "quantize", len(decided.schemes))
-        waist = write_waist(checkpoint, decided, identity, out / BUNDLE_WAIST, counter)
+        waist = _write_waist(checkpoint, decided, out / BUNDLE_WAIST, progress)
         artifacts: dict[str, FinishedArtifact] = {
             target.target: _lower(
                 waist, target, artifact_identity(waist, target), out / target.target, progress

@@ -6,9 +6,11 @@ Unknown keys are errors. A target holds facts of deployment, never bits.
 """
 
 import json
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -21,12 +23,22 @@ from exporter.quantization.integers import Scheme, parse_scheme
 
 @dataclass(frozen=True)
 class Quantization:
-    """Schemes as text (``int4-g32``, ``int8``, ``float``); overrides map patterns to schemes."""
+    """Schemes as text (``int4-g32``, ``int8``, ``float``); overrides map patterns to schemes.
+
+    With a `budget` (``5.3 bits`` a weight, or ``90 MB``, scales included) the most sensitive
+    weights become int8 until it is used up.
+    """
 
     linear: str = "int4-g32"
     embedding: str = "int4-g32"
-    method: Literal["absmax", "mse"] = "mse"
+    method: Literal["absmax", "mse", "gptq", "distill"] = "mse"
     overrides: Mapping[str, str] = field(default_factory=dict)
+    budget: str = ""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether text is needed."""
+        return self.method in ("gptq", "distill") or bool(self.budget)
 
     def schemes(self) -> tuple[Scheme, Scheme, dict[str, Scheme]]:
         """The schemes of linear layers, of the embedding, and of each override's pattern."""
@@ -35,6 +47,61 @@ class Quantization:
             parse_scheme(self.embedding, "quantization.embedding"),
             {p: parse_scheme(s, f"quantization.overrides.{p}") for p, s in self.overrides.items()},
         )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of text, JSONL or parquet (`field` names what to read of a row), or, without a
+    `path`, `tokens` tokens that the checkpoint writes itself, from the prompts of a file or from
+    nothing. Sources are mixed by `weight`."""
+
+    path: str = ""
+    field: str = ""
+    weight: float = 1.0
+    prompts: str = ""
+    tokens: int = 65536
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    @property
+    def self_generated(self) -> bool:
+        return not self.path
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that GPTQ, distillation and the sensitivity search learn from, and how they do.
+
+    `held_out` is the share of every source that nothing is learned from: it decides which step of
+    a distillation is kept. `start` is what distillation starts from. Steps of `batch_size`
+    sequences (times `accumulate`) minimize KL(teacher || student) at `temperature`, over the
+    `top_k` likeliest tokens and all others as one (0: over all), plus `hidden_weight` times the
+    squared error of the last hidden states. `activations: int8` rounds them as ExecuTorch does.
+    """
+
+    data: tuple[Source, ...] = (Source(),)
+    sequence_length: int = 512
+    held_out: float = 0.05
+    gptq_sequences: int = 32
+    sensitivity_sequences: int = 2
+    start: Literal["mse", "gptq"] = "gptq"
+    steps: int = 400
+    batch_size: int = 2
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    scale_learning_rate: float = 1e-3
+    warm_up: int = 10
+    temperature: float = 1.0
+    top_k: int = 0
+    hidden_weight: float = 0.0
+    activations: Literal["float", "int8"] = "float"
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    cache_teacher: bool = False
+    evaluate_every: int = 50
+    held_out_sequences: int = 16
+    patience: int = 4
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +162,7 @@ class Recipe:
     name: str
     model: str = ""
     quantization: Quantization = field(default_factory=Quantization)
+    calibration: Calibration = field(default_factory=Calibration)
     targets: tuple[Target, ...] = (ExecuTorchTarget(),)
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,12 +202,55 @@ def parse_recipe(raw: Mapping[str, Any], subject: str) -> Recipe:
     """A recipe from plain data, every value checked."""
     recipe: Recipe = _build(Recipe, raw, "", subject)
     recipe.quantization.schemes()
+    _check_calibration(recipe.calibration, f"{subject}: calibration")
     if not recipe.targets:
         raise InputError(f"{subject}: targets", "is empty", f"Name one of {', '.join(TARGETS)}")
     kinds = [target.target for target in recipe.targets]
     if len(set(kinds)) != len(kinds):
         raise InputError(f"{subject}: targets", f"names a target twice: {kinds}")
     return recipe
+
+
+def _check_calibration(calibration: Calibration, subject: str) -> None:
+    """Every number within its range. Raises InputError."""
+    low = 1e-12
+    limits: dict[str, tuple[float, float]] = {
+        "sequence_length": (8, math.inf),
+        "held_out": (low, 0.5),
+        "gptq_sequences": (1, math.inf),
+        "sensitivity_sequences": (1, math.inf),
+        "steps": (1, math.inf),
+        "batch_size": (1, math.inf),
+        "accumulate": (1, math.inf),
+        "learning_rate": (low, 1.0),
+        "scale_learning_rate": (0.0, 1.0),
+        "warm_up": (0, math.inf),
+        "temperature": (0.01, 100.0),
+        "top_k": (0, math.inf),
+        "hidden_weight": (0.0, math.inf),
+        "evaluate_every": (1, math.inf),
+        "held_out_sequences": (1, math.inf),
+        "patience": (1, math.inf),
+        "seed": (0, 2**63 - 1),
+    }
+    for name, (least, most) in limits.items():
+        _check_range(getattr(calibration, name), least, most, f"{subject}.{name}")
+    for index, source in enumerate(calibration.data):
+        for name in ("weight", "temperature", "top_p", "tokens"):
+            most = 1.0 if name == "top_p" else math.inf
+            _check_range(getattr(source, name), low, most, f"{subject}.data.{index}.{name}")
+    if calibration.cache_teacher and not (calibration.top_k and not calibration.hidden_weight):
+        raise InputError(
+            f"{subject}.cache_teacher",
+            "needs a top_k, and no hidden_weight",
+            "Set top_k to some hundred: all logits of all tokens do not fit a disk",
+        )
+
+
+def _check_range(value: float, least: float, most: float, subject: str) -> None:
+    if not least <= value <= most:
+        span = f"between {least:g} and {most:g}" if most < math.inf else f"{least:g} or more"
+        raise InputError(subject, f"{value} is out of range", f"Give a value {span}")
 
 
 def parse_target(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Target:
@@ -173,11 +284,12 @@ def _override(raw: dict[str, Any], text: str) -> None:
     if parts[:2] == ["quantization", "overrides"]:
         parts = [*parts[:2], ".".join(parts[2:])]
     place: Any = raw
-    for part in parts[:-1]:
+    for part, following in pairwise(parts):
         if isinstance(place, list):
             place = _list_item(place, part, text)
         elif isinstance(place, dict):
-            place = place.setdefault(part, {})
+            # The recipe may leave out a list that the override begins.
+            place = place.setdefault(part, [{}] if following == "0" else {})
         if not isinstance(place, (dict, list)):
             raise InputError(text, f"{part!r} holds no keys", "See the recipe for its keys")
     try:
@@ -240,6 +352,12 @@ def _value(hint: Any, value: object, key: str, subject: str) -> Any:
         if not isinstance(value, list):
             raise InputError(where, f"{value!r} is not a list of targets")
         return tuple(_build_target(v, f"{key}.{i}", subject) for i, v in enumerate(value))
+    if hint == tuple[Source, ...]:
+        if not isinstance(value, list) or not value:
+            raise InputError(where, f"{value!r} is not a list of sources")
+        return tuple(_build(Source, v, f"{key}.{i}", subject) for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     if is_dataclass(hint):
         return _build(hint, value, key, subject)  # type: ignore[arg-type]  # is a class here
     if origin is Literal:

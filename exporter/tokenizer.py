@@ -48,6 +48,11 @@ class TextTokenizer:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def decode_whole(self, ids: Sequence[int]) -> str:
+        """The text of these ids with its special tokens: `encode` gives the ids again."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def stream(self, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Each id with the text it adds; held back while a character is still in pieces."""
         stream = DecodeStream(skip_special_tokens=True)

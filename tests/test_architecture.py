@@ -24,7 +24,7 @@ LAYERS = (
     {"files", "model", "textdata"},
     {"checkpoint", "quantization", "recipe"},
     {
-        "tokenizer", "backends", "calibration", "evaluation", "artifact", "bundle",
+        "tokenizer", "sequences", "backends", "calibration", "evaluation", "artifact", "bundle",
         "verification", "generation", "speaker", "sizes", "doctor", "gate", "report",
     },
     {"pipeline"},

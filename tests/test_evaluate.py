@@ -15,13 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from exporter.backends import Runner, backend
-from exporter.backends.reference import ReferenceRunner, round_rows_to_int8, score
+from exporter.backends.reference import ReferenceRunner, score
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import InputError
 from exporter.evaluation.generations import Written, compare_texts, write_texts
-from exporter.evaluation.perplexity import bands, cut_sequences, next_logits, score_text
+from exporter.evaluation.perplexity import bands, next_logits, score_text
 from exporter.evaluation.tasks import find_answer, plain_answer, read_problems, score_problems
+from exporter.quantization.activations import round_rows_to_int8
+from exporter.sequences import cut_sequences
 from exporter.speaker import Speaker, open_speaker
 from exporter.tokenizer import TextTokenizer, load_tokenizer
 from exporter.verification import SAMPLE_TEXT

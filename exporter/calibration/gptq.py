@@ -54,7 +54,8 @@ def gptq_weights(
             _round_on_arrival(layer, prefix, schemes, done)
             x = layer(x, cos, sin, attend_causal)
             yield from done.items()
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    with torch.device("meta"):
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     fill_weights(norm, source, "model.norm.")
     output = EMBEDDING if config.tie_word_embeddings else OUTPUT
     if schemes[output] != FLOAT:

@@ -94,3 +94,21 @@ def divergence(
         states, weight, teacher, temperature
     )
     return loss
+
+
+@torch.no_grad()
+def compare(
+    teacher: Tensor, teacher_weight: Tensor, student: Tensor, student_weight: Tensor
+) -> tuple[float, float]:
+    """The sum of KL in nats over positions, and how many have the same most likely token.
+
+    States [positions, hidden] of both, and the weights of their output layers.
+    """
+    kl = same = 0.0
+    for start in range(0, len(teacher), _POSITIONS_AT_ONCE):
+        rows = slice(start, start + _POSITIONS_AT_ONCE)
+        log_p = F.linear(teacher[rows], teacher_weight).float().log_softmax(-1)
+        log_q = F.linear(student[rows], student_weight).float().log_softmax(-1)
+        same += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+    return kl, same

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from exporter.model import Decoder, FloatWeights, attend_causal, fill_weights
@@ -67,6 +68,11 @@ def _grouped(weight: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
     return weight.unflatten(1, (log_scales.shape[1], -1)), to_scale_grid(log_scales.exp())
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter, also where its rows are spread over processes."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 class RoundedWeight(nn.Module):
     """A weight that is being learned; `forward` gives it as it is now, rounded."""
 
@@ -88,11 +94,12 @@ class RoundedWeight(nn.Module):
     def quantized(self) -> QuantizedTensor:
         """What would be stored now."""
         lowest, highest = CODE_RANGE[self.bits]
-        codes = torch.empty(self.weight.shape, dtype=torch.int8)
-        for rows in row_blocks(self.weight):
-            grouped, scale = _grouped(self.weight[rows], self.log_scales[rows])
+        weight, log_scales = whole(self.weight), whole(self.log_scales)
+        codes = torch.empty(weight.shape, dtype=torch.int8)
+        for rows in row_blocks(weight):
+            grouped, scale = _grouped(weight[rows], log_scales[rows])
             codes[rows] = round_codes(grouped, scale, lowest, highest).flatten(1).to(torch.int8)
-        return QuantizedTensor(codes, to_scale_grid(self.log_scales.exp()), self.scheme)
+        return QuantizedTensor(codes, to_scale_grid(log_scales.exp()), self.scheme)
 
 
 class RoundedLinear(nn.Module):

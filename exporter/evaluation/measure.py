@@ -13,8 +13,9 @@ from exporter.evaluation.generations import (
     compare_texts,
     write_texts,
 )
-from exporter.evaluation.perplexity import TextScore, cut_sequences, score_text
+from exporter.evaluation.perplexity import TextScore, score_text
 from exporter.evaluation.tasks import TaskScore, read_problems, score_problems
+from exporter.sequences import cut_sequences
 from exporter.speaker import Speaker, open_simulated, open_speaker
 from exporter.textdata import Document, read_documents
 from exporter.tokenizer import TextTokenizer, load_tokenizer
@@ -161,7 +162,9 @@ def _sequences(
                 "Lower it",
             )
     texts = map(tokenizer.document_text, documents)
-    sequences = cut_sequences(texts, tokenizer, speaker.bos_token_id, length, asked.max_tokens)
+    sequences = cut_sequences(
+        texts, tokenizer, speaker.bos_token_id, length, asked.max_tokens, "--data"
+    )
     largest = max(max(tokens) for tokens in sequences)
     if largest >= speaker.runner.vocab_size:
         raise InputError(

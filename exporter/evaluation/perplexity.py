@@ -2,13 +2,11 @@
 
     mobilellm evaluate build/nano --data problems.jsonl --reference examples/mobilellm-r1-nano
 
-The documents' tokens are put one after the other, with the begin-of-text token between them, and
-cut into sequences of one length; each sequence starts with that token, where the model has one.
-What is left at the end is not scored. Every kind of model is given the same sequences.
+Every kind of model is given the same sequences, those of `exporter.sequences`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,7 +17,6 @@ from exporter.backends import Runner
 from exporter.backends.reference import ReferenceRunner
 from exporter.errors import InputError
 from exporter.evaluation.agreement import divergence, log_probabilities, same_choice
-from exporter.tokenizer import TextTokenizer
 
 #: Told how many of how many steps are done, and what is worth showing.
 OnStep = Callable[[int, int, str], None]
@@ -56,44 +53,6 @@ class TextScore:
     kl: float | None
     top1_agreement: float | None
     agreement_by_position: tuple[Band, ...]
-
-
-def cut_sequences(
-    texts: Iterable[str],
-    tokenizer: TextTokenizer,
-    begin: int | None,
-    length: int,
-    max_tokens: int,
-) -> list[list[int]]:
-    """Sequences of `length` tokens, as many whole ones as `max_tokens` allow; see the module.
-
-    Texts are read as far as they are needed. Raises InputError where they do not fill one.
-    """
-    head = [] if begin is None else [begin]
-    body = length - len(head)
-    sequences, rest = list[list[int]](), list[int]()
-    for text in texts:
-        tokens = tokenizer.encode(text)
-        # A chat template may write the begin-of-text token itself; it stands there once.
-        rest += head + (tokens[1:] if head and tokens[:1] == head else tokens)
-        start = 0
-        while len(sequences) < max_tokens // length:
-            start += bool(head) and rest[start : start + 1] == head
-            if start + body > len(rest):
-                break
-            sequences.append(head + rest[start : start + body])
-            start += body
-        if len(sequences) == max_tokens // length:
-            break
-        rest = rest[start:]
-    if not sequences:
-        count = len(rest) + len(head)
-        raise InputError(
-            "--data",
-            f"gives {count} tokens, less than one sequence of {length}",
-            "Give more text, or lower --sequence-length",
-        )
-    return sequences
 
 
 def score_text(

@@ -50,10 +50,13 @@ FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "quantized.safetensors", "quantization.json"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
+#: What a calibration reports, as files in a folder of this name.
+REPORTS = "calibration"
+
 #: Called with a tensor's name when it is done: progress for whoever shows it.
 OnTensor = Callable[[str], None]
 
-WAIST_OUTPUT = Output(WEIGHTS, MANIFEST, COMPANION_FILES)
+WAIST_OUTPUT = Output(WEIGHTS, MANIFEST, (*COMPANION_FILES, REPORTS))
 DEQUANTIZED_OUTPUT = Output("model.safetensors", "config.json", COMPANION_FILES)
 
 
@@ -134,16 +137,19 @@ class QuantizedCheckpoint:
 
 
 def write_waist(
-    checkpoint: Checkpoint, plan: Plan, identity: Mapping[str, Any], out: Path, on_tensor: OnTensor
+    checkpoint: Checkpoint,
+    plan: Plan,
+    identity: Mapping[str, Any],
+    out: Path,
+    on_tensor: OnTensor,
+    calibrated: Mapping[str, QuantizedTensor] | None = None,
+    reports: Collection[str] = (),
 ) -> QuantizedCheckpoint:
-    """Quantize tensor by tensor into a folder; the manifest is written last.
+    """Write a waist tensor by tensor into a folder; the manifest is written last.
 
-    A whole waist of the same `waist_identity` is left as it is; any other is written anew.
+    Integers are those of `calibrated`, or each weight is rounded for itself. `reports` names files
+    of the folder that belong to it.
     """
-    if made_from(out / MANIFEST, identity):
-        hashes = read_json(out / MANIFEST)["files"]
-        if not differing_files(out, hashes):
-            return open_waist(out)
     (out / MANIFEST).unlink(missing_ok=True)
     done: tuple[str, QuantizedTensor] | None = None
 
@@ -155,7 +161,10 @@ def write_waist(
             on_tensor(entry)
             return checkpoint.read(entry)
         if part == "codes":
-            result = quantize(checkpoint.read(name), plan.schemes[name], plan.method)
+            if calibrated is None:
+                result = quantize(checkpoint.read(name), plan.schemes[name], plan.method)
+            else:
+                result = calibrated[name]
             _check_range(name, result)
             done = name, result
             on_tensor(name)
@@ -164,7 +173,7 @@ def write_waist(
         return done[1].scales.to(torch.float16)
 
     write_safetensors(out / WEIGHTS, _layout(checkpoint, plan), produce, {"format": "pt"})
-    written = [WEIGHTS]
+    written = [WEIGHTS, *reports]
     for name in COMPANION_FILES:
         if (checkpoint.path / name).is_file():
             copy_file(checkpoint.path / name, out / name)
@@ -176,9 +185,20 @@ def write_waist(
     return open_waist(out)
 
 
-def waist_identity(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """Everything that decides the bytes of a waist."""
+def finished_waist(out: Path, identity: Mapping[str, Any]) -> QuantizedCheckpoint | None:
+    """The whole waist of the same `waist_identity` that is in `out`, if there is one."""
+    if not made_from(out / MANIFEST, identity):
+        return None
+    hashes = read_json(out / MANIFEST)["files"]
+    return None if differing_files(out, hashes) else open_waist(out)
+
+
+def waist_identity(
+    checkpoint: Checkpoint, plan: Plan, calibration: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything that decides the bytes of a waist; `calibration` says how it was calibrated."""
     return {
+        **({"calibration": dict(calibration)} if calibration else {}),
         "format_version": FORMAT_VERSION,
         "model_type": checkpoint.config.model_type,
         "method": plan.method,

@@ -1,0 +1,267 @@
+"""A whole calibration: text, sensitivities, GPTQ and distillation, in the order of a recipe."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from exporter.calibration import parallel
+from exporter.calibration.cache import cache_folder
+from exporter.calibration.data import CalibrationText, OnStep, check_sources, hash_of, read_text
+from exporter.calibration.distill import Journal, distill
+from exporter.calibration.gptq import gptq_weights
+from exporter.calibration.memory import keep_freed_memory
+from exporter.calibration.plots import plot_journal, plot_sensitivities
+from exporter.calibration.self_generation import written_text
+from exporter.calibration.sensitivity import (
+    Sensitivity,
+    parse_budget,
+    search,
+    sensitivities,
+    stored_bits,
+)
+from exporter.checkpoint import Checkpoint
+from exporter.errors import InputError
+from exporter.files import read_json, replacing, write_json, write_safetensors
+from exporter.quantization.gptq import Compensated
+from exporter.quantization.integers import FLOAT, QuantizedTensor, Scheme, quantize
+from exporter.recipe import Calibration, Recipe
+
+START, IDENTITY = "start.safetensors", "identity.json"
+
+#: A stage by its name → who is told of its steps.
+Stages = Callable[[str], OnStep]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is known before any weight is rounded: the text, and what sensitive weights
+    become."""
+
+    calibration: Calibration
+    method: str
+    text: CalibrationText
+    precision: torch.dtype
+    source: Mapping[str, str]
+    found: tuple[Sensitivity, ...]
+    wider: tuple[str, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """Everything of the calibration that decides the integers, for the manifest."""
+        settings = asdict(self.calibration)
+        del settings["data"], settings["cache_teacher"]
+        return {
+            **settings,
+            "precision": str(self.precision).removeprefix("torch."),
+            "text": self.text.identity(),
+            "processes": parallel.world_size(),
+            "wider": list(self.wider),
+        }
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    schemes: Mapping[str, Scheme],
+    source: Mapping[str, str],
+    stages: Stages,
+) -> Prepared:
+    """Read the text, or let the checkpoint write it, and search where there is a budget.
+
+    `source` has the hashes of the checkpoint's files. What takes long comes out of the cache when
+    it was done before. Raises InputError.
+    """
+    calibration, quantization = recipe.calibration, recipe.quantization
+    keep_freed_memory()
+    check_sources(calibration)
+    precision = _precision(calibration)
+    budget = 0
+    if quantization.budget:
+        subject = "quantization.budget"
+        budget = parse_budget(quantization.budget, subject, checkpoint.config)
+    if parallel.rank():
+        parallel.wait_for_all()  # until the first process has written the cache
+    text = read_text(
+        checkpoint,
+        calibration,
+        [
+            written_text(
+                checkpoint, one, calibration, precision, source, stages("write calibration text")
+            )
+            for one in calibration.data
+            if one.self_generated
+        ],
+    )
+    found, wider = tuple[Sensitivity, ...](), tuple[str, ...]()
+    if budget:
+        found = _sensitivities(checkpoint, calibration, schemes, source, text, precision, stages)
+        shapes = checkpoint.config.parameter_shapes()
+        names = {one.name for one in found}
+        rest = {name: shape for name, shape in shapes.items() if name not in names}
+        fixed = sum(stored_bits(schemes[name], shape) for name, shape in rest.items())
+        wider = search(list(found), fixed, budget, "quantization.budget")
+    if not parallel.rank():
+        parallel.wait_for_all()
+    return Prepared(calibration, quantization.method, text, precision, source, found, wider)
+
+
+def _precision(calibration: Calibration) -> torch.dtype:
+    """The type of matrix products: bfloat16 where the processor multiplies it."""
+    if calibration.precision == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if calibration.precision == "bfloat16" else torch.float32
+
+
+def _sensitivities(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    schemes: Mapping[str, Scheme],
+    source: Mapping[str, str],
+    text: CalibrationText,
+    precision: torch.dtype,
+    stages: Stages,
+) -> tuple[Sensitivity, ...]:
+    """Measured, or as they were measured before."""
+    tokens = text.train(calibration.sensitivity_sequences)
+    plan = {name: str(scheme) for name, scheme in schemes.items()}
+    name = hash_of("sensitivity", source, plan, tokens.tolist(), str(precision))
+    path = cache_folder() / f"{name}.json"
+    with suppress(InputError, KeyError, TypeError):  # not there, or damaged: measured anew
+        return tuple(Sensitivity(**one) for one in read_json(path)["sensitivities"])
+    on_step = stages("measure sensitivity")
+    found = sensitivities(checkpoint, schemes, tokens, precision, on_step)
+    write_json(path, {"sensitivities": [asdict(one) for one in found]})
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The integers, and the reports as files: name → content."""
+
+    weights: Mapping[str, QuantizedTensor]
+    reports: Mapping[str, bytes]
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    prepared: Prepared,
+    schemes: Mapping[str, Scheme],
+    folder: Path,
+    stages: Stages,
+) -> Calibrated:
+    """Round every weight as the recipe says. `folder` keeps what a killed run had reached."""
+    quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
+    method, calibration = prepared.method, prepared.calibration
+    journal = None
+    if method == "distill":
+        if not parallel.rank():
+            _claim(folder, {"source": prepared.source, **prepared.identity()}, quantized)
+            if not (folder / START).is_file():
+                _save(folder / START, _rounded(checkpoint, prepared, quantized, stages))
+        parallel.wait_for_all()
+        starts = _load(folder / START, quantized)
+        cache = None
+        if calibration.cache_teacher:
+            settings = calibration.top_k, calibration.temperature, str(prepared.precision)
+            cache = cache_folder() / hash_of("teacher", prepared.source, settings)
+        distilled = distill(
+            checkpoint, calibration, prepared.text, starts, folder, stages("distil"),
+            prepared.precision, cache,
+        )  # fmt: skip
+        weights, journal = distilled.weights, distilled.journal
+    else:
+        starts = _rounded(checkpoint, prepared, quantized, stages)
+        weights = {name: start.rounded for name, start in starts.items()}
+    return Calibrated(weights, _reports(prepared, journal))
+
+
+def _rounded(
+    checkpoint: Checkpoint, prepared: Prepared, schemes: Mapping[str, Scheme], stages: Stages
+) -> dict[str, Compensated]:
+    """Every weight without distillation."""
+    gptq = prepared.method == "gptq" or (
+        prepared.method == "distill" and prepared.calibration.start == "gptq"
+    )
+    on_step = stages("gptq" if gptq else "round")
+    found = dict[str, Compensated]()
+    if gptq:
+        tokens = prepared.text.train(prepared.calibration.gptq_sequences)
+        all_schemes = {**dict.fromkeys(checkpoint.config.parameter_shapes(), FLOAT), **schemes}
+        for name, one in gptq_weights(checkpoint, all_schemes, tokens, prepared.precision):
+            found[name] = one
+            on_step(len(found), len(schemes), name)
+        return found
+    method = "mse" if prepared.method == "distill" else prepared.method
+    for name, scheme in schemes.items():
+        weight = checkpoint.float_weight(name)
+        found[name] = Compensated(quantize(weight, scheme, method), weight)
+        on_step(len(found), len(schemes), name)
+    return found
+
+
+def _claim(folder: Path, identity: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> None:
+    """Go on with what lies in `folder` if it is of the same calibration; else clear it."""
+    whole = {**identity, "schemes": {name: str(scheme) for name, scheme in schemes.items()}}
+    plain = json.loads(json.dumps(whole))
+    with suppress(InputError):
+        if read_json(folder / IDENTITY) == plain:
+            return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / IDENTITY, plain)
+
+
+def _save(path: Path, starts: Mapping[str, Compensated]) -> None:
+    entries = dict[str, Tensor]()
+    for name, start in starts.items():
+        codes, scales = start.rounded.codes, start.rounded.scales
+        parts = {"weight": start.weight, "codes": codes, "scales": scales}
+        entries |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in entries.items()}
+    write_safetensors(path, layout, entries.__getitem__, {"format": "pt"})
+
+
+def _load(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, Compensated]:
+    with safe_open(path, framework="pt") as file:
+        return {
+            name: Compensated(
+                QuantizedTensor(
+                    file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), scheme
+                ),
+                file.get_tensor(f"{name}.weight"),
+            )
+            for name, scheme in schemes.items()
+        }
+
+
+def _reports(prepared: Prepared, journal: Journal | None) -> dict[str, bytes]:
+    """What was measured, as tables and plots."""
+    reports = dict[str, bytes]()
+    if journal is not None:
+        reports["distillation.json"] = _json(asdict(journal) | {"best": asdict(journal.best)})
+        reports["distillation.png"] = plot_journal(journal)
+    if prepared.found:
+        rows = [asdict(one) | {"wider": one.name in prepared.wider} for one in prepared.found]
+        reports["sensitivity.json"] = _json({"sensitivities": rows})
+        reports["sensitivity.png"] = plot_sensitivities(prepared.found, prepared.wider)
+    return reports
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def write_reports(folder: Path, reports: Mapping[str, bytes]) -> list[Path]:
+    """Write the reports into `folder`, which is made for them."""
+    for name, content in reports.items():
+        with replacing(folder / name) as file:
+            file.write(content)
+    return [folder / name for name in reports]

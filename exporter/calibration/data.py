@@ -1,0 +1,127 @@
+"""The text that a calibration learns from: sources mixed by weight, a part of each held out.
+
+The mixture depends on its seed alone, so that a run that goes on after it was killed, and several
+machines that share the work, see the same text.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporter.checkpoint import Checkpoint
+from exporter.errors import InputError
+from exporter.files import sha256
+from exporter.recipe import Calibration, Source
+from exporter.sequences import cut_sequences
+from exporter.textdata import read_documents
+from exporter.tokenizer import load_tokenizer
+
+#: Told of each step: how many are done, of how many, and what is worth showing.
+OnStep = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class SourceText:
+    """The sequences of one source, each [sequence_length]; the last ones are held out."""
+
+    name: str
+    sha256: str
+    weight: float
+    train: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """All sources. Sequences are int64 [sequence_length]."""
+
+    sources: tuple[SourceText, ...]
+    seed: int
+
+    def train(self, count: int) -> Tensor:
+        """The first `count` sequences of the mixture [count, sequence_length]. Each source is
+        shuffled, and shuffled anew when it is used up."""
+        rng = random.Random(self.seed)
+        total = sum(source.weight for source in self.sources)
+        shares = [source.weight / total for source in self.sources]
+        chosen, taken = list[Tensor](), [0] * len(self.sources)
+        waiting: list[list[int]] = [[] for _ in self.sources]
+        for place in range(1, count + 1):
+            # The source that lags furthest behind its share is next.
+            lag = [share * place - had for share, had in zip(shares, taken, strict=True)]
+            index = lag.index(max(lag))
+            source = self.sources[index]
+            if not waiting[index]:
+                waiting[index] = rng.sample(range(len(source.train)), len(source.train))
+            chosen.append(source.train[waiting[index].pop()])
+            taken[index] += 1
+        return torch.stack(chosen)
+
+    def held_out(self, count: int) -> Tensor:
+        """Up to `count` sequences that nothing is learned from, an equal part of each source."""
+        each = max(1, count // len(self.sources))
+        return torch.cat([source.held_out[:each] for source in self.sources])
+
+    def identity(self) -> list[dict[str, object]]:
+        """Name, hash and weight of each source, for a manifest."""
+        return [{"source": s.name, "sha256": s.sha256, "weight": s.weight} for s in self.sources]
+
+
+def read_text(
+    checkpoint: Checkpoint, calibration: Calibration, written: Sequence[Path]
+) -> CalibrationText:
+    """Every source, as sequences of the checkpoint's tokens.
+
+    `written` holds the files of the sources that the checkpoint wrote, in their order. Raises
+    InputError for a file that cannot be used, and for one that is too short.
+    """
+    files = iter(written)
+    sources = [
+        _read(checkpoint, calibration, source, next(files) if source.self_generated else None)
+        for source in calibration.data
+    ]
+    return CalibrationText(tuple(sources), calibration.seed)
+
+
+def check_sources(calibration: Calibration) -> None:
+    """Refuse files that cannot be read, before anything is written. Raises InputError."""
+    for source in calibration.data:
+        for path in (source.path, source.prompts):
+            if path:
+                read_documents(Path(path), source.field or None)
+
+
+def _read(
+    checkpoint: Checkpoint, calibration: Calibration, source: Source, written: Path | None
+) -> SourceText:
+    path, length = written or Path(source.path), calibration.sequence_length
+    tokenizer = load_tokenizer(checkpoint.path)
+    documents = read_documents(path, source.field or None)
+    texts = (tokenizer.document_text(document) for document in documents)
+    begin = checkpoint.bos_token_id
+    sequences = torch.tensor(cut_sequences(texts, tokenizer, begin, length, None, path))
+    if sequences.max() >= checkpoint.config.vocab_size:
+        raise InputError(
+            checkpoint.path / "tokenizer.json",
+            f"gives token {int(sequences.max())}, outside of the model's vocabulary",
+            "The tokenizer does not belong to this model",
+        )
+    if len(sequences) < 2:
+        raise InputError(
+            path,
+            f"gives one sequence of {length} tokens, and some of it must be held out",
+            "Give more text, or lower calibration.sequence_length",
+        )
+    held = min(len(sequences) - 1, max(1, round(calibration.held_out * len(sequences))))
+    name = "self-generated" if written else path.name
+    return SourceText(name, sha256(path), source.weight, sequences[:-held], sequences[-held:])
+
+
+def hash_of(*parts: object) -> str:
+    """A name for a cached result of these."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

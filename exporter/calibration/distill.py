@@ -1,0 +1,247 @@
+"""Distillation: the quantized model learns to say what the float checkpoint says.
+
+    mobilellm quantize mobilellm-r1-140m-int4-distill --checkpoint DIR -o build/waist
+
+Weights and scales are trained together against the teacher's logits (compare LLM-QAT, arXiv
+2305.17888). Text that nothing is learned from decides which step is kept, so that the result is
+never worse than its start. What has been reached is on disk: a run that was killed goes on.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exporter.calibration import parallel
+from exporter.calibration.data import CalibrationText, OnStep
+from exporter.calibration.loss import compare, divergence
+from exporter.calibration.student import Student
+from exporter.calibration.teacher import Teacher
+from exporter.errors import InputError
+from exporter.files import write_safetensors
+from exporter.model import FloatWeights
+from exporter.quantization.activations import round_rows_to_int8
+from exporter.quantization.gptq import Compensated
+from exporter.quantization.integers import QuantizedTensor, Scheme
+from exporter.recipe import Calibration
+
+STATE, BEST = "state.safetensors", "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """On the held-out text after `step` steps: mean KL in nats, and how often the most likely
+    token is the teacher's."""
+
+    step: int
+    kl: float
+    top1: float
+
+
+@dataclass
+class Journal:
+    """What a distillation has done so far: the loss of each step, and every evaluation."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def best(self) -> Evaluation:
+        return min(self.evaluations, key=lambda evaluation: evaluation.kl)
+
+    @property
+    def since_best(self) -> int:
+        """How many evaluations were made since the best one."""
+        return len(self.evaluations) - 1 - self.evaluations.index(self.best)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The best integers that were found, and how it went."""
+
+    weights: Mapping[str, QuantizedTensor]
+    journal: Journal
+
+
+def distill(
+    source: FloatWeights,
+    calibration: Calibration,
+    text: CalibrationText,
+    starts: Mapping[str, Compensated],
+    folder: Path,
+    on_step: OnStep,
+    precision: torch.dtype,
+    cache: Path | None = None,
+) -> Distilled:
+    """Train, from `starts` or from where a killed run left `folder`.
+
+    Raises InputError where the loss is no longer finite; what was reached stays on disk.
+    """
+    rounding = round_rows_to_int8 if calibration.activations == "int8" else None
+    student = Student(source, starts, calibration.sequence_length, rounding)
+    trained = parallel.spread(student, calibration.parallel)
+    run = _Run(
+        calibration, Teacher(source, calibration, cache), student, trained, text, folder, precision
+    )
+    journal = run.resume()
+    if not journal.evaluations:
+        run.evaluate(journal)
+    while len(journal.losses) < calibration.steps and journal.since_best < calibration.patience:
+        step = len(journal.losses)
+        if step == 0 or step % calibration.evaluate_every == 0:
+            on_step(step, calibration.steps, _note(journal))
+        journal.losses.append(run.step(step))
+        on_step(step + 1, calibration.steps, _note(journal))
+        if (step + 1) % calibration.evaluate_every == 0 or step + 1 == calibration.steps:
+            run.evaluate(journal)
+    parallel.wait_for_all()
+    schemes = {name: start.rounded.scheme for name, start in starts.items()}
+    return Distilled(dict(_read_integers(folder / BEST, schemes)), journal)
+
+
+def _note(journal: Journal) -> str:
+    """What a progress bar shows: the loss of late, and the best of the held-out text."""
+    late = journal.losses[-10:]
+    loss = f"loss {sum(late) / len(late):.4f}, " if late else ""
+    return f"{loss}held out KL {journal.best.kl:.4f}, top-1 {journal.best.top1:.1%}"
+
+
+class _Run:
+    """One process of a distillation."""
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        teacher: Teacher,
+        student: Student,
+        trained: nn.Module,
+        text: CalibrationText,
+        folder: Path,
+        precision: torch.dtype,
+    ) -> None:
+        self.calibration, self.teacher, self.folder = calibration, teacher, folder
+        self.student, self.trained, self.precision = student, trained, precision
+        self.each = calibration.batch_size * parallel.world_size()
+        self.tokens = text.train(calibration.steps * calibration.accumulate * self.each)
+        self.held_out = text.held_out(calibration.held_out_sequences)
+        learned = dict(p for p in student.named_parameters() if p[1].requires_grad)
+        scales = [p for name, p in learned.items() if name.endswith("log_scales")]
+        weights = [p for name, p in learned.items() if not name.endswith("log_scales")]
+        self.rates = calibration.learning_rate, calibration.scale_learning_rate
+        self.optimizer = torch.optim.AdamW(
+            [{"params": weights}, {"params": scales}],
+            betas=(0.9, 0.95), weight_decay=0.0, fused=calibration.parallel == "ddp",
+        )  # fmt: skip
+
+    def step(self, step: int) -> float:
+        """One update of the student; its loss, the mean of all processes."""
+        share = _share_of_rate(self.calibration, step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+        self.optimizer.zero_grad(set_to_none=False)
+        total = torch.zeros(())
+        for part in range(self.calibration.accumulate):
+            loss = self._loss(self._batch(step * self.calibration.accumulate + part))
+            loss = loss / self.calibration.accumulate
+            loss.backward()
+            total += loss.detach()
+        loss_value = float(parallel.mean(total))
+        if not math.isfinite(loss_value):
+            raise InputError(
+                "calibration.learning_rate",
+                f"the loss is {loss_value} in step {step + 1}: training has come apart",
+                "Lower the learning rates, or set calibration.precision to float32",
+            )
+        self.optimizer.step()
+        return loss_value
+
+    def _batch(self, index: int) -> Tensor:
+        """This process's part of a batch: [batch_size, sequence_length]."""
+        first = index * self.each + parallel.rank() * self.calibration.batch_size
+        return self.tokens[first : first + self.calibration.batch_size]
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        calibration = self.calibration
+        with self._products():
+            if calibration.hidden_weight:
+                target = self.teacher.states(tokens)
+                answers = self.teacher.answer(target.flatten(0, 1))
+            else:
+                answers = self.teacher.answers(tokens)
+            states, weight = self.trained(tokens)
+            loss = divergence(states.flatten(0, 1), weight, answers, calibration.temperature)
+            if calibration.hidden_weight:
+                loss = loss + calibration.hidden_weight * F.mse_loss(states, target)
+        return loss
+
+    def _products(self) -> torch.autocast:
+        return torch.autocast("cpu", self.precision, enabled=self.precision != torch.float32)
+
+    @torch.no_grad()
+    def evaluate(self, journal: Journal) -> None:
+        """Measure the held-out text, and keep on disk what has been reached."""
+        kl = top1 = 0.0
+        with self._products():
+            for tokens in self.held_out.split(self.calibration.batch_size):
+                theirs = self.teacher.states(tokens).flatten(0, 1)
+                states, weight = self.student(tokens)
+                found = compare(theirs, self.teacher.output_weight, states.flatten(0, 1), weight)
+                kl, top1 = kl + found[0], top1 + found[1]
+        count = self.held_out.numel()
+        journal.evaluations.append(Evaluation(len(journal.losses), kl / count, top1 / count))
+        if not math.isfinite(kl):
+            raise InputError("the held-out text", f"has a KL of {kl}", "Lower the learning rates")
+        self._save(journal)
+
+    def _save(self, journal: Journal) -> None:
+        """The best integers, then the state that goes with the journal, which names the step."""
+        state = parallel.training_state(self.student, self.optimizer)
+        integers = self.student.quantized() if journal.since_best == 0 else {}
+        if parallel.rank():
+            return
+        if integers:
+            entries = dict[str, Tensor]()
+            for name, stored in integers.items():
+                entries |= {f"{name}.codes": stored.codes, f"{name}.scales": stored.scales}
+            _write(self.folder / BEST, entries, {})
+        step = str(len(journal.losses))
+        _write(self.folder / STATE, state, {"step": step, "journal": json.dumps(asdict(journal))})
+
+    def resume(self) -> Journal:
+        """What a killed run left, or an empty journal."""
+        path = self.folder / STATE
+        if not path.is_file():
+            return Journal()
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+            saved: dict[str, Any] = json.loads(file.metadata()["journal"])
+        parallel.restore(self.student, self.optimizer, state)
+        evaluations = [Evaluation(**entry) for entry in saved["evaluations"]]
+        return Journal(saved["losses"], evaluations)
+
+
+def _share_of_rate(calibration: Calibration, step: int) -> float:
+    """Warm-up, then half a cosine down to zero."""
+    warm_up = min(1.0, (step + 1) / max(1, calibration.warm_up))
+    return warm_up * 0.5 * (1 + math.cos(math.pi * step / calibration.steps))
+
+
+def _write(path: Path, entries: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in entries.items()}
+    write_safetensors(path, layout, entries.__getitem__, {"format": "pt", **metadata})
+
+
+def _read_integers(
+    path: Path, schemes: Mapping[str, Scheme]
+) -> Iterator[tuple[str, QuantizedTensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name, scheme in schemes.items():
+            codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
+            yield name, QuantizedTensor(codes, scales, scheme)

@@ -1,0 +1,52 @@
+"""Pictures of a calibration; the same bytes for the same numbers."""
+
+import io
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from exporter.calibration.distill import Journal
+from exporter.calibration.sensitivity import Sensitivity
+
+_BLUE, _ORANGE, _GREY = "#1f77b4", "#ff7f0e", "#999999"
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+    return file.getvalue()
+
+
+def plot_journal(journal: Journal) -> bytes:
+    """The loss of each step, and the held-out text's KL and top-1 agreement."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    steps = [evaluation.step for evaluation in journal.evaluations]
+    left.plot(range(1, len(journal.losses) + 1), journal.losses, color=_GREY, lw=0.7, label="loss")
+    kl = [evaluation.kl for evaluation in journal.evaluations]
+    left.plot(steps, kl, "o-", color=_BLUE, label="held-out KL")
+    top1 = [100 * evaluation.top1 for evaluation in journal.evaluations]
+    right.plot(steps, top1, "s-", color=_ORANGE, label="held-out top-1 agreement")
+    left.axvline(journal.best.step, color=_GREY, ls=":", lw=1)
+    left.set(xlabel="step", ylabel="KL to the float checkpoint (nats)", ylim=(0, None))
+    right.set(ylabel="same most likely token (%)")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return _png(figure)
+
+
+def plot_sensitivities(found: Sequence[Sensitivity], wider: Collection[str]) -> bytes:
+    """What each weight costs when it alone is quantized; those that became wider stand out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.6 + 0.16 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    colors = [_ORANGE if one.name in wider else _BLUE for one in found]
+    names = [one.name.removeprefix("model.").removesuffix(".weight") for one in found]
+    axes.barh(range(len(found)), [one.kl for one in found], color=colors)
+    axes.set_yticks(range(len(found)), names, fontsize=6)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel=f"KL in nats; orange: stored wider ({len(wider)})")
+    axes.margins(y=0.005)
+    return _png(figure)

@@ -1,0 +1,163 @@
+"""Text that the checkpoint writes itself, so that calibration needs no data.
+
+What a model says is what it must still say when it is quantized (LLM-QAT, arXiv 2305.17888). The
+text is kept in a cache, named for everything that decides it.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from exporter.calibration.cache import cache_folder
+from exporter.calibration.data import OnStep, hash_of
+from exporter.checkpoint import Checkpoint
+from exporter.errors import InputError
+from exporter.files import replacing, sha256
+from exporter.model import Decoder, StaticCache, load_decoder
+from exporter.recipe import Calibration, Source
+from exporter.textdata import is_table, read_rows, text_field
+from exporter.tokenizer import TextTokenizer, load_tokenizer
+
+#: So many texts are written at once.
+_BATCH = 32
+_PROMPT_FIELDS = ("prompt", "question", "text")
+
+
+def written_text(
+    checkpoint: Checkpoint,
+    source: Source,
+    calibration: Calibration,
+    precision: torch.dtype,
+    identity: object,
+    on_step: OnStep,
+) -> Path:
+    """A JSONL file of about `source.tokens` tokens; written only where the cache has none.
+
+    `identity` stands for the checkpoint's bytes.
+    """
+    prompts = sha256(Path(source.prompts)) if source.prompts else ""
+    settings = source.tokens, source.temperature, source.top_p, source.field
+    size = calibration.sequence_length, calibration.seed, str(precision)
+    name = hash_of("self-generated", identity, prompts, settings, size)
+    path = cache_folder() / f"{name}.jsonl"
+    if not path.is_file():
+        tokenizer = load_tokenizer(checkpoint.path)
+        with replacing(path) as file:
+            for text in _texts(checkpoint, tokenizer, source, calibration, precision, on_step):
+                file.write((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+def _texts(
+    checkpoint: Checkpoint,
+    tokenizer: TextTokenizer,
+    source: Source,
+    calibration: Calibration,
+    precision: torch.dtype,
+    on_step: OnStep,
+) -> Iterator[str]:
+    decoder = load_decoder(checkpoint, calibration.sequence_length)
+    generator = torch.Generator().manual_seed(calibration.seed)
+    prompts = _prompts(checkpoint, tokenizer, source, calibration, generator)
+    ends, count = set(checkpoint.eos_token_ids), 0
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        while count < source.tokens:
+            on_step(min(count, source.tokens), source.tokens, "")
+            batch = [next(prompts) for _ in range(_BATCH)]
+            for ids in continue_texts(decoder, batch, ends, source, generator):
+                count += len(ids)
+                yield tokenizer.decode_whole(ids)
+    on_step(source.tokens, source.tokens, "")
+
+
+def _prompts(
+    checkpoint: Checkpoint,
+    tokenizer: TextTokenizer,
+    source: Source,
+    calibration: Calibration,
+    generator: torch.Generator,
+) -> Iterator[list[int]]:
+    """Endlessly: the prompts of the file, or the begin of a text, or any token where there is no
+    token for that."""
+    begin, limit = checkpoint.bos_token_id, calibration.sequence_length
+    if not source.prompts:
+        while True:
+            any_token = torch.randint(checkpoint.config.vocab_size, (), generator=generator)
+            yield [int(any_token) if begin is None else begin]
+    path = Path(source.prompts)
+    texts = [tokenizer.prompt_text(text, raw=False) for text in _prompt_texts(path, source.field)]
+    encoded = [tokenizer.encode(text) for text in texts]
+    fitting = [ids for ids in encoded if 0 < len(ids) < limit]
+    if not fitting:
+        raise InputError(
+            path,
+            f"has no prompt of less than {limit} tokens",
+            "Raise calibration.sequence_length, or give shorter prompts",
+        )
+    while True:
+        yield from fitting
+
+
+def _prompt_texts(path: Path, field: str) -> list[str]:
+    """One prompt a row, or a line of plain text."""
+    if is_table(path):
+        names = (field,) if field else _PROMPT_FIELDS
+        return [text_field(row, place, names) for place, row in read_rows(path)]
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@torch.inference_mode()
+def continue_texts(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    ends: set[int],
+    source: Source,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """Each prompt with what the model adds to it, up to an end or as far as its context goes.
+
+    All texts are at the same position: one whose prompt is longer reads on while others write.
+    """
+    cache = StaticCache(decoder.config, decoder.context, len(prompts))
+    texts = [list(prompt[:1]) for prompt in prompts]
+    running = set(range(len(texts)))
+    for position in range(decoder.context - 1):
+        last = torch.tensor([[text[-1]] for text in texts])
+        states = decoder.hidden_states(last, torch.tensor([position]), cache.attend)
+        cache.start += 1
+        logits = F.linear(states[:, -1], decoder.lm_head.weight)
+        sampled = _sample(logits.float(), source, generator)
+        for index, token in enumerate(sampled):
+            prompt, text = prompts[index], texts[index]
+            if index not in running:
+                text.append(text[-1])  # is cut off below
+            elif position + 1 < len(prompt):
+                text.append(prompt[position + 1])
+            else:
+                text.append(token)
+                if token in ends:
+                    running.discard(index)
+        if not running:
+            break
+    return [
+        _until_end(text, len(prompt), ends) for text, prompt in zip(texts, prompts, strict=True)
+    ]
+
+
+def _until_end(text: list[int], prompt: int, ends: set[int]) -> list[int]:
+    """The text up to its first end behind the prompt."""
+    first = next((i for i in range(prompt, len(text)) if text[i] in ends), len(text))
+    return text[: first + 1]
+
+
+def _sample(logits: Tensor, source: Source, generator: torch.Generator) -> list[int]:
+    """One token for each row of logits [batch, vocab_size]."""
+    shares, order = (logits / source.temperature).softmax(-1).sort(dim=-1, descending=True)
+    shares[shares.cumsum(-1) - shares >= source.top_p] = 0
+    picked = torch.multinomial(shares, 1, generator=generator)
+    tokens: list[int] = order.gather(-1, picked)[:, 0].tolist()
+    return tokens

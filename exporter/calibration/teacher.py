@@ -1,0 +1,57 @@
+"""The float checkpoint as a teacher, and its answers on disk where that is asked for."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from exporter.calibration.data import hash_of
+from exporter.calibration.loss import TeacherLogits, teacher_logits
+from exporter.files import write_safetensors
+from exporter.model import FloatWeights, attend_causal, load_decoder
+from exporter.recipe import Calibration
+
+
+class Teacher:
+    """Answers for sequences of tokens; `cache` is a folder for them, named for this teacher."""
+
+    def __init__(
+        self, source: FloatWeights, calibration: Calibration, cache: Path | None = None
+    ) -> None:
+        self._decoder = load_decoder(source, calibration.sequence_length)
+        self.output_weight: Tensor = self._decoder.lm_head.weight
+        self._calibration, self._cache = calibration, cache
+
+    @torch.no_grad()
+    def states(self, tokens: Tensor) -> Tensor:
+        """Last hidden states [batch, seq, hidden_size]."""
+        positions = torch.arange(tokens.shape[1])
+        return self._decoder.hidden_states(tokens, positions, attend_causal)
+
+    @torch.no_grad()
+    def answer(self, states: Tensor) -> TeacherLogits:
+        """What it says at these states [positions, hidden_size]."""
+        logits = F.linear(states, self.output_weight)
+        return teacher_logits(logits, self._calibration.top_k, self._calibration.temperature)
+
+    def answers(self, tokens: Tensor) -> TeacherLogits:
+        """For tokens [batch, seq]: one after the other, [batch * seq, top_k]."""
+        if self._cache is None:
+            return self.answer(self.states(tokens).flatten(0, 1))
+        found = [self._cached(sequence, self._cache) for sequence in tokens]
+        return TeacherLogits(
+            torch.cat([ids for ids, _ in found]), torch.cat([values for _, values in found])
+        )
+
+    def _cached(self, sequence: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
+        path = folder / f"{hash_of(sequence.tolist())}.safetensors"
+        if not path.is_file():
+            answer = self.answer(self.states(sequence[None])[0])
+            assert answer.ids is not None
+            entries = {"ids": answer.ids, "values": answer.log_probabilities.float()}
+            layout = {name: (x.dtype, tuple(x.shape)) for name, x in entries.items()}
+            write_safetensors(path, layout, entries.__getitem__, {"format": "pt"})
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("ids"), file.get_tensor("values")
