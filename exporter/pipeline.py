@@ -369,7 +369,8 @@ def inspect_package(path: Path) -> Any:
 
 
 def forecast(recipe: Recipe, checkpoint: Checkpoint) -> list[Forecast]:
-    """The predicted sizes for every target of a recipe; needs no toolkit."""
+    """The predicted sizes for every target of a recipe; needs no toolkit. A budget is taken to be
+    used up."""
     try:
         schemes = plan(recipe, checkpoint).schemes
     except InputError as error:
@@ -382,6 +383,18 @@ def forecast(recipe: Recipe, checkpoint: Checkpoint) -> list[Forecast]:
             problem = f"{error.subject} {error.problem}"
             forecasts.append(Forecast(recipe.name, target.target, None, problem))
             continue
-        prediction = predict(checkpoint.config, schemes, target)
+        prediction = _within_budget(predict(checkpoint.config, schemes, target), recipe, checkpoint)
         forecasts.append(Forecast(recipe.name, target.target, prediction))
     return forecasts
+
+
+def _within_budget(prediction: Prediction, recipe: Recipe, checkpoint: Checkpoint) -> Prediction:
+    if not recipe.quantization.budget:
+        return prediction
+    from exporter.calibration.sensitivity import parse_budget, stored_bits
+
+    schemes, shapes = plan(recipe, checkpoint).schemes, checkpoint.config.parameter_shapes()
+    budget = parse_budget(recipe.quantization.budget, "quantization.budget", checkpoint.config)
+    used = sum(stored_bits(schemes[name], shape) for name, shape in shapes.items())
+    more = max(0, budget - used) // 8
+    return replace(prediction, file=prediction.file + more, memory=prediction.memory + more)

@@ -77,6 +77,7 @@ class Calibration:
     sequences (times `accumulate`) minimize KL(teacher || student) at `temperature`, over the
     `top_k` likeliest tokens and all others as one (0: over all), plus `hidden_weight` times the
     squared error of the last hidden states. `activations: int8` rounds them as ExecuTorch does.
+    The teacher is the checkpoint itself, or another one of the same tokenizer.
     """
 
     data: tuple[Source, ...] = (Source(),)
@@ -85,6 +86,7 @@ class Calibration:
     gptq_sequences: int = 32
     sensitivity_sequences: int = 2
     start: Literal["mse", "gptq"] = "gptq"
+    teacher: str = ""
     steps: int = 400
     batch_size: int = 2
     accumulate: int = 1

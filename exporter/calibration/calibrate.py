@@ -27,11 +27,15 @@ from exporter.calibration.sensitivity import (
     sensitivities,
     stored_bits,
 )
+from exporter.calibration.student import Student
+from exporter.calibration.teacher import Teacher, open_teacher
 from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
 from exporter.files import read_json, replacing, write_json, write_safetensors
+from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.gptq import Compensated
 from exporter.quantization.integers import FLOAT, QuantizedTensor, Scheme, quantize
+from exporter.quantization.waist import source_hashes
 from exporter.recipe import Calibration, Recipe
 
 START, IDENTITY = "start.safetensors", "identity.json"
@@ -50,15 +54,18 @@ class Prepared:
     text: CalibrationText
     precision: torch.dtype
     source: Mapping[str, str]
+    teacher: Checkpoint
     found: tuple[Sensitivity, ...]
     wider: tuple[str, ...]
 
     def identity(self) -> dict[str, Any]:
         """Everything of the calibration that decides the integers, for the manifest."""
         settings = asdict(self.calibration)
-        del settings["data"], settings["cache_teacher"]
+        del settings["data"], settings["cache_teacher"], settings["teacher"]
+        teacher = source_hashes(self.teacher)
         return {
             **settings,
+            **({"teacher": teacher} if teacher != self.source else {}),
             "precision": str(self.precision).removeprefix("torch."),
             "text": self.text.identity(),
             "processes": parallel.world_size(),
@@ -81,6 +88,7 @@ def prepare(
     calibration, quantization = recipe.calibration, recipe.quantization
     keep_freed_memory()
     check_sources(calibration)
+    teacher = open_teacher(calibration, checkpoint)
     precision = _precision(calibration)
     budget = 0
     if quantization.budget:
@@ -109,7 +117,9 @@ def prepare(
         wider = search(list(found), fixed, budget, "quantization.budget")
     if not parallel.rank():
         parallel.wait_for_all()
-    return Prepared(calibration, quantization.method, text, precision, source, found, wider)
+    return Prepared(
+        calibration, quantization.method, text, precision, source, teacher, found, wider
+    )
 
 
 def _precision(calibration: Calibration) -> torch.dtype:
@@ -168,19 +178,30 @@ def calibrate(
                 _save(folder / START, _rounded(checkpoint, prepared, quantized, stages))
         parallel.wait_for_all()
         starts = _load(folder / START, quantized)
-        cache = None
-        if calibration.cache_teacher:
-            settings = calibration.top_k, calibration.temperature, str(prepared.precision)
-            cache = cache_folder() / hash_of("teacher", prepared.source, settings)
+        rounding = round_rows_to_int8 if calibration.activations == "int8" else None
         distilled = distill(
-            checkpoint, calibration, prepared.text, starts, folder, stages("distil"),
-            prepared.precision, cache,
-        )  # fmt: skip
+            Student(checkpoint, starts, calibration.sequence_length, rounding),
+            Teacher(prepared.teacher, calibration, _answers_folder(prepared)),
+            calibration,
+            prepared.text,
+            folder,
+            prepared.precision,
+            stages("distil"),
+        )
         weights, journal = distilled.weights, distilled.journal
     else:
         starts = _rounded(checkpoint, prepared, quantized, stages)
         weights = {name: start.rounded for name, start in starts.items()}
     return Calibrated(weights, _reports(prepared, journal))
+
+
+def _answers_folder(prepared: Prepared) -> Path | None:
+    """Where the teacher's answers are kept, if they are."""
+    calibration = prepared.calibration
+    if not calibration.cache_teacher:
+        return None
+    settings = calibration.top_k, calibration.temperature, str(prepared.precision)
+    return cache_folder() / hash_of("teacher", source_hashes(prepared.teacher), settings)
 
 
 def _rounded(

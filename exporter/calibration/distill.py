@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from exporter.calibration import parallel
@@ -26,9 +26,6 @@ from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher
 from exporter.errors import InputError
 from exporter.files import write_safetensors
-from exporter.model import FloatWeights
-from exporter.quantization.activations import round_rows_to_int8
-from exporter.quantization.gptq import Compensated
 from exporter.quantization.integers import QuantizedTensor, Scheme
 from exporter.recipe import Calibration
 
@@ -71,25 +68,20 @@ class Distilled:
 
 
 def distill(
-    source: FloatWeights,
+    student: Student,
+    teacher: Teacher,
     calibration: Calibration,
     text: CalibrationText,
-    starts: Mapping[str, Compensated],
     folder: Path,
-    on_step: OnStep,
     precision: torch.dtype,
-    cache: Path | None = None,
+    on_step: OnStep,
 ) -> Distilled:
-    """Train, from `starts` or from where a killed run left `folder`.
+    """Train the student from where it stands, or from where a killed run left `folder`.
 
-    Raises InputError where the loss is no longer finite; what was reached stays on disk.
+    Matrix products are of type `precision`. Raises InputError where the loss is no longer finite;
+    what was reached stays on disk.
     """
-    rounding = round_rows_to_int8 if calibration.activations == "int8" else None
-    student = Student(source, starts, calibration.sequence_length, rounding)
-    trained = parallel.spread(student, calibration.parallel)
-    run = _Run(
-        calibration, Teacher(source, calibration, cache), student, trained, text, folder, precision
-    )
+    run = _Run(student, teacher, calibration, text, folder, precision)
     journal = run.resume()
     if not journal.evaluations:
         run.evaluate(journal)
@@ -102,8 +94,7 @@ def distill(
         if (step + 1) % calibration.evaluate_every == 0 or step + 1 == calibration.steps:
             run.evaluate(journal)
     parallel.wait_for_all()
-    schemes = {name: start.rounded.scheme for name, start in starts.items()}
-    return Distilled(dict(_read_integers(folder / BEST, schemes)), journal)
+    return Distilled(dict(_read_integers(folder / BEST, student.schemes())), journal)
 
 
 def _note(journal: Journal) -> str:
@@ -118,16 +109,16 @@ class _Run:
 
     def __init__(
         self,
-        calibration: Calibration,
-        teacher: Teacher,
         student: Student,
-        trained: nn.Module,
+        teacher: Teacher,
+        calibration: Calibration,
         text: CalibrationText,
         folder: Path,
         precision: torch.dtype,
     ) -> None:
-        self.calibration, self.teacher, self.folder = calibration, teacher, folder
-        self.student, self.trained, self.precision = student, trained, precision
+        self.student, self.teacher, self.calibration = student, teacher, calibration
+        self.trained = parallel.spread(student, calibration.parallel)
+        self.folder, self.precision = folder, precision
         self.each = calibration.batch_size * parallel.world_size()
         self.tokens = text.train(calibration.steps * calibration.accumulate * self.each)
         self.held_out = text.held_out(calibration.held_out_sequences)

@@ -19,6 +19,7 @@ from exporter.quantization.gptq import Compensated
 from exporter.quantization.integers import (
     CODE_RANGE,
     QuantizedTensor,
+    Scheme,
     round_codes,
     row_blocks,
     to_scale_grid,
@@ -156,9 +157,8 @@ class Student(nn.Module):
         if tied and EMBEDDING in starts:
             self.decoder.lm_head = nn.Identity()  # type: ignore[assignment]  # see `output_weight`
         fill_weights(self.decoder, source, "")
-        for module in self.modules():
-            if isinstance(module, RoundedWeight):
-                module.requires_grad_(True)
+        for weight in self.learned().values():
+            weight.requires_grad_(True)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [batch, seq] to the inputs of the output layer [batch, seq, hidden], and the
@@ -180,13 +180,20 @@ class Student(nn.Module):
         weight = output.weight
         return weight
 
-    def quantized(self) -> dict[str, QuantizedTensor]:
-        """Codes and scales of every learned weight, by its name in the checkpoint."""
+    def learned(self) -> dict[str, RoundedWeight]:
+        """Every learned weight, by its name in the checkpoint."""
         return {
-            name.removeprefix("decoder.").removesuffix(".rounded") + ".weight": module.quantized()
+            name.removeprefix("decoder.").removesuffix(".rounded") + ".weight": module
             for name, module in self.named_modules()
             if isinstance(module, RoundedWeight)
         }
+
+    def schemes(self) -> dict[str, Scheme]:
+        return {name: weight.scheme for name, weight in self.learned().items()}
+
+    def quantized(self) -> dict[str, QuantizedTensor]:
+        """Codes and scales as they would be stored now."""
+        return {name: weight.quantized() for name, weight in self.learned().items()}
 
 
 def _straight_through(x: Tensor, rounding: Rounding) -> Tensor:

@@ -9,9 +9,31 @@ from torch.nn import functional as F
 
 from exporter.calibration.data import hash_of
 from exporter.calibration.loss import TeacherLogits, teacher_logits
-from exporter.files import write_safetensors
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.errors import InputError
+from exporter.files import sha256, write_safetensors
 from exporter.model import FloatWeights, attend_causal, load_decoder
 from exporter.recipe import Calibration
+
+
+def open_teacher(calibration: Calibration, student: Checkpoint) -> Checkpoint:
+    """The recipe's teacher; raises InputError for one that says other tokens than the student."""
+    if not calibration.teacher:
+        return student
+    teacher, subject = open_checkpoint(calibration.teacher), "calibration.teacher"
+    theirs, ours = teacher.config, student.config
+    remedy = "Give a checkpoint of the same family"
+    if theirs.vocab_size != ours.vocab_size:
+        raise InputError(
+            subject, f"knows {theirs.vocab_size} tokens, the checkpoint {ours.vocab_size}", remedy
+        )
+    files = [model.path / "tokenizer.json" for model in (teacher, student)]
+    if all(file.is_file() for file in files) and len({sha256(file) for file in files}) > 1:
+        raise InputError(subject, f"{files[0]} is not the checkpoint's tokenizer", remedy)
+    if calibration.hidden_weight and theirs.hidden_size != ours.hidden_size:
+        reason = f"has hidden states of {theirs.hidden_size}, the checkpoint of {ours.hidden_size}"
+        raise InputError(subject, reason, "Set calibration.hidden_weight to 0")
+    return teacher
 
 
 class Teacher:
