@@ -149,6 +149,8 @@ def quantize(args: argparse.Namespace) -> int:
         waist = pipeline.quantize(
             recipe, checkpoint, args.output, progress, args.overwrite, dequantized
         )
+    if waist is None:  # a process of torchrun that is not the first
+        return FINE
     size = display.folder_bytes(waist.path)
     if args.json:
         return display.print_json(

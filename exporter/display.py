@@ -21,6 +21,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+#: Where stderr is no terminal, long work says how far it is this often.
+_SECONDS_BETWEEN_LINES = 30
+
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 #: For tables: names are never cut off, the terminal wraps what is too long for it.
@@ -55,18 +58,24 @@ class Clock:
 
 @contextmanager
 def progress() -> Iterator[Callable[..., None]]:
-    """A bar on stderr for each stage, with its note; a plain line where stderr is no terminal."""
+    """A bar on stderr for each stage, with its note; now and then a line where stderr is no
+    terminal."""
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
     )
     with Progress(*columns, console=err, transient=True) as bars:
-        tasks = dict[str, Any]()
+        tasks, said = dict[str, Any](), dict[str, float]()
 
         def show(stage: str, done: int, total: int, note: str = "") -> None:
             if not err.is_terminal:
-                if done == 0:
+                now = time.monotonic()
+                if stage not in said:
+                    said[stage] = now
                     err.print(f"{stage} …")
+                elif now - said[stage] >= _SECONDS_BETWEEN_LINES:
+                    said[stage] = now
+                    err.print(f"{stage}: {done} of {total} {note}")
                 return
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, note=note)

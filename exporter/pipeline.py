@@ -1,5 +1,6 @@
 """The whole story, straight down: checkpoint → waist → artifacts → proof → bundle."""
 
+import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -184,10 +185,43 @@ def quantize(
     progress: Progress,
     overwrite: bool = False,
     dequantized: Dequantized | None = None,
-) -> QuantizedCheckpoint:
-    """Checkpoint → waist, and on request → an ordinary Hugging Face folder of its values."""
+) -> QuantizedCheckpoint | None:
+    """Checkpoint → waist, and on request → an ordinary Hugging Face folder of its values.
+
+    Started by ``torchrun``, all processes distil together and the first one writes.
+    """
     checkpoint.check_weights()
+    if "RANK" in os.environ:
+        from exporter.calibration.parallel import processes, rank
+
+        with processes():
+            decided = decide(recipe, checkpoint, progress)
+            if rank():
+                return _help(checkpoint, decided, out)
+            return _quantize(checkpoint, decided, out, progress, overwrite, dequantized)
     decided = decide(recipe, checkpoint, progress)
+    return _quantize(checkpoint, decided, out, progress, overwrite, dequantized)
+
+
+def _help(checkpoint: Checkpoint, decided: Decided, out: Path) -> QuantizedCheckpoint | None:
+    """What a process does that is not the first: its part of a distillation."""
+    from exporter.calibration.calibrate import calibrate
+
+    prepared = decided.prepared
+    if prepared and prepared.method == "distill" and not finished_waist(out, decided.identity):
+        folder = out / f".{REPORTS}.tmp"
+        calibrate(checkpoint, prepared, decided.plan.schemes, folder, _stages(no_progress))
+    return None
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    decided: Decided,
+    out: Path,
+    progress: Progress,
+    overwrite: bool,
+    dequantized: Dequantized | None,
+) -> QuantizedCheckpoint:
     same = made_from(out / WAIST_MANIFEST, decided.identity)
     if dequantized:
         if dequantized.path.resolve() == checkpoint.path.resolve():

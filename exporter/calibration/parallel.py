@@ -7,19 +7,14 @@ Every process learns from its own part of each batch. With `ddp` each holds the 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,28 +70,36 @@ def spread(student: Student, kind: Literal["ddp", "fsdp"]) -> nn.Module:
 
 
 def training_state(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that training goes on from, whole, for every process to call."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    moments: Any = get_optimizer_state_dict(student, optimizer, options=options)["state"]
-    state = {f"learned.{name}": whole(p.detach()) for name, p in _learned(student)}
-    for name, values in moments.items():
-        state |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
+    """Everything that training goes on from, whole; every process calls it."""
+    if isinstance(student, FSDPModule):
+        student.reshard()  # after an evaluation the root is still whole, and not what is optimized
+    state = dict[str, Tensor]()
+    for name, parameter in _learned(student):
+        state[f"learned.{name}"] = whole(parameter.detach())
+        for key, value in optimizer.state[parameter].items():
+            state[f"optimizer.{key}.{name}"] = whole(value)
     return state
 
 
 @torch.no_grad()
-def restore(student: Student, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+def restore(
+    student: Student, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]
+) -> None:
     """The inverse of `training_state`."""
     for name, parameter in _learned(student):
-        value = state[f"learned.{name}"]
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        parameter.copy_(value)
-    options = StateDictOptions(full_state_dict=True)
-    found: Any = get_optimizer_state_dict(student, optimizer, options=options)
-    for name, values in found["state"].items():
-        found["state"][name] = {key: state[f"optimizer.{name}.{key}"] for key in values}
-    set_optimizer_state_dict(student, optimizer, found, options=options)
+        parameter.copy_(_placed(state[f"learned.{name}"], parameter))
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = state.get(f"optimizer.{key}.{name}")
+            if value is not None:  # none before the first step
+                value = value if key == "step" else _placed(value, parameter)
+                optimizer.state[parameter][key] = value
+
+
+def _placed(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, spread over processes as the parameter is."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
 
 
 def _learned(student: Student) -> Iterator[tuple[str, nn.Parameter]]:
