@@ -155,7 +155,8 @@ class CoreMLRunner:
         assert isinstance(artifact.target, CoreMLTarget)
         self._context, self._steps = artifact.target.max_context, artifact.target.prefill
         self._state, self._position = new_state(), 0
-        self._vocab_size = self._run(DECODE, input_ids=[[0]], position=[0]).numel()
+        described = open_package(artifact.path / FILE_NAME).spec.description.metadata
+        self._vocab_size = int(described.userDefined["vocab_size"])
 
     @property
     def context(self) -> int:
@@ -168,6 +169,7 @@ class CoreMLRunner:
     def prefill(self, tokens: list[int]) -> Tensor:
         """In chunks. One that would end beyond the cache begins earlier: what is read twice is
         written twice, the same."""
+        self._check_room(len(tokens))
         self._state, self._position = self._new_state(), 0
         steps = self._steps
         while self._position < len(tokens):
@@ -179,13 +181,17 @@ class CoreMLRunner:
         return logits
 
     def decode(self, token: int) -> Tensor:
-        if self._position >= self.context:
-            raise InputError(
-                "context", f"{self._position + 1} tokens do not fit", "Lower with more"
-            )
+        self._check_room(self._position + 1)
         logits = self._run(DECODE, input_ids=[[token]], position=[self._position])
         self._position += 1
         return logits
+
+    def _check_room(self, tokens: int) -> None:
+        if not 0 < tokens <= self.context:
+            raise InputError(
+                "context", f"{tokens} tokens are not between 1 and {self.context}",
+                "Lower the model with a larger max_context",
+            )  # fmt: skip
 
     def _run(self, function: str, **inputs: Any) -> Tensor:
         tensors = {name: torch.tensor(value, dtype=torch.int32) for name, value in inputs.items()}

@@ -322,7 +322,7 @@ OPERATORS: dict[str, Operator] = {
         operator.__name__: operator
         for operator in (
             cast, concat, constexpr_blockwise_shift_scale, expand_dims, gather, linear, matmul,
-            overwrite, range_1d, reduce_argmax, reduce_max, reduce_mean, reduce_sum, reshape, rsqrt,
+            range_1d, reduce_argmax, reduce_max, reduce_mean, reduce_sum, reshape, rsqrt,
             scaled_dot_product_attention, select, shape, slice_by_index, slice_by_size,
             slice_update, softmax, split, squeeze, transpose,
         )
