@@ -149,7 +149,8 @@ def verification_text(
 
 
 def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: Text) -> list[Check]:
-    """The artifact in its own runtime against the torch reference: prefill, then decoding.
+    """The artifact in its own runtime against the torch reference: prefill, then decoding; and
+    against the reference interpreter, where there is one of what that runtime runs.
 
     The reference has float activations. Where the runtime rounds them to int8, the limits are
     measured: simulating that rounding in torch gives what it must cost on this text, and the
@@ -162,6 +163,8 @@ def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: T
     lengths = _prefill_lengths(len(text.tokens))
     try:
         logits = run_teacher_forced(module.load(artifact), text.tokens, lengths)
+        interpreter = module.interpret(artifact)
+        opinion = run_teacher_forced(interpreter, text.tokens, lengths) if interpreter else logits
     except Exception as error:  # the runtimes raise what they like
         note = f"the runtime failed ({type(error).__name__}: {error})"
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
@@ -184,6 +187,8 @@ def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: T
     def check(name: str, value: float, passed: bool, limit: float | None, note: str) -> Check:
         return Check(f"logits.{name}", target, subject, passed, value, limit, note)
 
+    apart = compare_logits(opinion, logits).kl
+    second = [check("interpreter", apart, apart <= kl, kl, "")] if interpreter else []
     worst = f"worst at position {positions[found.worst]}"
     simulated_kl = f"; rounded activations simulated cost {expected.kl:.2g}" if expected else ""
     return [
@@ -191,6 +196,7 @@ def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: T
         check("kl", found.kl, found.kl <= kl, kl, worst + simulated_kl),
         check("top1", found.top1, top1 is None or found.top1 >= top1, top1, ""),
         check("max_difference", largest, largest <= difference, difference, ""),
+        *second,
     ]
 
 

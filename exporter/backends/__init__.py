@@ -10,8 +10,12 @@
 
 - ``largest_activation(target)``: beyond it activations overflow; None in float32.
 
-Also ``FILES``, every file it may write, the first one first, and ``PACKAGES``, the distributions
-whose versions decide the bytes.
+- ``interpret(artifact) -> Runner | None``: a second opinion, where `load` runs a toolkit's own
+  runtime and we have an interpreter of the format.
+
+- ``packages(target)``: the distributions whose versions decide the bytes.
+
+Also ``FILES``, every file it may write, the first one first.
 """
 
 import importlib

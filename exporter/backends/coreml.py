@@ -35,7 +35,7 @@ from exporter.backends.coreml_package import (
     open_package,
     write_manifest,
 )
-from exporter.backends.coreml_toolkit import coremltools
+from exporter.backends.coreml_toolkit import Program, coremltools
 from exporter.backends.coreml_toolkit import load as to_specification
 from exporter.errors import InputError
 from exporter.files import replacing_folder, sha256
@@ -48,7 +48,6 @@ from exporter.recipe import CoreMLTarget, check_context
 
 FILE_NAME = "model.mlpackage"
 FILES = tuple(f"{FILE_NAME}/{name}" for name in (MANIFEST, MODEL, WEIGHTS))
-PACKAGES = ("coremltools", "numpy")
 _IOS_18 = 9  # the specification version of iOS 18 and macOS 15
 
 
@@ -61,6 +60,11 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: CoreMLTarg
             f"{target.prefill} tokens are not between 2 and max_context ({target.max_context})",
             "128 suits most phones",
         )
+
+
+def packages(target: CoreMLTarget) -> tuple[str, ...]:
+    """The distributions whose versions decide the bytes."""
+    return "coremltools", "numpy"
 
 
 def rounding(schemes: Mapping[str, Scheme], target: CoreMLTarget, prompt: int) -> Rounding | None:
@@ -78,15 +82,21 @@ def lower(waist: QuantizedCheckpoint, target: CoreMLTarget, out: Path) -> Artifa
     check(waist.config, waist.schemes, target)
     program = build_program(waist, target)
     with replacing_folder(out / FILE_NAME) as folder:
-        weights_folder = (folder / WEIGHTS).parent
-        weights_folder.mkdir(parents=True)
-        specification = to_specification(
-            program, str(weights_folder), specification_version=_IOS_18
-        )
-        _describe(specification.description.metadata, waist, target)
-        (folder / MODEL).write_bytes(specification.SerializeToString(deterministic=True))
-        write_manifest(folder)
+        write_package(program, waist, target, folder)
     return Artifact(out, target, FILES)
+
+
+def write_package(
+    program: Program, waist: QuantizedCheckpoint, target: CoreMLTarget, folder: Path
+) -> Any:
+    """Write a package's files into the empty `folder`; its protobuf."""
+    weights_folder = (folder / WEIGHTS).parent
+    weights_folder.mkdir(parents=True)
+    specification = to_specification(program, str(weights_folder), specification_version=_IOS_18)
+    _describe(specification.description.metadata, waist, target)
+    (folder / MODEL).write_bytes(specification.SerializeToString(deterministic=True))
+    write_manifest(folder)
+    return specification
 
 
 def _describe(metadata: Any, waist: QuantizedCheckpoint, target: CoreMLTarget) -> None:
@@ -115,9 +125,15 @@ def _describe(metadata: Any, waist: QuantizedCheckpoint, target: CoreMLTarget) -
 def weights(
     artifact: Artifact, waist: QuantizedCheckpoint
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
-    """Every weight of every function, decoded out of the package: name, the function and the
-    operators that read it, codes and scales."""
-    package = open_package(artifact.path / FILE_NAME)
+    """Every weight decoded out of the package: see `package_weights`."""
+    return package_weights(open_package(artifact.path / FILE_NAME), waist)
+
+
+def package_weights(
+    package: Package, waist: QuantizedCheckpoint
+) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
+    """Every weight of every function: name, the function and the operators that read it, codes
+    and scales."""
     names = {mil_name(name): name for name in waist.schemes}
     for function in package.functions:
         operations = package.block(function).operations
@@ -141,6 +157,16 @@ def _quantized(package: Package, operation: Any, scheme: Scheme) -> QuantizedTen
     if codes.kind != f"int{scheme.bits}":
         raise InputError(operation.outputs[0].name, f"has {codes.kind} codes, not {scheme}")
     return QuantizedTensor(codes.data, scales.data, scheme)
+
+
+def check_room(tokens: int, context: int) -> None:
+    """Refuse a text that the cache cannot hold. Raises InputError."""
+    if not 0 < tokens <= context:
+        raise InputError(
+            "context",
+            f"{tokens} tokens are not between 1 and {context}",
+            "Lower the model with a larger max_context",
+        )
 
 
 #: Runs a function on int32 inputs, and updates the state: logits float32 [1, 1, vocab_size].
@@ -169,7 +195,7 @@ class CoreMLRunner:
     def prefill(self, tokens: list[int]) -> Tensor:
         """In chunks. One that would end beyond the cache begins earlier: what is read twice is
         written twice, the same."""
-        self._check_room(len(tokens))
+        check_room(len(tokens), self.context)
         self._state, self._position = self._new_state(), 0
         steps = self._steps
         while self._position < len(tokens):
@@ -181,17 +207,10 @@ class CoreMLRunner:
         return logits
 
     def decode(self, token: int) -> Tensor:
-        self._check_room(self._position + 1)
+        check_room(self._position + 1, self.context)
         logits = self._run(DECODE, input_ids=[[token]], position=[self._position])
         self._position += 1
         return logits
-
-    def _check_room(self, tokens: int) -> None:
-        if not 0 < tokens <= self.context:
-            raise InputError(
-                "context", f"{tokens} tokens are not between 1 and {self.context}",
-                "Lower the model with a larger max_context",
-            )  # fmt: skip
 
     def _run(self, function: str, **inputs: Any) -> Tensor:
         tensors = {name: torch.tensor(value, dtype=torch.int32) for name, value in inputs.items()}
@@ -202,10 +221,15 @@ def load(artifact: Artifact) -> CoreMLRunner:
     """The artifact in Core ML on a Mac, in the reference interpreter elsewhere."""
     if sys.platform == "darwin" and artifact.target.output == "logits":
         return _on_mac(artifact)
-    return interpret(artifact)
+    return interpreted(artifact)
 
 
-def interpret(artifact: Artifact) -> CoreMLRunner:
+def interpret(artifact: Artifact) -> CoreMLRunner | None:
+    """What a Mac runs in Core ML, in the reference interpreter."""
+    return interpreted(artifact) if sys.platform == "darwin" else None
+
+
+def interpreted(artifact: Artifact) -> CoreMLRunner:
     """The artifact in the reference interpreter, on any machine."""
     interpreter = Interpreter(open_package(artifact.path / FILE_NAME))
 

@@ -44,7 +44,6 @@ DATA_NAME = FILE_NAME + DATA_SUFFIX
 GENAI_CONFIG = "genai_config.json"
 ORT_NAME, OPERATORS_NAME = "model.ort", "model.required_operators.config"
 FILES = (DATA_NAME, FILE_NAME, GENAI_CONFIG, ORT_NAME, OPERATORS_NAME)
-PACKAGES = ("onnx", "onnxruntime")
 
 
 def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: OnnxTarget) -> None:
@@ -56,6 +55,11 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: OnnxTarget
             "'int8' needs ONNX Runtime's own operators, which the portable form leaves out",
             "Set products to float, or form to contrib",
         )
+
+
+def packages(target: OnnxTarget) -> tuple[str, ...]:
+    """The distributions whose versions decide the bytes."""
+    return "onnx", "onnxruntime"
 
 
 def rounding(schemes: Mapping[str, Scheme], target: OnnxTarget, prompt: int) -> Rounding | None:
@@ -72,6 +76,10 @@ def rounding(schemes: Mapping[str, Scheme], target: OnnxTarget, prompt: int) -> 
 def largest_activation(target: OnnxTarget) -> float | None:
     """What overflows in float16."""
     return LARGEST_HALF if target.activations == "float16" else None
+
+
+def interpret(artifact: Artifact) -> None:
+    """There is no interpreter of ours: `load` runs ONNX Runtime itself."""
 
 
 def lower(waist: QuantizedCheckpoint, target: OnnxTarget, out: Path) -> Artifact:

@@ -1,4 +1,4 @@
-"""How far a Core ML package is from the torch reference, on real text, in the reference interpreter.
+"""How far a Core ML package, in the reference interpreter, is from torch on real text.
 
     python tests/benchmarks/coreml_accuracy.py build/nano --text FILE
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from exporter.backends.coreml import interpret
+from exporter.backends.coreml import interpreted
 from exporter.backends.reference import score
 from exporter.bundle import open_bundle
 from exporter.tokenizer import load_tokenizer
@@ -34,7 +34,7 @@ def main() -> None:
     bundle = open_bundle(args.bundle)
     text = args.text.read_text(encoding="utf-8")[: 20 * args.positions]
     tokens = load_tokenizer(bundle.waist.path).encode(text)[: args.positions]
-    runner = interpret(bundle.artifacts["coreml"].artifact)
+    runner = interpreted(bundle.artifacts["coreml"].artifact)
     started, rows = time.process_time(), list[torch.Tensor]()
     while len(rows) < len(tokens):
         prompt = len(rows) + 1
