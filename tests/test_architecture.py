@@ -156,7 +156,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("load", ["artifact"]),
         ("weights", ["artifact", "waist"]),
         ("rounding", ["schemes", "target", "prompt"]),
-        ("largest_activation", ["target"]),
+        ("largest_activation", ["target", "which"]),
         ("interpret", ["artifact"]),
         ("packages", ["target"]),
     ],

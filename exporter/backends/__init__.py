@@ -8,7 +8,8 @@
 - ``rounding(schemes, target, prompt)``: how its runtime rounds activations where the first
   `prompt` tokens are read at once, or None.
 
-- ``largest_activation(target)``: beyond it activations overflow; None in float32.
+- ``largest_activation(target, which)``: beyond it activations overflow; None in float32. `which`
+  is input, output, keys, values or scores.
 
 - ``interpret(artifact) -> Runner | None``: a second opinion, where `load` runs a toolkit's own
   runtime and we have an interpreter of the format.

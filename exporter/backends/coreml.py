@@ -72,9 +72,10 @@ def rounding(schemes: Mapping[str, Scheme], target: CoreMLTarget, prompt: int) -
     return round_to_half if target.activations == "float16" else None
 
 
-def largest_activation(target: CoreMLTarget) -> float | None:
-    """What overflows in float16."""
-    return LARGEST_HALF if target.activations == "float16" else None
+def largest_activation(target: CoreMLTarget, which: str) -> float | None:
+    """What overflows in float16, which the cache always is."""
+    half = target.activations == "float16" or which in ("keys", "values")
+    return LARGEST_HALF if half else None
 
 
 def lower(waist: QuantizedCheckpoint, target: CoreMLTarget, out: Path) -> Artifact:

@@ -91,10 +91,10 @@ def rounding(
     return round_rows_to_int8
 
 
-def largest_activation(target: ExecuTorchTarget) -> float | None:
+def largest_activation(target: ExecuTorchTarget, which: str) -> float | None:
     """Activations are float32 in XNNPACK."""
     if target.delegate == "coreml":
-        largest: float | None = backend("coreml").largest_activation(_embedded(target))
+        largest: float | None = backend("coreml").largest_activation(_embedded(target), which)
         return largest
     return None
 

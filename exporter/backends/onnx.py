@@ -73,7 +73,7 @@ def rounding(schemes: Mapping[str, Scheme], target: OnnxTarget, prompt: int) -> 
     return partial(round_blocks_to_int8, block=max(groups, default=LARGEST_BLOCK))
 
 
-def largest_activation(target: OnnxTarget) -> float | None:
+def largest_activation(target: OnnxTarget, which: str) -> float | None:
     """What overflows in float16."""
     return LARGEST_HALF if target.activations == "float16" else None
 

@@ -87,9 +87,9 @@ def score(
 
     With `rounding`, the inputs of every matrix product are rounded as some runtime does it. What
     goes into each linear layer and normalization and what comes out is shown to `observe`, and so
-    are the scores of each attention.
+    are keys, values and scores of each attention.
     """
-    config, attend = source.config, _show_scores(observe) if observe else attend_causal
+    config, attend = source.config, _show_attention(observe) if observe else attend_causal
     cos, sin = rope_tables(config, len(tokens))
     embedding = source.float_weight(EMBEDDING)
     x = F.embedding(torch.tensor([list(tokens)]), embedding)
@@ -127,13 +127,15 @@ def _show(module: nn.Module, prefix: str, observe: Observe) -> None:
             part.register_forward_hook(hook(f"{prefix}.{name}".removesuffix(".")))
 
 
-def _show_scores(observe: Observe) -> Attend:
-    """Causal attention that shows its scores, masked ones too: a runtime computes them all."""
+def _show_attention(observe: Observe) -> Attend:
+    """Causal attention that shows what it works on; of the scores the masked ones too, since a
+    runtime computes them all."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / q.shape[-1] ** 0.5
-        observe(f"model.layers.{layer}.self_attn", "scores", scores)
+        for which, values in (("keys", k), ("values", v), ("scores", scores)):
+            observe(f"model.layers.{layer}.self_attn", which, values)
         return attend_causal(layer, q, k, v)
 
     return attend
