@@ -159,8 +159,9 @@ def _predict_coreml(
 
 
 def _coreml_bytes(scheme: Scheme, shape: tuple[int, ...], width: int) -> int:
-    """Codes and their scales, each with a record; a normalization's weight is float32."""
+    """Codes and their scales, each with a record. What is left in float is float32: float16
+    seldom holds every number of a matrix."""
     if scheme == FLOAT:
-        return math.prod(shape) * (4 if len(shape) == 1 else width) + _COREML_RECORD
+        return 4 * math.prod(shape) + _COREML_RECORD
     codes = math.prod(shape) * (scheme.bits or 0) // 8
     return codes + width * math.prod(scheme.scale_shape(shape)) + 2 * _COREML_RECORD
