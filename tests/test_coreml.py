@@ -31,12 +31,13 @@ from exporter.backends.coreml_package import (
     open_package,
     place_of,
 )
-from exporter.backends.reference import LARGEST_HALF, ReferenceRunner, score
+from exporter.backends.reference import ReferenceRunner, score
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import InputError
 from exporter.generation import Generation, Sampling
 from exporter.pipeline import no_progress
+from exporter.quantization.activations import LARGEST_HALF
 from exporter.quantization.integers import Scheme
 from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
 from exporter.recipe import parse_recipe

@@ -646,6 +646,13 @@ def test_inputs_are_what_the_function_declares(
         run(product(tmp_path), **inputs)
 
 
+def test_an_input_that_the_description_leaves_out_is_named(tmp_path: Path) -> None:
+    package = product(tmp_path)
+    del package.spec.description.input[:]
+    with pytest.raises(InputError, match="main: input x: is not in the model's description"):
+        run(package, x=X)
+
+
 @pytest.mark.parametrize(
     ("specs", "build", "given", "said"),
     {

@@ -24,11 +24,12 @@ from exporter.backends.coreml_graph import mil_name
 from exporter.backends.coreml_package import place_of
 from exporter.backends.executorch_coreml import embedded_package, flatten, unflatten
 from exporter.backends.executorch_file import delegate_payload
-from exporter.backends.reference import LARGEST_HALF, score
+from exporter.backends.reference import score
 from exporter.bundle import Bundle
 from exporter.checkpoint import open_checkpoint
 from exporter.errors import InputError
 from exporter.pipeline import no_progress
+from exporter.quantization.activations import LARGEST_HALF
 from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
 from exporter.recipe import parse_recipe
 from exporter.verification import check_integers, run_teacher_forced
