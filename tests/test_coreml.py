@@ -541,6 +541,26 @@ def become_unsigned(operation: Any) -> None:
     ).values_by_name["UINT4"].number  # fmt: skip
 
 
+def take_another_name(operation: Any) -> None:
+    operation.outputs[0].name = "another"
+
+
+def become_a_palette(operation: Any) -> None:
+    operation.type = "constexpr_lut_to_dense"
+
+
+def read_another(folder: Path) -> None:
+    """One product takes another weight of the same shape."""
+    package = open_package(folder / backend.FILE_NAME)
+    for operation in package.block(PREFILL).operations:
+        for given in operation.inputs.values():
+            for binding in given.arguments:
+                if binding.name == mil_name(Q_PROJ):
+                    binding.name = binding.name.replace("layers_1", "layers_0")
+    content = package.spec.SerializeToString(deterministic=True)
+    (folder / backend.FILE_NAME / MODEL).write_bytes(content)
+
+
 def halve(operation: Any) -> None:
     shape = operation.inputs["data"].arguments[0].value.type.tensorType.dimensions
     shape[0].constant.size //= 2
@@ -575,13 +595,19 @@ def lose(folder: Path) -> None:
         "an offset": (edit(add_offset), "has an offset, which the waist has not"),
         "codes of another type": (edit(become_unsigned), "has uint4 codes, not int4-g32"),
         "another shape": (edit(halve), "do not fill the shape"),
+        "a weight that one function lacks": (edit(take_another_name), "is not in the program"),
+        "a weight of another format": (
+            edit(become_a_palette), "is made by constexpr_lut_to_dense, which the waist has not",
+        ),
+        "a weight that nothing reads": (read_another, "is read by no operator"),
         "a file outside": (edit(point_outside), "names a weight file outside of itself"),
     }.values(),
     ids=[
         "no weight file", "a short weight file", "a weight file cut in a weight",
         "an empty weight file", "a record that is none",
         "a record of another size", "a short program", "no manifest", "an offset",
-        "codes of another type", "another shape", "a file outside",
+        "codes of another type", "another shape", "a weight that one function lacks",
+        "a weight of another format", "a weight that nothing reads", "a file outside",
     ],
 )  # fmt: skip
 def test_a_damaged_package_fails_the_check_and_says_how(

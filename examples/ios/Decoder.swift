@@ -10,14 +10,16 @@
 //     for try await token in decoder.generate(prompt: tokenIDs, limit: 256) { … }
 
 import CoreML
+import Foundation
 
 enum DecoderError: Error {
     case notOurPackage
     case textTooLong(tokens: Int, context: Int)
 }
 
+/// One text at a time: a state must not be used by two predictions at once.
 @available(iOS 18, macOS 15, *)
-final class Decoder {
+final class Decoder: @unchecked Sendable {
     /// Both functions of one package. They share its weights, and the state that is given to both.
     private let prefill: MLModel
     private let decode: MLModel

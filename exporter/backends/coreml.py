@@ -134,29 +134,38 @@ def package_weights(
     package: Package, waist: QuantizedCheckpoint
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
     """Every weight of every function: name, the function and the operators that read it, codes
-    and scales."""
-    names = {mil_name(name): name for name in waist.schemes}
+    and scales. Raises InputError for one that a function lacks or does not use."""
     for function in package.functions:
         operations = package.block(function).operations
-        readers = readers_of(operations)
+        readers, missing = readers_of(operations), {mil_name(name): name for name in waist.schemes}
         for operation in operations:
-            name = names.get(operation.outputs[0].name if operation.outputs else "")
-            if name is None:
+            made = operation.outputs[0].name if operation.outputs else ""
+            if made not in missing:
                 continue
-            place = f"{function}: {', '.join(readers.get(mil_name(name), ['not used']))}"
-            if operation.type == "const":
-                yield name, place, package.value(operation.attributes["val"]).data
-            elif operation.type == "constexpr_blockwise_shift_scale":
-                yield name, place, _quantized(package, operation, waist.schemes[name])
+            name = missing.pop(made)
+            if made not in readers:
+                raise InputError(f"{name} ({function})", "is read by no operator")
+            place = f"{function}: {', '.join(readers[made])}"
+            yield name, place, _stored(package, operation, name, waist.schemes[name])
+        for name in missing.values():
+            raise InputError(f"{name} ({function})", "is not in the program")
 
 
-def _quantized(package: Package, operation: Any, scheme: Scheme) -> QuantizedTensor:
-    given = {name: binding.arguments[0].value for name, binding in operation.inputs.items()}
+def _stored(
+    package: Package, operation: Any, name: str, scheme: Scheme
+) -> QuantizedTensor | Tensor:
+    """What an operation makes a weight of."""
+    if operation.type == "const":
+        value: Tensor = package.value(operation.attributes["val"]).data
+        return value
+    if operation.type != "constexpr_blockwise_shift_scale":
+        raise InputError(name, f"is made by {operation.type}, which the waist has not")
+    given = {part: binding.arguments[0].value for part, binding in operation.inputs.items()}
     if "offset" in given:
-        raise InputError(operation.outputs[0].name, "has an offset, which the waist has not")
+        raise InputError(name, "has an offset, which the waist has not")
     codes, scales = package.value(given["data"]), package.value(given["scale"])
     if codes.kind != f"int{scheme.bits}":
-        raise InputError(operation.outputs[0].name, f"has {codes.kind} codes, not {scheme}")
+        raise InputError(name, f"has {codes.kind} codes, not {scheme}")
     return QuantizedTensor(codes.data, scales.data, scheme)
 
 
