@@ -102,7 +102,8 @@ def score(
         if observe:
             _show(layer, f"model.layers.{index}", observe)
         x = layer(x, cos, sin, attend)
-    norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    with torch.device("meta"):
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     fill_weights(norm, source, "model.norm.")
     if observe:
         _show(norm, "model.norm", observe)
