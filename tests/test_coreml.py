@@ -20,7 +20,7 @@ from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 from exporter import pipeline
 from exporter.artifact import FinishedArtifact, open_artifact
 from exporter.backends import coreml as backend
-from exporter.backends.coreml_graph import DECODE, KEYS, LOGITS, PREFILL, TOKEN, VALUES, mil_name
+from exporter.backends.coreml_graph import DECODE, KEYS, PREFILL, TOKEN, VALUES, mil_name
 from exporter.backends.coreml_interpreter import Interpreter, State
 from exporter.backends.coreml_package import (
     MANIFEST,
@@ -748,4 +748,12 @@ def test_on_a_mac_core_ml_runs_and_is_compared_with_the_interpreter(
 
 def test_elsewhere_there_is_no_second_opinion(finished_bundle: Bundle) -> None:
     assert backend.interpret(finished_bundle.artifacts["coreml"].artifact) is None
-    assert LOGITS == "logits"
+
+
+def test_a_package_that_gives_tokens_is_not_compared_with_itself(
+    lower: Lower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    _, lowered = lower(target={"output": "token"})
+    assert backend.interpret(lowered.artifact) is None
+    assert backend.load(lowered.artifact).prefill(tokens(3)).shape == (96,)

@@ -228,15 +228,20 @@ class CoreMLRunner:
 
 
 def load(artifact: Artifact) -> CoreMLRunner:
-    """The artifact in Core ML on a Mac, in the reference interpreter elsewhere."""
-    if sys.platform == "darwin" and artifact.target.output == "logits":
-        return _on_mac(artifact)
-    return interpreted(artifact)
+    """The artifact in Core ML on a Mac, in the reference interpreter elsewhere. One that gives
+    tokens is interpreted everywhere: Core ML shows no logits of it."""
+    return _on_mac(artifact) if _runs_here(artifact) else interpreted(artifact)
 
 
 def interpret(artifact: Artifact) -> CoreMLRunner | None:
     """What a Mac runs in Core ML, in the reference interpreter."""
-    return interpreted(artifact) if sys.platform == "darwin" else None
+    return interpreted(artifact) if _runs_here(artifact) else None
+
+
+def _runs_here(artifact: Artifact) -> bool:
+    """Whether `load` gives Core ML itself."""
+    assert isinstance(artifact.target, CoreMLTarget)
+    return sys.platform == "darwin" and artifact.target.output == "logits"
 
 
 def interpreted(artifact: Artifact) -> CoreMLRunner:
