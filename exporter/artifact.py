@@ -71,7 +71,7 @@ def artifact_identity(waist: QuantizedCheckpoint, target: Target) -> dict[str, A
 
 def artifact_versions(target: Target) -> dict[str, str]:
     """Versions of everything that writes this artifact."""
-    return package_versions("mobilellm-exporter", *backend(target.target).PACKAGES)
+    return package_versions("mobilellm-exporter", *backend(target.target).packages(target))
 
 
 def write_artifact(

@@ -108,11 +108,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ExecuTorchTarget:
-    """A .pte for XNNPACK. ``custom_sdpa`` is for the official runners, ``portable`` for any."""
+    """A .pte for XNNPACK, or with a Core ML package inside for iOS 18 and macOS 15.
+
+    XNNPACK: ``custom_sdpa`` is for the official runners, ``portable`` for any. Core ML: attention
+    is its own, `activations: float16` is what the Neural Engine runs, and a prompt is read token
+    by token (`coreml` as a target of its own reads it in chunks).
+    """
 
     target: Literal["executorch"] = "executorch"
     max_context: int = 2048
+    delegate: Literal["xnnpack", "coreml"] = "xnnpack"
     attention: Literal["custom_sdpa", "portable"] = "custom_sdpa"
+    activations: Literal["float32", "float16"] = "float32"
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,11 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
         return _predict_onnx(config, schemes, target)
     if isinstance(target, CoreMLTarget):
         return _predict_coreml(config, schemes, target)
+    if target.delegate == "coreml":
+        one_step = CoreMLTarget(
+            max_context=target.max_context, prefill=1, activations=target.activations
+        )
+        return _predict_coreml(config, schemes, one_step)
     return _predict_executorch(config, schemes, target)
 
 
@@ -144,6 +149,8 @@ def _predict_coreml(
     biases = width * sum({shape[0] for shape in shapes.values() if len(shape) == 2})
     layer = _COREML_LAYER_BYTES + (_COREML_QK_NORM_BYTES if config.use_qk_norm else 0)
     program = _COREML_PROGRAM_BYTES + layer * config.num_hidden_layers
+    if target.prefill == 1:  # a delegate's: one function
+        program //= 2
     file = weights + tables + biases + program
     kv_cache = config.kv_cache_bytes(target.max_context, bytes_per_value=2)
     widest = max(config.num_attention_heads * target.max_context, 4 * config.intermediate_size)
@@ -152,8 +159,9 @@ def _predict_coreml(
 
 
 def _coreml_bytes(scheme: Scheme, shape: tuple[int, ...], width: int) -> int:
-    """Codes and their scales, each with a record; a normalization's weight is float32."""
+    """Codes and their scales, each with a record. What is left in float is float32: float16
+    seldom holds every number of a matrix."""
     if scheme == FLOAT:
-        return math.prod(shape) * (4 if len(shape) == 1 else width) + _COREML_RECORD
+        return 4 * math.prod(shape) + _COREML_RECORD
     codes = math.prod(shape) * (scheme.bits or 0) // 8
     return codes + width * math.prod(scheme.scale_shape(shape)) + 2 * _COREML_RECORD

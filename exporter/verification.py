@@ -7,6 +7,7 @@ A check never raises for what it finds: everything found is in the list, with wh
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -149,7 +150,8 @@ def verification_text(
 
 
 def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: Text) -> list[Check]:
-    """The artifact in its own runtime against the torch reference: prefill, then decoding.
+    """The artifact in its own runtime against the torch reference: prefill, then decoding; and
+    against the reference interpreter, where there is one of what that runtime runs.
 
     The reference has float activations. Where the runtime rounds them to int8, the limits are
     measured: simulating that rounding in torch gives what it must cost on this text, and the
@@ -162,11 +164,13 @@ def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: T
     lengths = _prefill_lengths(len(text.tokens))
     try:
         logits = run_teacher_forced(module.load(artifact), text.tokens, lengths)
+        interpreter = module.interpret(artifact)
+        opinion = run_teacher_forced(interpreter, text.tokens, lengths) if interpreter else logits
     except Exception as error:  # the runtimes raise what they like
         note = f"the runtime failed ({type(error).__name__}: {error})"
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
     positions = [length - 1 for length in lengths] + list(range(lengths[-1], len(text.tokens)))
-    activations = _LargestActivations()
+    activations = _LargestActivations(partial(module.largest_activation, artifact.target))
     reference = score(waist, text.tokens, positions, observe=activations)
     activations("lm_head", "output", reference)
     found = compare_logits(reference, logits)
@@ -184,39 +188,45 @@ def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: T
     def check(name: str, value: float, passed: bool, limit: float | None, note: str) -> Check:
         return Check(f"logits.{name}", target, subject, passed, value, limit, note)
 
+    apart = compare_logits(opinion, logits).kl
+    second = [check("interpreter", apart, apart <= kl, kl, "")] if interpreter else []
     worst = f"worst at position {positions[found.worst]}"
     simulated_kl = f"; rounded activations simulated cost {expected.kl:.2g}" if expected else ""
     return [
-        *activations.checks(target, module.largest_activation(artifact.target)),
+        *activations.checks(target),
         check("kl", found.kl, found.kl <= kl, kl, worst + simulated_kl),
         check("top1", found.top1, top1 is None or found.top1 >= top1, top1, ""),
         check("max_difference", largest, largest <= difference, difference, ""),
+        *second,
     ]
 
 
 _WIDER = "overflows in float16: set the target's activations to float32"
+_CACHED = "overflows in the cache, which is float16 whatever the activations are"
 
 
 class _LargestActivations:
-    """The largest activation of each layer in the reference, and where it was seen."""
+    """The largest activation of each layer in the reference, of those that have a limit."""
 
-    def __init__(self) -> None:
-        self._found = dict[str, tuple[float, str]]()
+    def __init__(self, limit: Callable[[str], float | None]) -> None:
+        self._limit = limit
+        self._found = dict[str, tuple[float, float, str]]()
 
     def __call__(self, name: str, which: str, values: Tensor) -> None:
+        limit = self._limit(which)
+        if limit is None:
+            return
         prefix, _, part = name.partition("layers.")[2].partition(".")
         layer = f"model.layers.{prefix}" if prefix else name
         largest, place = values.abs().max().item(), f"{which} of {part or name}"
-        self._found[layer] = max(self._found.get(layer, (0.0, "")), (largest, place))
+        if largest > limit:
+            place += f"; {_CACHED if which in ('keys', 'values') else _WIDER}"
+        self._found[layer] = max(self._found.get(layer, (0.0, 0.0, "")), (largest, limit, place))
 
-    def checks(self, target: str, limit: float | None) -> list[Check]:
-        """One check a layer, where activations have a limit."""
+    def checks(self, target: str) -> list[Check]:
         return [
             Check("range", target, layer, largest <= limit, largest, limit, place)
-            if largest <= limit
-            else Check("range", target, layer, False, largest, limit, f"{place}; {_WIDER}")
-            for layer, (largest, place) in self._found.items()
-            if limit is not None
+            for layer, (largest, limit, place) in self._found.items()
         ]
 
 

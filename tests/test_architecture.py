@@ -156,7 +156,9 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("load", ["artifact"]),
         ("weights", ["artifact", "waist"]),
         ("rounding", ["schemes", "target", "prompt"]),
-        ("largest_activation", ["target"]),
+        ("largest_activation", ["target", "which"]),
+        ("interpret", ["artifact"]),
+        ("packages", ["target"]),
     ],
 )
 def test_every_backend_has_the_same_functions(
@@ -165,10 +167,13 @@ def test_every_backend_has_the_same_functions(
     assert list(inspect.signature(getattr(module, function)).parameters) == parameters
 
 
-def test_every_backend_names_its_files_and_its_packages(module: ModuleType) -> None:
-    assert all(isinstance(name, str) for name in (*module.FILES, *module.PACKAGES))
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_every_backend_names_its_files_and_its_packages(target: str) -> None:
+    module = backend(target)
+    packages = module.packages(TARGETS[target]())
+    assert all(isinstance(name, str) for name in (*module.FILES, *packages))
     assert module.FILE_NAME in {Path(name).parts[0] for name in module.FILES}
-    assert len(module.PACKAGES) > 0
+    assert len(packages) > 0
 
 
 def test_every_backend_is_a_target_of_recipes() -> None:

@@ -516,8 +516,20 @@ LOWERING: dict[str, tuple[Row, list[str]]] = {
         ["--target", "'tflite' is not a target", "Known: executorch"],
     ),
     "unknown fact of a target": (
+        lambda w: w.lower(w.part("quantized"), "backend=qnn"),
+        ["--target", "unknown key 'backend'", "Keys: target, max_context, delegate, attention"],
+    ),
+    "unknown delegate": (
         lambda w: w.lower(w.part("quantized"), "delegate=qnn"),
-        ["--target", "unknown key 'delegate'", "Keys: target, max_context, attention"],
+        ["--target: delegate", "'qnn' is not one of 'xnnpack', 'coreml'"],
+    ),
+    "attention of a Core ML delegate": (
+        lambda w: w.lower(w.part("quantized"), "delegate=coreml", "attention=portable"),
+        ["attention", "portable is a choice for XNNPACK", "Leave it out"],
+    ),
+    "half activations in XNNPACK": (
+        lambda w: w.lower(w.part("quantized"), "activations=float16"),
+        ["activations", "XNNPACK's are float32 and int8, not float16", "set delegate to coreml"],
     ),
     "attention form": (
         lambda w: w.lower(w.part("quantized"), "attention=flash"),

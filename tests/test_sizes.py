@@ -10,7 +10,7 @@ from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 from exporter import pipeline
 from exporter.checkpoint import Checkpoint, open_checkpoint, parse_config
 from exporter.pipeline import no_progress
-from exporter.recipe import Recipe, parse_recipe
+from exporter.recipe import CoreMLTarget, Recipe, parse_recipe
 from exporter.sizes import predict
 
 #: 15.7 million parameters in MobileLLM-R1's form.
@@ -51,7 +51,9 @@ def error_of_prediction(recipe: Recipe, checkpoint: Checkpoint, folder: Path) ->
     """(predicted - real) / real."""
     waist = pipeline.quantize(recipe, checkpoint, folder / "waist", no_progress)
     pipeline.lower(waist, recipe.targets[0], folder / "artifact", no_progress)
-    real = (folder / "artifact" / "model.pte").stat().st_size
+    made = (folder / "artifact").rglob("model.*")
+    model = [path for top in made for path in (top, *top.rglob("*")) if path.is_file()]
+    real = sum(path.stat().st_size for path in set(model))
     return predict(checkpoint.config, waist.schemes, recipe.targets[0]).file / real - 1
 
 
@@ -95,6 +97,34 @@ def test_a_mid_file_with_an_output_layer_apart_is_predicted_within_one_per_cent(
     checkpoint = open_checkpoint(make_checkpoint(MID_LLAMA))
     recipe = recipe_of(linear, embedding, 512, "portable")
     assert abs(error_of_prediction(recipe, checkpoint, tmp_path)) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("target", "linear", "embedding"),
+    [
+        ({"target": "coreml"}, "int4-g32", "int4-g32"),
+        ({"target": "coreml"}, "int4-g32", "float"),
+        ({"target": "coreml", "activations": "float32"}, "int8", "int8"),
+        ({"target": "executorch", "delegate": "coreml", "activations": "float16"}, "int4", "int8"),
+    ],
+    ids=["mlpackage", "mlpackage with a float embedding", "mlpackage in float32", "delegate"],
+)
+def test_a_core_ml_program_is_predicted_within_two_per_cent(
+    target: dict[str, Any], linear: str, embedding: str, make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    quantization = {"linear": linear, "embedding": embedding, "method": "absmax"}
+    raw = {"name": "t", "quantization": quantization, "targets": [{**target, "max_context": 512}]}
+    recipe = parse_recipe(raw, "t")
+    checkpoint = open_checkpoint(make_checkpoint(MID))
+    assert abs(error_of_prediction(recipe, checkpoint, tmp_path)) < 0.02
+
+
+def test_the_core_ml_cache_is_two_float16_tensors_a_layer() -> None:
+    config = parse_config(MID, Path("config.json"))
+    recipe = recipe_of("int8", "int8", 2048, "custom_sdpa")
+    schemes = dict.fromkeys(config.parameter_shapes(), recipe.quantization.schemes()[0])
+    assert predict(config, schemes, CoreMLTarget()).kv_cache == 8 * 2 * (2048 * 2 * 64) * 2
 
 
 def test_the_kv_cache_is_two_float32_tensors_a_layer() -> None:

@@ -8,10 +8,15 @@
 - ``rounding(schemes, target, prompt)``: how its runtime rounds activations where the first
   `prompt` tokens are read at once, or None.
 
-- ``largest_activation(target)``: beyond it activations overflow; None in float32.
+- ``largest_activation(target, which)``: beyond it activations overflow; None in float32. `which`
+  is input, output, keys, values or scores.
 
-Also ``FILES``, every file it may write, the first one first, and ``PACKAGES``, the distributions
-whose versions decide the bytes.
+- ``interpret(artifact) -> Runner | None``: a second opinion, where `load` runs a toolkit's own
+  runtime and we have an interpreter of the format.
+
+- ``packages(target)``: the distributions whose versions decide the bytes.
+
+Also ``FILES``, every file it may write, the first one first.
 """
 
 import importlib

@@ -35,7 +35,7 @@ from exporter.backends.coreml_package import (
     open_package,
     write_manifest,
 )
-from exporter.backends.coreml_toolkit import coremltools
+from exporter.backends.coreml_toolkit import Program, coremltools
 from exporter.backends.coreml_toolkit import load as to_specification
 from exporter.errors import InputError
 from exporter.files import replacing_folder, sha256
@@ -48,7 +48,6 @@ from exporter.recipe import CoreMLTarget, check_context
 
 FILE_NAME = "model.mlpackage"
 FILES = tuple(f"{FILE_NAME}/{name}" for name in (MANIFEST, MODEL, WEIGHTS))
-PACKAGES = ("coremltools", "numpy")
 _IOS_18 = 9  # the specification version of iOS 18 and macOS 15
 
 
@@ -63,14 +62,20 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: CoreMLTarg
         )
 
 
+def packages(target: CoreMLTarget) -> tuple[str, ...]:
+    """The distributions whose versions decide the bytes."""
+    return "coremltools", "numpy"
+
+
 def rounding(schemes: Mapping[str, Scheme], target: CoreMLTarget, prompt: int) -> Rounding | None:
     """Activations are float16, if not asked to be wider."""
     return round_to_half if target.activations == "float16" else None
 
 
-def largest_activation(target: CoreMLTarget) -> float | None:
-    """What overflows in float16."""
-    return LARGEST_HALF if target.activations == "float16" else None
+def largest_activation(target: CoreMLTarget, which: str) -> float | None:
+    """What overflows in float16, which the cache always is."""
+    half = target.activations == "float16" or which in ("keys", "values")
+    return LARGEST_HALF if half else None
 
 
 def lower(waist: QuantizedCheckpoint, target: CoreMLTarget, out: Path) -> Artifact:
@@ -78,15 +83,21 @@ def lower(waist: QuantizedCheckpoint, target: CoreMLTarget, out: Path) -> Artifa
     check(waist.config, waist.schemes, target)
     program = build_program(waist, target)
     with replacing_folder(out / FILE_NAME) as folder:
-        weights_folder = (folder / WEIGHTS).parent
-        weights_folder.mkdir(parents=True)
-        specification = to_specification(
-            program, str(weights_folder), specification_version=_IOS_18
-        )
-        _describe(specification.description.metadata, waist, target)
-        (folder / MODEL).write_bytes(specification.SerializeToString(deterministic=True))
-        write_manifest(folder)
+        write_package(program, waist, target, folder)
     return Artifact(out, target, FILES)
+
+
+def write_package(
+    program: Program, waist: QuantizedCheckpoint, target: CoreMLTarget, folder: Path
+) -> Any:
+    """Write a package's files into the empty `folder`; its protobuf."""
+    weights_folder = (folder / WEIGHTS).parent
+    weights_folder.mkdir(parents=True)
+    specification = to_specification(program, str(weights_folder), specification_version=_IOS_18)
+    _describe(specification.description.metadata, waist, target)
+    (folder / MODEL).write_bytes(specification.SerializeToString(deterministic=True))
+    write_manifest(folder)
+    return specification
 
 
 def _describe(metadata: Any, waist: QuantizedCheckpoint, target: CoreMLTarget) -> None:
@@ -115,32 +126,57 @@ def _describe(metadata: Any, waist: QuantizedCheckpoint, target: CoreMLTarget) -
 def weights(
     artifact: Artifact, waist: QuantizedCheckpoint
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
-    """Every weight of every function, decoded out of the package: name, the function and the
-    operators that read it, codes and scales."""
-    package = open_package(artifact.path / FILE_NAME)
-    names = {mil_name(name): name for name in waist.schemes}
+    """Every weight decoded out of the package: see `package_weights`."""
+    return package_weights(open_package(artifact.path / FILE_NAME), waist)
+
+
+def package_weights(
+    package: Package, waist: QuantizedCheckpoint
+) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
+    """Every weight of every function: name, the function and the operators that read it, codes
+    and scales. Raises InputError for one that a function lacks or does not use."""
     for function in package.functions:
         operations = package.block(function).operations
-        readers = readers_of(operations)
+        readers, missing = readers_of(operations), {mil_name(name): name for name in waist.schemes}
         for operation in operations:
-            name = names.get(operation.outputs[0].name if operation.outputs else "")
-            if name is None:
+            made = operation.outputs[0].name if operation.outputs else ""
+            if made not in missing:
                 continue
-            place = f"{function}: {', '.join(readers.get(mil_name(name), ['not used']))}"
-            if operation.type == "const":
-                yield name, place, package.value(operation.attributes["val"]).data
-            elif operation.type == "constexpr_blockwise_shift_scale":
-                yield name, place, _quantized(package, operation, waist.schemes[name])
+            name = missing.pop(made)
+            if made not in readers:
+                raise InputError(f"{name} ({function})", "is read by no operator")
+            place = f"{function}: {', '.join(readers[made])}"
+            yield name, place, _stored(package, operation, name, waist.schemes[name])
+        for name in missing.values():
+            raise InputError(f"{name} ({function})", "is not in the program")
 
 
-def _quantized(package: Package, operation: Any, scheme: Scheme) -> QuantizedTensor:
-    given = {name: binding.arguments[0].value for name, binding in operation.inputs.items()}
+def _stored(
+    package: Package, operation: Any, name: str, scheme: Scheme
+) -> QuantizedTensor | Tensor:
+    """What an operation makes a weight of."""
+    if operation.type == "const":
+        value: Tensor = package.value(operation.attributes["val"]).data
+        return value
+    if operation.type != "constexpr_blockwise_shift_scale":
+        raise InputError(name, f"is made by {operation.type}, which the waist has not")
+    given = {part: binding.arguments[0].value for part, binding in operation.inputs.items()}
     if "offset" in given:
-        raise InputError(operation.outputs[0].name, "has an offset, which the waist has not")
+        raise InputError(name, "has an offset, which the waist has not")
     codes, scales = package.value(given["data"]), package.value(given["scale"])
     if codes.kind != f"int{scheme.bits}":
-        raise InputError(operation.outputs[0].name, f"has {codes.kind} codes, not {scheme}")
+        raise InputError(name, f"has {codes.kind} codes, not {scheme}")
     return QuantizedTensor(codes.data, scales.data, scheme)
+
+
+def check_room(tokens: int, context: int) -> None:
+    """Refuse a text that the cache cannot hold. Raises InputError."""
+    if not 0 < tokens <= context:
+        raise InputError(
+            "context",
+            f"{tokens} tokens are not between 1 and {context}",
+            "Lower the model with a larger max_context",
+        )
 
 
 #: Runs a function on int32 inputs, and updates the state: logits float32 [1, 1, vocab_size].
@@ -155,7 +191,8 @@ class CoreMLRunner:
         assert isinstance(artifact.target, CoreMLTarget)
         self._context, self._steps = artifact.target.max_context, artifact.target.prefill
         self._state, self._position = new_state(), 0
-        self._vocab_size = self._run(DECODE, input_ids=[[0]], position=[0]).numel()
+        described = open_package(artifact.path / FILE_NAME).spec.description.metadata
+        self._vocab_size = int(described.userDefined["vocab_size"])
 
     @property
     def context(self) -> int:
@@ -168,6 +205,7 @@ class CoreMLRunner:
     def prefill(self, tokens: list[int]) -> Tensor:
         """In chunks. One that would end beyond the cache begins earlier: what is read twice is
         written twice, the same."""
+        check_room(len(tokens), self.context)
         self._state, self._position = self._new_state(), 0
         steps = self._steps
         while self._position < len(tokens):
@@ -179,10 +217,7 @@ class CoreMLRunner:
         return logits
 
     def decode(self, token: int) -> Tensor:
-        if self._position >= self.context:
-            raise InputError(
-                "context", f"{self._position + 1} tokens do not fit", "Lower with more"
-            )
+        check_room(self._position + 1, self.context)
         logits = self._run(DECODE, input_ids=[[token]], position=[self._position])
         self._position += 1
         return logits
@@ -193,13 +228,23 @@ class CoreMLRunner:
 
 
 def load(artifact: Artifact) -> CoreMLRunner:
-    """The artifact in Core ML on a Mac, in the reference interpreter elsewhere."""
-    if sys.platform == "darwin" and artifact.target.output == "logits":
-        return _on_mac(artifact)
-    return interpret(artifact)
+    """The artifact in Core ML on a Mac, in the reference interpreter elsewhere. One that gives
+    tokens is interpreted everywhere: Core ML shows no logits of it."""
+    return _on_mac(artifact) if _runs_here(artifact) else interpreted(artifact)
 
 
-def interpret(artifact: Artifact) -> CoreMLRunner:
+def interpret(artifact: Artifact) -> CoreMLRunner | None:
+    """What a Mac runs in Core ML, in the reference interpreter."""
+    return interpreted(artifact) if _runs_here(artifact) else None
+
+
+def _runs_here(artifact: Artifact) -> bool:
+    """Whether `load` gives Core ML itself."""
+    assert isinstance(artifact.target, CoreMLTarget)
+    return sys.platform == "darwin" and artifact.target.output == "logits"
+
+
+def interpreted(artifact: Artifact) -> CoreMLRunner:
     """The artifact in the reference interpreter, on any machine."""
     interpreter = Interpreter(open_package(artifact.path / FILE_NAME))
 

@@ -21,6 +21,8 @@ from exporter.quantization.waist import EMBEDDING, OUTPUT, QuantizedCheckpoint
 from exporter.recipe import CoreMLTarget
 
 PREFILL, DECODE = "prefill", "decode"
+#: The one function of a program that has no other.
+MAIN = "main"
 KEYS, VALUES = "key_cache", "value_cache"
 LOGITS, TOKEN = "logits", "token"
 #: What is added to the score of a position that must not be seen; float16 holds it exactly.
@@ -36,12 +38,25 @@ def mil_name(weight: str) -> str:
 
 def build_program(waist: QuantizedCheckpoint, target: CoreMLTarget) -> Program:
     """Both functions. Constants of one name are stored once."""
-    program, constants = Program(), _Constants(waist, target)
-    for name, steps in ((PREFILL, target.prefill), (DECODE, 1)):
-        mb.name_count = Counter()  # of this function alone: names do not depend on what was before
-        program.add_function(name, _Decoder(waist.config, target, constants, steps).function())
+    program = _program(waist, target, {PREFILL: target.prefill, DECODE: 1})
     program.default_function_name = DECODE
     program.export_as_multifunction = True
+    return program
+
+
+def build_step(waist: QuantizedCheckpoint, target: CoreMLTarget) -> Program:
+    """What ``decode`` is, alone."""
+    return _program(waist, target, {MAIN: 1})
+
+
+def _program(
+    waist: QuantizedCheckpoint, target: CoreMLTarget, functions: Mapping[str, int]
+) -> Program:
+    """Functions by name, each with the number of tokens that it reads at once."""
+    program, constants = Program(), _Constants(waist, target)
+    for name, steps in functions.items():
+        mb.name_count = Counter()  # of this function alone: names do not depend on what was before
+        program.add_function(name, _Decoder(waist.config, target, constants, steps).function())
     return program
 
 

@@ -130,6 +130,8 @@ class Interpreter:
         for declared in self._functions[name].inputs:
             subject, shape = f"{name}: input {declared.name}", inputs[declared.name].data.shape
             declared.check(inputs[declared.name], subject)
+            if declared.name not in allowed:
+                raise InputError(subject, "is not in the model's description")
             _check_flexible(allowed[declared.name], tuple(shape), subject)
 
     def _described(self, name: str) -> Iterable[Any]:

@@ -161,8 +161,10 @@ def select(cond: Value, a: Value, b: Value) -> Value:
 
 
 def reshape(x: Value, shape: Value) -> Value:
-    """A 0 in the shape keeps the size of that dimension."""
-    sizes = [size or x.data.shape[axis] for axis, size in enumerate(integers(shape))]
+    """A 0 in the shape is the size as far from the end in x, or 1 where there is none."""
+    wanted = integers(shape)
+    there = [1] * len(wanted) + list(x.data.shape)
+    sizes = [size or old for size, old in zip(wanted, there[x.data.dim() :], strict=True)]
     return Value(x.data.reshape(sizes), x.kind)
 
 
@@ -295,7 +297,7 @@ OPERATORS: dict[str, Operator] = {
     "add": _binary(torch.add),
     "sub": _binary(torch.sub),
     "mul": _binary(torch.mul),
-    "real_div": _binary(torch.div),
+    "real_div": lambda x, y: rounded(x.data / y.data, float_kind(x, y)),
     "floor_div": _binary(torch.floor_divide),
     "mod": _binary(torch.remainder),
     "maximum": _binary(torch.maximum),
@@ -322,7 +324,7 @@ OPERATORS: dict[str, Operator] = {
         operator.__name__: operator
         for operator in (
             cast, concat, constexpr_blockwise_shift_scale, expand_dims, gather, linear, matmul,
-            overwrite, range_1d, reduce_argmax, reduce_max, reduce_mean, reduce_sum, reshape, rsqrt,
+            range_1d, reduce_argmax, reduce_max, reduce_mean, reduce_sum, reshape, rsqrt,
             scaled_dot_product_attention, select, shape, slice_by_index, slice_by_size,
             slice_update, softmax, split, squeeze, transpose,
         )

@@ -114,7 +114,8 @@ class Package:
             raise InputError(self.path, f"names a weight file outside of itself ({name})")
         if not path.is_file():
             raise InputError(path, "no such file", "Get the whole package again")
-        content = np.memmap(path, np.uint8, "r")
+        empty = path.stat().st_size == 0  # which cannot be mapped
+        content = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
         subject = f"{path.name} at {offset}"
         if offset + _RECORD.size > content.size:
             raise InputError(subject, f"lies beyond its {content.size} bytes")

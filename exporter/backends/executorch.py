@@ -1,19 +1,22 @@
-"""ExecuTorch: a .pte that XNNPACK runs, with the waist's codes and scales untouched.
+"""ExecuTorch: a .pte for XNNPACK or Core ML, with the waist's codes and scales untouched.
 
     mobilellm lower build/nano-int4 --target executorch -o build/nano
 
 The program is small: an embedding, and between two attentions one XNNPACK call that holds all
 the rest of a layer. `executorch_layers` says what is in such a call, `executorch_graph` writes
 it down, `executorch_program` puts the program around it, `executorch_file` knows the bytes.
+With ``delegate=coreml`` it is one call, see `executorch_coreml`.
 """
 
 import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,23 +34,37 @@ with warnings.catch_warnings():
     from exporter.backends.executorch_layers import LayerGraphs
     from exporter.backends.executorch_program import Program, delegate, export_program
 
-from exporter.backends import Artifact
+from exporter.backends import Artifact, Runner, backend
 from exporter.errors import InputError
 from exporter.files import replacing
 from exporter.model import ModelConfig
 from exporter.quantization.activations import Rounding, round_rows_to_int8
 from exporter.quantization.integers import QuantizedTensor, Scheme
 from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
-from exporter.recipe import ExecuTorchTarget, check_context
+from exporter.recipe import CoreMLTarget, ExecuTorchTarget, check_context
 
 FILE_NAME = "model.pte"
-PACKAGES = ("executorch", "torch")
 FILES = (FILE_NAME,)
 
 
 def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorchTarget) -> None:
-    """Refuse what XNNPACK or the model cannot do. Raises InputError."""
+    """Refuse what the delegate or the model cannot do. Raises InputError."""
     check_context(config, target)
+    if target.delegate == "coreml":
+        if target.attention != "custom_sdpa":
+            raise InputError(
+                "attention",
+                f"{target.attention} is a choice for XNNPACK; the Core ML delegate attends itself",
+                "Leave it out",
+            )
+        _coreml()
+        return
+    if target.activations != "float32":
+        raise InputError(
+            "activations",
+            f"XNNPACK's are float32 and int8, not {target.activations}",
+            "Leave it out, or set delegate to coreml",
+        )
     for name, scheme in schemes.items():
         multiplied = name != EMBEDDING or config.tie_word_embeddings
         if multiplied and scheme.bits == 8 and scheme.group_size:
@@ -58,15 +75,27 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorch
             )
 
 
+def packages(target: ExecuTorchTarget) -> tuple[str, ...]:
+    """The distributions whose versions decide the bytes."""
+    own = ("executorch", "torch")
+    return own if target.delegate == "xnnpack" else (*own, "coremltools", "numpy")
+
+
 def rounding(
     schemes: Mapping[str, Scheme], target: ExecuTorchTarget, prompt: int
 ) -> Rounding | None:
-    """XNNPACK's dynamic activations: int8, one scale a row."""
+    """XNNPACK's dynamic activations: int8, one scale a row. Core ML's own in its package."""
+    if target.delegate == "coreml":
+        simulated: Rounding | None = backend("coreml").rounding(schemes, _embedded(target), prompt)
+        return simulated
     return round_rows_to_int8
 
 
-def largest_activation(target: ExecuTorchTarget) -> float | None:
-    """Activations are float32."""
+def largest_activation(target: ExecuTorchTarget, which: str) -> float | None:
+    """Activations are float32 in XNNPACK."""
+    if target.delegate == "coreml":
+        largest: float | None = backend("coreml").largest_activation(_embedded(target), which)
+        return largest
     return None
 
 
@@ -74,17 +103,21 @@ def lower(waist: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -> Ar
     """Write `out`/model.pte."""
     check(waist.config, waist.schemes, target)
     with _quietly():
-        exported = export_program(Program(waist, target))
+        if target.delegate == "coreml":
+            exported = _coreml().export_step(waist, _embedded(target))
+        else:
+            exported = export_program(Program(waist, target))
         edge = exir.to_edge(
             exported,
             constant_methods=_constant_methods(waist, target),
             compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
         )
-        graphs = LayerGraphs(waist, target)
-        delegate(edge.exported_program(), graphs)
-        edge._named_data_store.merge_named_data_store(
-            graphs.named_data.get_named_data_store_output()
-        )
+        if target.delegate == "xnnpack":
+            graphs = LayerGraphs(waist, target)
+            delegate(edge.exported_program(), graphs)
+            edge._named_data_store.merge_named_data_store(
+                graphs.named_data.get_named_data_store_output()
+            )
         manager = edge.to_executorch(
             exir.ExecutorchBackendConfig(
                 run_reinplace_pass=True,
@@ -93,8 +126,10 @@ def lower(waist: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -> Ar
         )
         buffer = io.BytesIO()
         manager.write_to_file(buffer)
+    content = buffer.getbuffer()
+    parts = store_embedding_once(content) if target.delegate == "xnnpack" else [content]
     with replacing(out / FILE_NAME) as file:
-        for part in store_embedding_once(buffer.getbuffer()):
+        for part in parts:
             file.write(part)
     return Artifact(out, target, FILES)
 
@@ -103,12 +138,13 @@ def _constant_methods(waist: QuantizedCheckpoint, target: ExecuTorchTarget) -> d
     """What the official runners ask the program (extension/llm/runner/constants.h)."""
     text_ends = waist.eos_token_ids
     return {
-        "enable_dynamic_shape": True,
+        "enable_dynamic_shape": target.delegate == "xnnpack",  # False: token by token
         "get_max_context_len": target.max_context,
         "get_max_seq_len": target.max_context,
         "get_vocab_size": waist.config.vocab_size,
         "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": target.attention == "custom_sdpa",
+        "use_sdpa_with_kv_cache": target.delegate == "xnnpack"
+        and target.attention == "custom_sdpa",
         **({"get_bos_id": waist.bos_token_id} if waist.bos_token_id is not None else {}),
         **({"get_eos_ids": list(text_ends)} if text_ends else {}),
     }
@@ -118,7 +154,11 @@ def weights(
     artifact: Artifact, waist: QuantizedCheckpoint
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
     """Every weight decoded out of the .pte: name, place in the file, codes and scales."""
-    return read_weights(artifact.path / FILE_NAME, waist)
+    if _of(artifact).delegate == "xnnpack":
+        yield from read_weights(artifact.path / FILE_NAME, waist)
+        return
+    with _coreml().embedded_package(artifact.path / FILE_NAME) as package:
+        yield from backend("coreml").package_weights(package, waist)
 
 
 class ExecuTorchRunner:
@@ -141,22 +181,67 @@ class ExecuTorchRunner:
 
     def prefill(self, tokens: list[int]) -> Tensor:
         self._position = 0
-        return self._step(tokens)
+        return self._read(tokens)
 
     def decode(self, token: int) -> Tensor:
-        return self._step([token])
+        return self._read([token])
 
-    def _step(self, tokens: list[int]) -> Tensor:
-        inputs = torch.tensor([tokens]), torch.tensor([self._position])
-        with _quietly():
-            logits: Tensor = self._module.run_method("forward", inputs)[0][0].clone()
+    def _read(self, tokens: list[int]) -> Tensor:
+        logits = self.run(tokens, self._position)
         self._position += len(tokens)
         return logits
 
+    def run(self, tokens: list[int], position: int) -> Tensor:
+        """The logits after `tokens`, of which the first one is at `position`."""
+        inputs = torch.tensor([tokens]), torch.tensor([position])
+        with _quietly():
+            logits: Tensor = self._module.run_method("forward", inputs)[0]
+        return logits.reshape(-1).float().clone()
 
-def load(artifact: Artifact) -> ExecuTorchRunner:
-    """The artifact ready to run. The whole file is read, so that a short one is refused."""
-    return ExecuTorchRunner(artifact.path / FILE_NAME)
+
+def load(artifact: Artifact) -> Runner:
+    """The artifact ready to run. The whole file is read, so that a short one is refused.
+
+    The Core ML delegate runs on a Mac only (not tried yet, for want of one), token by token;
+    elsewhere its package does, in the reference interpreter.
+    """
+    if _of(artifact).delegate == "xnnpack":
+        return ExecuTorchRunner(artifact.path / FILE_NAME)
+    if sys.platform != "darwin":
+        return _interpret(artifact)
+    program = ExecuTorchRunner(artifact.path / FILE_NAME)
+    runner: Runner = _coreml().StepRunner(program.run, program.context, program.vocab_size)
+    return runner
+
+
+def interpret(artifact: Artifact) -> Runner | None:
+    """The package that a Mac runs, in the reference interpreter. There is none of XNNPACK."""
+    on_mac = _of(artifact).delegate == "coreml" and sys.platform == "darwin"
+    return _interpret(artifact) if on_mac else None
+
+
+def _interpret(artifact: Artifact) -> Runner:
+    path, context = artifact.path / FILE_NAME, artifact.target.max_context
+    runner: Runner = _coreml().interpret_step(path, context)
+    return runner
+
+
+def _of(artifact: Artifact) -> ExecuTorchTarget:
+    assert isinstance(artifact.target, ExecuTorchTarget)
+    return artifact.target
+
+
+def _embedded(target: ExecuTorchTarget) -> CoreMLTarget:
+    """What the package inside the .pte is made for: one token a call."""
+    return CoreMLTarget(max_context=target.max_context, prefill=1, activations=target.activations)
+
+
+def _coreml() -> ModuleType:
+    """The module of the Core ML delegate; raises MissingExtraError where coremltools is absent."""
+    backend("coreml")
+    with _quietly():
+        from exporter.backends import executorch_coreml
+    return executorch_coreml
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from executorch.exir._serialize import _program as pte
-from executorch.exir.schema import DataSegment
+from executorch.exir.schema import DataLocation, DataSegment
 from torch import Tensor
 
 from exporter.backends.executorch_graph import decode_filter
@@ -76,6 +76,24 @@ def store_embedding_once(data: memoryview) -> Iterator[bytes | memoryview]:
 
 def _aligned(offset: int) -> int:
     return -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+
+def delegate_payload(path: Path, backend: str) -> memoryview:
+    """What the first call of this delegate in a .pte holds. Raises InputError."""
+    data = memoryview(path.read_bytes())
+    header = pte._get_extended_header(bytes(data[:64]))
+    if header is None:
+        raise InputError(path, "is not an ExecuTorch program with segments")
+    program = pte._flatbuffer_to_program(bytes(data[: header.program_size]))
+    delegates = [one for plan in program.execution_plan for one in plan.delegates]
+    for delegate in delegates:
+        if delegate.id == backend and delegate.processed.location == DataLocation.SEGMENT:
+            place = program.segments[delegate.processed.index]
+            start = header.segment_base_offset + place.offset
+            if start + place.size > len(data):
+                raise InputError(path, f"ends before byte {start + place.size} of its delegate")
+            return data[start : start + place.size]
+    raise InputError(path, f"calls no {backend}, but {[one.id for one in delegates]}")
 
 
 def read_weights(

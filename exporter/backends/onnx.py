@@ -44,7 +44,6 @@ DATA_NAME = FILE_NAME + DATA_SUFFIX
 GENAI_CONFIG = "genai_config.json"
 ORT_NAME, OPERATORS_NAME = "model.ort", "model.required_operators.config"
 FILES = (DATA_NAME, FILE_NAME, GENAI_CONFIG, ORT_NAME, OPERATORS_NAME)
-PACKAGES = ("onnx", "onnxruntime")
 
 
 def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: OnnxTarget) -> None:
@@ -58,6 +57,11 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: OnnxTarget
         )
 
 
+def packages(target: OnnxTarget) -> tuple[str, ...]:
+    """The distributions whose versions decide the bytes."""
+    return "onnx", "onnxruntime"
+
+
 def rounding(schemes: Mapping[str, Scheme], target: OnnxTarget, prompt: int) -> Rounding | None:
     """Blocks in MatMulNBits; in DynamicQuantizeMatMul all that is read at once together."""
     if target.products == "float":
@@ -69,9 +73,13 @@ def rounding(schemes: Mapping[str, Scheme], target: OnnxTarget, prompt: int) -> 
     return partial(round_blocks_to_int8, block=max(groups, default=LARGEST_BLOCK))
 
 
-def largest_activation(target: OnnxTarget) -> float | None:
+def largest_activation(target: OnnxTarget, which: str) -> float | None:
     """What overflows in float16."""
     return LARGEST_HALF if target.activations == "float16" else None
+
+
+def interpret(artifact: Artifact) -> None:
+    """There is no interpreter of ours: `load` runs ONNX Runtime itself."""
 
 
 def lower(waist: QuantizedCheckpoint, target: OnnxTarget, out: Path) -> Artifact:

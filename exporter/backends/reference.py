@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exporter.model import (
+    Attend,
     DecoderLayer,
     FloatWeights,
     RMSNorm,
@@ -85,9 +86,10 @@ def score(
     """Logits float32 [len(positions), vocab_size] at these positions of one text.
 
     With `rounding`, the inputs of every matrix product are rounded as some runtime does it. What
-    goes into each linear layer and normalization and what comes out is shown to `observe`.
+    goes into each linear layer and normalization and what comes out is shown to `observe`, and so
+    are keys, values and scores of each attention.
     """
-    config = source.config
+    config, attend = source.config, _show_attention(observe) if observe else attend_causal
     cos, sin = rope_tables(config, len(tokens))
     embedding = source.float_weight(EMBEDDING)
     x = F.embedding(torch.tensor([list(tokens)]), embedding)
@@ -99,7 +101,7 @@ def score(
             _round_inputs(layer, rounding)
         if observe:
             _show(layer, f"model.layers.{index}", observe)
-        x = layer(x, cos, sin, attend_causal)
+        x = layer(x, cos, sin, attend)
     with torch.device("meta"):
         norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     fill_weights(norm, source, "model.norm.")
@@ -124,6 +126,20 @@ def _show(module: nn.Module, prefix: str, observe: Observe) -> None:
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear | RMSNorm):
             part.register_forward_hook(hook(f"{prefix}.{name}".removesuffix(".")))
+
+
+def _show_attention(observe: Observe) -> Attend:
+    """Causal attention that shows what it works on; of the scores the masked ones too, since a
+    runtime computes them all."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / q.shape[-1] ** 0.5
+        for which, values in (("keys", k), ("values", v), ("scores", scores)):
+            observe(f"model.layers.{layer}.self_attn", which, values)
+        return attend_causal(layer, q, k, v)
+
+    return attend
 
 
 def _round_inputs(parent: nn.Module, rounding: Rounding) -> None:

@@ -1,0 +1,759 @@
+"""The Core ML backend: the same integers, the reference's logits, and one cache for two functions.
+
+Packages run in the reference interpreter, which `test_coreml_interpreter` tries by itself.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import contents, flip, run
+from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
+
+from exporter import pipeline
+from exporter.artifact import FinishedArtifact, open_artifact
+from exporter.backends import coreml as backend
+from exporter.backends.coreml_graph import DECODE, KEYS, PREFILL, TOKEN, VALUES, mil_name
+from exporter.backends.coreml_interpreter import Interpreter, State
+from exporter.backends.coreml_package import (
+    MANIFEST,
+    MODEL,
+    WEIGHTS,
+    Package,
+    Value,
+    open_package,
+    place_of,
+)
+from exporter.backends.reference import ReferenceRunner, score
+from exporter.bundle import Bundle
+from exporter.checkpoint import open_checkpoint
+from exporter.errors import InputError
+from exporter.generation import Generation, Sampling
+from exporter.pipeline import no_progress
+from exporter.quantization.activations import LARGEST_HALF
+from exporter.quantization.integers import Scheme
+from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
+from exporter.recipe import parse_recipe
+from exporter.tokenizer import load_tokenizer
+from exporter.verification import (
+    check_integers,
+    check_logits,
+    run_teacher_forced,
+    verification_text,
+)
+
+CONTEXT, CHUNK = 48, 7
+MODELS: dict[str, dict[str, Any]] = {
+    "llama4_text": {**LLAMA4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "llama": {**LLAMA, "intermediate_size": 128},
+}
+#: Model, tied, linear and embedding scheme.
+SCHEMES = [
+    ("llama4_text", True, "int4-g32", "int4-g32"),
+    ("llama4_text", True, "int4-g64", "int4-g64"),
+    ("llama4_text", True, "int4-g32", "int8"),
+    ("llama4_text", True, "int8", "int8"),
+    ("llama4_text", True, "int8-g32", "int8-g64"),
+    ("llama4_text", True, "int4", "int4"),
+    ("llama4_text", True, "int4-g32", "float"),
+    ("llama4_text", False, "int4-g32", "int4-g64"),
+    ("llama", True, "int4-g32", "int4-g32"),
+    ("llama", False, "int8", "int8"),
+    ("llama", False, "float", "float"),
+]
+#: Heads that share keys, heads that do not, and no norm of queries and keys.
+SHAPES = {
+    "one k/v head": {"num_key_value_heads": 1},
+    "a k/v head each": {"num_key_value_heads": 4},
+    "three heads": {"num_attention_heads": 3, "num_key_value_heads": 1},
+    "one layer": {"num_hidden_layers": 1, "no_rope_layers": [1]},
+    "no q/k norm": {"use_qk_norm": False},
+}
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+Weights = dict[str, torch.Tensor]
+Lower = Callable[..., tuple[QuantizedCheckpoint, FinishedArtifact]]
+
+
+def wide_weights(config: dict[str, Any]) -> Weights:
+    """Random weights that give logits which spread widely."""
+    return {
+        name: (tensor.float() * 3).to(torch.bfloat16) if tensor.ndim == 2 else tensor
+        for name, tensor in random_weights(config, torch.bfloat16).items()
+    }
+
+
+@pytest.fixture
+def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
+    """A small model, quantized and lowered."""
+
+    def run(
+        model: str = "llama4_text",
+        linear: str = "int4-g32",
+        embedding: str = "int4-g32",
+        target: dict[str, Any] | None = None,
+        change: Callable[[Weights], object] = lambda weights: None,
+        name: str = "model",
+        **changes: Any,
+    ) -> tuple[QuantizedCheckpoint, FinishedArtifact]:
+        config = {**MODELS[model], **changes}
+        weights = wide_weights(config)
+        change(weights)
+        folder = make_checkpoint(base=config, weights=weights, name=name)
+        schemes = {"linear": linear, "embedding": embedding}
+        facts = {"target": "coreml", "max_context": CONTEXT, "prefill": CHUNK, **(target or {})}
+        recipe = parse_recipe({"name": "t", "quantization": schemes, "targets": [facts]}, "t")
+        waist = pipeline.quantize(
+            recipe, open_checkpoint(folder), tmp_path / f"{name}-waist", no_progress
+        )
+        out = tmp_path / f"{name}-artifact"
+        return waist, pipeline.lower(waist, recipe.targets[0], out, no_progress)
+
+    return run
+
+
+def tokens(count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(96, (count,), generator=generator).tolist()
+
+
+#: One token; within a chunk; just one; one more; several; as many as leave no room for a chunk.
+PROMPTS = (1, 5, CHUNK, CHUNK + 1, 2 * CHUNK + 3, CONTEXT - 4)
+
+
+def errors(
+    waist: QuantizedCheckpoint, lowered: FinishedArtifact, prompts: tuple[int, ...] = PROMPTS
+) -> torch.Tensor:
+    """Relative L2 error of the logits after each prompt, and of each step to the cache's end."""
+    found = run_teacher_forced(backend.load(lowered.artifact), tokens(CONTEXT), prompts)
+    positions = [length - 1 for length in prompts] + list(range(prompts[-1], CONTEXT))
+    expected = score(waist, tokens(CONTEXT), positions)
+    assert expected.std() > 0.5
+    return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+
+
+def package_of(lowered: FinishedArtifact) -> Path:
+    return lowered.artifact.path / backend.FILE_NAME
+
+
+def ints(*values: int) -> Value:
+    return Value(torch.tensor(values, dtype=torch.int32), "int32")
+
+
+def told(tokens: list[int], position: int, length: int | None = None) -> dict[str, Value]:
+    """Inputs of a function."""
+    rows = Value(torch.tensor([tokens], dtype=torch.int32), "int32")
+    inputs = {"input_ids": rows, "position": ints(position)}
+    return inputs if length is None else {**inputs, "length": ints(length)}
+
+
+# The model.
+
+
+@pytest.mark.parametrize(("activations", "limit"), [("float16", 5e-3), ("float32", 2e-3)])
+@pytest.mark.parametrize(("model", "tied", "linear", "embedding"), SCHEMES)
+def test_a_package_gives_the_references_logits_from_the_waists_integers(
+    model: str, tied: bool, linear: str, embedding: str, activations: str, limit: float,
+    lower: Lower,
+) -> None:  # fmt: skip
+    target = {"activations": activations}
+    waist, lowered = lower(model, linear, embedding, target, tie_word_embeddings=tied)
+    assert errors(waist, lowered).max() < limit
+    checks = check_integers(waist, lowered, lambda name: None)
+    assert [check for check in checks if not check.passed] == []
+    assert len(checks) == 2 * len(waist.schemes)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_attention_of_every_shape_is_the_references(shape: dict[str, Any], lower: Lower) -> None:
+    waist, lowered = lower(target={"activations": "float32"}, **shape)
+    assert errors(waist, lowered).max() < 2e-3
+
+
+def test_the_demo_answers_as_its_quantized_checkpoint_does_in_torch(
+    finished_bundle: Bundle,
+) -> None:
+    tokenizer = load_tokenizer(finished_bundle.waist.path)
+    prompt = tokenizer.encode(
+        tokenizer.prompt_text("Ada has 12 eggs. Ada finds 7 more.", raw=False, system=None)
+    )
+    waist = finished_bundle.waist
+    runners = (
+        backend.load(finished_bundle.artifacts["coreml"].artifact),
+        ReferenceRunner(waist, 256),
+    )
+    answers = [
+        list(Generation(runner, prompt, waist.eos_token_ids, Sampling(max_new_tokens=48)))
+        for runner in runners
+    ]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) > 10
+
+
+# The cache.
+
+
+def filled(interpreter: Interpreter) -> State:
+    """A cache that holds noise wherever nothing was written."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: Value(torch.randn(state.data.shape, generator=generator).half().float(), state.kind)
+        for name, state in interpreter.new_state().items()
+    }
+
+
+@pytest.mark.parametrize("length", [1, 3, CHUNK])
+def test_padding_never_enters_the_cache_and_is_never_looked_at(length: int, lower: Lower) -> None:
+    _, lowered = lower()
+    interpreter = Interpreter(open_package(package_of(lowered)))
+    text, position, outcomes = tokens(length), 10, []
+    for padding in (0, 5):
+        state = filled(interpreter)
+        chunk = text + [padding] * (CHUNK - length)
+        (logits,) = interpreter.run(PREFILL, told(chunk, position, length), state).values()
+        outcomes.append((logits.data, state[KEYS].data, state[VALUES].data))
+        before = filled(interpreter)
+        for name in (KEYS, VALUES):
+            changed = (state[name].data != before[name].data).any(-1)  # layer, head, position
+            written = torch.zeros(CONTEXT, dtype=torch.bool)
+            written[position : position + length] = True
+            assert torch.equal(changed, written.expand_as(changed))
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+
+
+def test_reading_tokens_again_writes_the_same_again(lower: Lower) -> None:
+    """The last chunk of a prompt that fills the cache begins among what was read before."""
+    _, lowered = lower()
+    interpreter = Interpreter(open_package(package_of(lowered)))
+    state = interpreter.new_state()
+    text = tokens(CHUNK + 3)
+    interpreter.run(PREFILL, told(text[:CHUNK], 0, CHUNK), state)
+    once = state[KEYS].data.clone()
+    interpreter.run(PREFILL, told(text[3:], 3, CHUNK), state)
+    torch.testing.assert_close(
+        state[KEYS].data[:, :, :CHUNK], once[:, :, :CHUNK], rtol=0, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("length", range(CONTEXT - CHUNK, CONTEXT + 1))
+def test_a_prompt_may_end_anywhere_up_to_the_end_of_the_cache(
+    length: int, full_context: tuple[FinishedArtifact, torch.Tensor]
+) -> None:
+    lowered, expected = full_context
+    found = backend.load(lowered.artifact).prefill(tokens(length))
+    assert (found - expected[length - 1]).norm() < 5e-3 * expected[length - 1].norm()
+
+
+@pytest.fixture(scope="module")
+def full_context(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[FinishedArtifact, torch.Tensor]:
+    """A package, and the reference's logits at every position of its cache."""
+    folder = tmp_path_factory.mktemp("full")
+    lowered = Lowering(folder)
+    return lowered.artifact, score(lowered.waist, tokens(CONTEXT), range(CONTEXT))
+
+
+class Lowering:
+    """A small model of the default recipe, made once for several tests."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        config = MODELS["llama4_text"]
+        (folder / "model").mkdir()
+        save_file(wide_weights(config), folder / "model" / "model.safetensors")
+        (folder / "model" / "config.json").write_text(json.dumps(config))
+        facts = {"target": "coreml", "max_context": CONTEXT, "prefill": CHUNK}
+        recipe = parse_recipe({"name": "t", "targets": [facts]}, "t")
+        checkpoint = open_checkpoint(folder / "model")
+        self.waist = pipeline.quantize(recipe, checkpoint, folder / "waist", no_progress)
+        self.artifact = pipeline.lower(
+            self.waist, recipe.targets[0], folder / "artifact", no_progress
+        )
+
+
+def test_a_new_text_starts_without_the_old_one(
+    full_context: tuple[FinishedArtifact, torch.Tensor],
+) -> None:
+    runner = backend.load(full_context[0].artifact)
+    first = runner.prefill(tokens(20))
+    runner.prefill(tokens(CONTEXT)[20:])
+    assert torch.equal(runner.prefill(tokens(20)), first)
+
+
+@pytest.mark.parametrize("count", [0, CONTEXT + 1])
+def test_a_text_that_the_cache_does_not_hold_is_refused(
+    count: int, full_context: tuple[FinishedArtifact, torch.Tensor]
+) -> None:
+    runner = backend.load(full_context[0].artifact)
+    with pytest.raises(InputError, match=f"context: {count} tokens are not between 1 and 48"):
+        runner.prefill(tokens(count))
+
+
+def test_a_step_beyond_the_cache_is_refused(
+    full_context: tuple[FinishedArtifact, torch.Tensor],
+) -> None:
+    runner = backend.load(full_context[0].artifact)
+    runner.prefill(tokens(CONTEXT - 1))
+    runner.decode(0)
+    with pytest.raises(InputError, match="context: 49 tokens"):
+        runner.decode(0)
+
+
+def test_the_likeliest_token_can_be_found_inside_the_program(lower: Lower) -> None:
+    waist, lowered = lower(target={"output": "token"})
+    package = open_package(package_of(lowered))
+    interpreter = Interpreter(package)
+    state, text = interpreter.new_state(), tokens(CHUNK + 1)
+    expected = score(waist, text, [CHUNK - 1, CHUNK]).argmax(-1)
+    assert list(package.block(DECODE).outputs) == [TOKEN]
+    for function, inputs, wanted in (
+        (PREFILL, told(text[:CHUNK], 0, CHUNK), expected[0]),
+        (DECODE, told(text[CHUNK:], CHUNK), expected[1]),
+    ):
+        found = interpreter.run(function, inputs, state)[TOKEN]
+        assert (found.kind, found.data.tolist()) == ("int32", [[wanted.item()]])
+    assert errors(waist, lowered).max() < 5e-3  # the runner looks at the logits all the same
+
+
+# The package.
+
+
+def stored_at(package: Package, function: str) -> dict[str, int]:
+    """Where each named constant of a function lies in the weight file."""
+    found = dict[str, int]()
+    for operation in package.block(function).operations:
+        values = {**operation.attributes, **{
+            name: given.arguments[0].value for name, given in operation.inputs.items()
+        }}  # fmt: skip
+        for part, value in values.items():
+            if place := place_of(value):
+                found[f"{operation.outputs[0].name}.{part}"] = place[1]
+    return found
+
+
+def test_two_functions_share_one_weight_file_and_the_tied_embedding_lies_there_once(
+    lower: Lower,
+) -> None:
+    waist, lowered = lower()
+    package = open_package(package_of(lowered))
+    assert package.functions == (DECODE, PREFILL)
+    decode, prefill = (stored_at(package, name) for name in (DECODE, PREFILL))
+    shared = {name: place for name, place in decode.items() if "weight" in name}
+    assert shared.items() <= prefill.items()
+    codes = [name for name in shared if name.endswith(".data")]
+    assert len(codes) == sum(scheme == Scheme(4, 32) for scheme in waist.schemes.values())
+    assert len(set(shared.values())) == len(shared)
+    quantized = waist.read(EMBEDDING)
+    assert not isinstance(quantized, torch.Tensor)
+    packed = quantized.codes.numpy().astype(np.uint8) & 15
+    as_stored = (packed[:, ::2] | packed[:, 1::2] << 4).tobytes()
+    assert (package_of(lowered) / WEIGHTS).read_bytes().count(as_stored) == 1
+
+
+def test_the_package_says_what_it_is(finished_bundle: Bundle) -> None:
+    folder = finished_bundle.path / "coreml"
+    package = open_package(folder / "model.mlpackage")
+    assert package.spec.specificationVersion == 9  # iOS 18
+    described = package.spec.description
+    assert described.defaultFunctionName == DECODE
+    assert described.metadata.author == "mobilellm-exporter"
+    assert described.metadata.license == "BSD-3-Clause"
+    assert described.metadata.versionString
+    facts = dict(described.metadata.userDefined)
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    manifest = (finished_bundle.waist.path / "quantization.json").read_bytes()
+    assert facts.pop("tokenizer_sha256") == hashlib.sha256(tokenizer).hexdigest()
+    assert facts.pop("quantized_sha256") == hashlib.sha256(manifest).hexdigest()
+    assert facts == {
+        "max_context": "1024",
+        "prefill": "128",
+        "output": "logits",
+        "vocab_size": "512",
+        "bos_token_id": "0",
+        "eos_token_ids": "[1, 2, 3]",
+    }
+
+
+def test_a_model_without_a_tokenizer_names_none(lower: Lower) -> None:
+    _, lowered = lower()
+    described = open_package(package_of(lowered)).spec.description
+    assert "tokenizer_sha256" not in described.metadata.userDefined
+
+
+def test_two_exports_are_equal_to_the_last_byte_whatever_was_made_between(lower: Lower) -> None:
+    _, first = lower(name="first")
+    lower("llama", name="between")
+    _, second = lower(name="second")
+    assert contents(package_of(first)) == contents(package_of(second))
+    assert len(contents(package_of(first))) == 6  # three files in three folders
+
+
+def test_nothing_but_the_package_is_left_in_the_artifacts_folder(lower: Lower) -> None:
+    _, lowered = lower()
+    assert {path.name for path in lowered.artifact.path.iterdir()} == {
+        "artifact.json", "model.mlpackage"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    {
+        "prefill of one": ({"prefill": 1}, "prefill: 1 tokens are not between 2 and max_context"),
+        "prefill beyond": ({"prefill": 49}, r"prefill: 49 tokens .* max_context \(48\)"),
+        "context beyond": ({"max_context": 512}, "max_context: 512 is more than the model's 256"),
+    }.values(),
+    ids=["prefill of one", "prefill beyond", "context beyond"],
+)
+def test_what_the_program_cannot_be_is_refused(
+    target: dict[str, Any], said: str, lower: Lower
+) -> None:
+    with pytest.raises(InputError, match=said):
+        lower(target=target)
+
+
+def test_three_targets_of_one_recipe_hold_the_same_integers(finished_bundle: Bundle) -> None:
+    waist, proven = finished_bundle.waist, dict[str, set[str]]()
+    for target, finished in finished_bundle.artifacts.items():
+        checks = check_integers(waist, finished, lambda name: None)
+        assert all(check.passed for check in checks)
+        assert len(checks) >= len(waist.schemes)
+        proven[target] = {check.subject.split(" ")[0] for check in checks}
+    assert proven == {key: set(waist.schemes) for key in ("executorch", "onnx", "coreml")}
+
+
+def test_generate_writes_with_the_package(
+    finished_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run(
+        capsys, "generate", finished_bundle.path / "coreml", "--prompt", "Ada has 12 eggs.",
+        "--max-new-tokens", "5", "--json",
+    )  # fmt: skip
+    assert outcome.code == 0
+    assert len(outcome.json["tokens"]) == 5
+
+
+# Negative controls.
+
+
+@pytest.fixture
+def damaged(finished_bundle: Bundle, tmp_path: Path) -> tuple[QuantizedCheckpoint, Path]:
+    """The demo's waist, and a copy of its Core ML artifact to damage."""
+    folder = shutil.copytree(finished_bundle.path / "coreml", tmp_path / "coreml")
+    return finished_bundle.waist, Path(folder)
+
+
+def failed(waist: QuantizedCheckpoint, folder: Path) -> list[tuple[str, str]]:
+    checks = check_integers(waist, open_artifact(folder), lambda name: None)
+    return [(check.subject, check.note) for check in checks if not check.passed]
+
+
+def offset_of(folder: Path, tensor: str, part: str) -> int:
+    """Where the data of a weight's codes or scales begin in the weight file."""
+    package = open_package(folder / backend.FILE_NAME)
+    record = stored_at(package, DECODE)[f"{mil_name(tensor)}.{part}"]
+    data = (folder / backend.FILE_NAME / WEIGHTS).read_bytes()
+    return int.from_bytes(data[record + 16 : record + 24], "little")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "read_by"),
+    {Q_PROJ: "linear", EMBEDDING: "gather, linear"}.items(),
+    ids=["a layer", "the embedding"],
+)
+@pytest.mark.parametrize(("part", "called"), [("data", "code"), ("scale", "scale")])
+def test_one_flipped_bit_is_reported_with_its_tensor(
+    part: str, called: str, tensor: str, read_by: str, damaged: tuple[QuantizedCheckpoint, Path]
+) -> None:
+    waist, folder = damaged
+    assert failed(waist, folder) == []
+    flip(folder / backend.FILE_NAME / WEIGHTS, offset_of(folder, tensor, part) + 8, bit=1)
+    found = failed(waist, folder)
+    assert [subject for subject, _ in found] == [
+        f"{tensor} ({function}: {read_by})" for function in (DECODE, PREFILL)
+    ]
+    assert all(note.startswith(f"1 {called}s differ; at [0, ") for _, note in found)
+
+
+def test_a_flipped_bit_of_a_norm_is_reported_too(
+    damaged: tuple[QuantizedCheckpoint, Path],
+) -> None:
+    waist, folder = damaged
+    name = "model.layers.3.post_attention_layernorm.weight"
+    flip(folder / backend.FILE_NAME / WEIGHTS, offset_of(folder, name, "val") + 2, bit=4)
+    assert {subject.split(" ")[0] for subject, _ in failed(waist, folder)} == {name}
+
+
+def set_bytes(content: bytes, offset: Callable[[Path], int]) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        path = folder / backend.FILE_NAME / WEIGHTS
+        data = bytearray(path.read_bytes())
+        start = offset(folder)
+        data[start : start + len(content)] = content
+        path.write_bytes(data)
+
+    return damage
+
+
+def record_of(folder: Path) -> int:
+    package = open_package(folder / backend.FILE_NAME)
+    return stored_at(package, DECODE)[f"{mil_name(Q_PROJ)}.data"]
+
+
+def truncate(name: str, size: int) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        path = folder / backend.FILE_NAME / name
+        path.write_bytes(path.read_bytes()[:size])
+
+    return damage
+
+
+def edit(change: Callable[[Any], object]) -> Callable[[Path], object]:
+    """Change the operation that makes one weight in one function."""
+
+    def damage(folder: Path) -> None:
+        package = open_package(folder / backend.FILE_NAME)
+        for operation in package.block(PREFILL).operations:
+            if operation.outputs and operation.outputs[0].name == mil_name(Q_PROJ):
+                change(operation)
+        content = package.spec.SerializeToString(deterministic=True)
+        (folder / backend.FILE_NAME / MODEL).write_bytes(content)
+
+    return damage
+
+
+def add_offset(operation: Any) -> None:
+    operation.inputs["offset"].CopyFrom(operation.inputs["data"])
+
+
+def become_unsigned(operation: Any) -> None:
+    declared = operation.inputs["data"].arguments[0].value.type.tensorType
+    declared.dataType = type(declared).DESCRIPTOR.file.pool.FindEnumTypeByName(
+        "CoreML.Specification.MILSpec.DataType"
+    ).values_by_name["UINT4"].number  # fmt: skip
+
+
+def take_another_name(operation: Any) -> None:
+    operation.outputs[0].name = "another"
+
+
+def become_a_palette(operation: Any) -> None:
+    operation.type = "constexpr_lut_to_dense"
+
+
+def read_another(folder: Path) -> None:
+    """One product takes another weight of the same shape."""
+    package = open_package(folder / backend.FILE_NAME)
+    for operation in package.block(PREFILL).operations:
+        for given in operation.inputs.values():
+            for binding in given.arguments:
+                if binding.name == mil_name(Q_PROJ):
+                    binding.name = binding.name.replace("layers_1", "layers_0")
+    content = package.spec.SerializeToString(deterministic=True)
+    (folder / backend.FILE_NAME / MODEL).write_bytes(content)
+
+
+def halve(operation: Any) -> None:
+    shape = operation.inputs["data"].arguments[0].value.type.tensorType.dimensions
+    shape[0].constant.size //= 2
+
+
+def point_outside(operation: Any) -> None:
+    value = operation.inputs["data"].arguments[0].value
+    value.blobFileValue.fileName = "@model_path/../../../../artifact.json"
+
+
+def lose(folder: Path) -> None:
+    (folder / backend.FILE_NAME / MANIFEST).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    {
+        "no weight file": (
+            lambda folder: (folder / backend.FILE_NAME / WEIGHTS).unlink(), "no such file",
+        ),
+        "a short weight file": (truncate(WEIGHTS, 5000), "lies beyond its 5000 bytes"),
+        "a weight file cut in a weight": (
+            lambda folder: truncate(WEIGHTS, record_of(folder) + 100)(folder), "ends beyond the",
+        ),
+        "an empty weight file": (truncate(WEIGHTS, 0), "lies beyond its 0 bytes"),
+        "a record that is none": (set_bytes(b"\0\0\0\0", record_of), "is not the record of a"),
+        "a record of another size": (
+            set_bytes(b"\7", lambda folder: record_of(folder) + 8), "do not fill the shape",
+        ),
+        "a short program": (truncate(MODEL, 1000), "is not a Core ML model"),
+        "no manifest": (lose, "no such file"),
+        "an offset": (edit(add_offset), "has an offset, which the waist has not"),
+        "codes of another type": (edit(become_unsigned), "has uint4 codes, not int4-g32"),
+        "another shape": (edit(halve), "do not fill the shape"),
+        "a weight that one function lacks": (edit(take_another_name), "is not in the program"),
+        "a weight of another format": (
+            edit(become_a_palette), "is made by constexpr_lut_to_dense, which the waist has not",
+        ),
+        "a weight that nothing reads": (read_another, "is read by no operator"),
+        "a file outside": (edit(point_outside), "names a weight file outside of itself"),
+    }.values(),
+    ids=[
+        "no weight file", "a short weight file", "a weight file cut in a weight",
+        "an empty weight file", "a record that is none",
+        "a record of another size", "a short program", "no manifest", "an offset",
+        "codes of another type", "another shape", "a weight that one function lacks",
+        "a weight of another format", "a weight that nothing reads", "a file outside",
+    ],
+)  # fmt: skip
+def test_a_damaged_package_fails_the_check_and_says_how(
+    damage: Callable[[Path], object], said: str, damaged: tuple[QuantizedCheckpoint, Path]
+) -> None:
+    waist, folder = damaged
+    damage(folder)
+    assert any(said in note for _, note in failed(waist, folder))
+
+
+# What float16 holds.
+
+
+def overflow_mlp(weights: Weights) -> None:
+    """A feed forward whose output is finite in bfloat16 and float32, and infinite in float16."""
+    weights["model.layers.1.feed_forward.down_proj.weight"] *= 30000
+
+
+def overflow_scores(weights: Weights) -> None:
+    """Without a norm of queries and keys nothing bounds their products."""
+    for part in "qk":
+        weights[f"model.layers.0.self_attn.{part}_proj.weight"] *= 400
+
+
+OVERFLOWS = {
+    "a layer's output": ({}, overflow_mlp, "model.layers.1", "output of feed_forward.down_proj"),
+    "attention scores": (
+        {"use_qk_norm": False}, overflow_scores, "model.layers.0", "scores of self_attn",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "change", "layer", "place"), OVERFLOWS.values(), ids=OVERFLOWS)
+def test_activations_that_float16_cannot_hold_stop_the_export_with_the_layers_name(
+    changes: dict[str, Any], change: Callable[[Weights], object], layer: str, place: str,
+    lower: Lower,
+) -> None:  # fmt: skip
+    waist, lowered = lower(change=change, **changes)
+    checks = check_logits(waist, lowered, verification_text(waist, CONTEXT, None))
+    bad = [check for check in checks if check.check == "range" and not check.passed]
+    assert layer in [check.subject for check in bad]
+    (found,) = (check for check in bad if check.subject == layer)
+    assert found.value > LARGEST_HALF == found.limit
+    assert found.note == f"{place}; overflows in float16: set the target's activations to float32"
+    assert not next(check for check in checks if check.check == "logits.kl").passed
+
+
+def test_the_same_model_is_right_with_float32_activations(lower: Lower) -> None:
+    waist, lowered = lower(target={"activations": "float32"}, change=overflow_mlp)
+    assert errors(waist, lowered).max() < 5e-3
+    checks = check_logits(waist, lowered, verification_text(waist, CONTEXT, None))
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_values_that_the_float16_cache_cannot_hold_are_named_in_float32_too(lower: Lower) -> None:
+    def change(weights: Weights) -> None:
+        weights["model.layers.1.self_attn.v_proj.weight"] *= 3e5
+
+    waist, lowered = lower(target={"activations": "float32"}, change=change)
+    checks = check_logits(waist, lowered, verification_text(waist, CONTEXT, None))
+    (found,) = (check for check in checks if check.check == "range" and not check.passed)
+    assert found.subject == "model.layers.1"
+    assert found.note.startswith("values of self_attn; overflows in the cache, which is float16")
+
+
+def test_every_layers_largest_activation_is_reported(finished_bundle: Bundle) -> None:
+    finished, waist = finished_bundle.artifacts["coreml"], finished_bundle.waist
+    checks = check_logits(waist, finished, verification_text(waist, 64, None))
+    ranges = {check.subject: check for check in checks if check.check == "range"}
+    assert list(ranges) == [*(f"model.layers.{n}" for n in range(6)), "model.norm", "lm_head"]
+    assert all(0 < check.value < LARGEST_HALF for check in ranges.values())
+
+
+def test_squares_beyond_float16_are_right_in_a_normalization(lower: Lower) -> None:
+    """Values above 255, whose squares float16 does not hold, reach every normalization."""
+    largest = dict[str, float]()
+
+    def observe(name: str, which: str, values: torch.Tensor) -> None:
+        if name.endswith("norm") and which == "input":
+            largest[name] = values.abs().max().item()
+
+    def change(weights: Weights) -> None:
+        weights[EMBEDDING] *= 3000
+
+    waist, lowered = lower(change=change, tie_word_embeddings=False)
+    score(waist, tokens(CONTEXT), [0], observe=observe)
+    assert len(largest) == 5
+    assert min(largest.values()) > 256
+    assert errors(waist, lowered).max() < 5e-3
+
+
+# A Mac.
+
+
+class MacModel:
+    """What `MLModel` does on a Mac, done by the interpreter: it takes arrays and gives arrays.
+
+    It stands in for what cannot run here, so that our side of the calls is tried at least.
+    """
+
+    def __init__(self, path: str, function_name: str) -> None:
+        self.interpreter, self.function = Interpreter(open_package(Path(path))), function_name
+
+    def make_state(self) -> State:
+        return self.interpreter.new_state()
+
+    def predict(self, data: Mapping[str, Any], state: State) -> dict[str, Any]:
+        inputs = {name: Value(torch.from_numpy(array), "int32") for name, array in data.items()}
+        found = self.interpreter.run(self.function, inputs, state)
+        return {name: value.data.numpy().astype(np.float16) for name, value in found.items()}
+
+
+class WrongMacModel(MacModel):
+    """A runtime that computes something else."""
+
+    def predict(self, data: Mapping[str, Any], state: State) -> dict[str, Any]:
+        return {name: -array for name, array in super().predict(data, state).items()}
+
+
+@pytest.fixture(params=[MacModel, WrongMacModel])
+def mac(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """This machine as a Mac; whether its Core ML is right."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(backend.coremltools.models, "MLModel", request.param)
+    return request.param is MacModel
+
+
+def test_on_a_mac_core_ml_runs_and_is_compared_with_the_interpreter(
+    mac: bool, finished_bundle: Bundle
+) -> None:
+    waist, finished = finished_bundle.waist, finished_bundle.artifacts["coreml"]
+    checks = check_logits(waist, finished, verification_text(waist, 24, None))
+    found = {check.check: check.passed for check in checks if check.check != "range"}
+    assert found == dict.fromkeys(
+        ("logits.kl", "logits.top1", "logits.max_difference", "logits.interpreter"), mac
+    )
+
+
+def test_elsewhere_there_is_no_second_opinion(finished_bundle: Bundle) -> None:
+    assert backend.interpret(finished_bundle.artifacts["coreml"].artifact) is None
+
+
+def test_a_package_that_gives_tokens_is_not_compared_with_itself(
+    lower: Lower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    _, lowered = lower(target={"output": "token"})
+    assert backend.interpret(lowered.artifact) is None
+    assert backend.load(lowered.artifact).prefill(tokens(3)).shape == (96,)
