@@ -425,10 +425,8 @@ def forecast(recipe: Recipe, checkpoint: Checkpoint) -> list[Forecast]:
 def _within_budget(prediction: Prediction, recipe: Recipe, checkpoint: Checkpoint) -> Prediction:
     if not recipe.quantization.budget:
         return prediction
-    from exporter.calibration.sensitivity import parse_budget, stored_bits
+    from exporter.calibration.sensitivity import model_bits, parse_budget
 
-    schemes, shapes = plan(recipe, checkpoint).schemes, checkpoint.config.parameter_shapes()
     budget = parse_budget(recipe.quantization.budget, "quantization.budget", checkpoint.config)
-    used = sum(stored_bits(schemes[name], shape) for name, shape in shapes.items())
-    more = max(0, budget - used) // 8
+    more = max(0, budget - model_bits(plan(recipe, checkpoint).schemes, checkpoint.config)) // 8
     return replace(prediction, file=prediction.file + more, memory=prediction.memory + more)

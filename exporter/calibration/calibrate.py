@@ -22,10 +22,10 @@ from exporter.calibration.plots import plot_journal, plot_sensitivities
 from exporter.calibration.self_generation import written_text
 from exporter.calibration.sensitivity import (
     Sensitivity,
+    model_bits,
     parse_budget,
     search,
     sensitivities,
-    stored_bits,
 )
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher, open_teacher
@@ -110,10 +110,7 @@ def prepare(
     found, wider = tuple[Sensitivity, ...](), tuple[str, ...]()
     if budget:
         found = _sensitivities(checkpoint, calibration, schemes, source, text, precision, stages)
-        shapes = checkpoint.config.parameter_shapes()
-        names = {one.name for one in found}
-        rest = {name: shape for name, shape in shapes.items() if name not in names}
-        fixed = sum(stored_bits(schemes[name], shape) for name, shape in rest.items())
+        fixed = model_bits(schemes, checkpoint.config) - sum(one.bits for one in found)
         wider = search(list(found), fixed, budget, "quantization.budget")
     if not parallel.rank():
         parallel.wait_for_all()

@@ -62,6 +62,13 @@ def stored_bits(scheme: Scheme, shape: tuple[int, ...]) -> int:
     return 8 * scheme.stored_bytes(shape)
 
 
+def model_bits(schemes: Mapping[str, Scheme], config: ModelConfig) -> int:
+    """All weights of a model, stored so."""
+    return sum(
+        stored_bits(schemes[name], shape) for name, shape in config.parameter_shapes().items()
+    )
+
+
 def search(
     sensitivities: list[Sensitivity], fixed_bits: int, budget: int, subject: str
 ) -> tuple[str, ...]:
