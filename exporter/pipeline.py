@@ -31,10 +31,17 @@ from exporter.bundle import (
     sealed_files,
     write_seal,
 )
+from exporter.bundle import MANIFEST as BUNDLE_MANIFEST
 from exporter.bundle import WAIST as BUNDLE_WAIST
 from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
-from exporter.files import check_folder, claim_folder, differing_files, made_from
+from exporter.files import (
+    check_folder,
+    claim_folder,
+    differing_files,
+    made_from,
+    read_json,
+)
 from exporter.quantization.waist import (
     DEQUANTIZED_OUTPUT,
     REPORTS,
@@ -190,6 +197,9 @@ def quantize(
 
     Started by ``torchrun``, all processes distil together and the first one writes.
     """
+    base = waist_identity(checkpoint, plan(recipe, checkpoint))
+    known = {key: base[key] for key in ("source", "method", "versions")}
+    check_folder(out, WAIST_OUTPUT, _may_be_of(out / WAIST_MANIFEST, known), overwrite)
     checkpoint.check_weights()
     if "RANK" in os.environ:
         from exporter.calibration.parallel import processes, rank
@@ -201,6 +211,16 @@ def quantize(
             return _quantize(checkpoint, decided, out, progress, overwrite, dequantized)
     decided = decide(recipe, checkpoint, progress)
     return _quantize(checkpoint, decided, out, progress, overwrite, dequantized)
+
+
+def _may_be_of(manifest: Path, known: Mapping[str, Any]) -> bool:
+    """Whether a finished result may be of the same inputs, as far as these are known before a
+    calibration, which can take long. What is missing or damaged may be."""
+    try:
+        found = read_json(manifest)
+    except InputError:
+        return True
+    return all(found.get(key) == value for key, value in known.items())
 
 
 def _help(checkpoint: Checkpoint, decided: Decided, out: Path) -> QuantizedCheckpoint | None:
@@ -291,6 +311,8 @@ def export(
         for target in recipe.targets
     }
     checkpoint.check_weights()
+    known = {"recipe": recipe.to_dict()}
+    check_folder(out, BUNDLE_OUTPUT, _may_be_of(out / BUNDLE_MANIFEST, known), overwrite)
     decided = decide(recipe, checkpoint, progress)
     packages: dict[str, dict[str, str]] = {
         target.target: artifact_versions(target) for target in recipe.targets

@@ -48,5 +48,6 @@ def plot_sensitivities(found: Sequence[Sensitivity], wider: Collection[str]) -> 
     axes.set_yticks(range(len(found)), names, fontsize=6)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel=f"KL in nats; orange: stored wider ({len(wider)})")
+    axes.tick_params(axis="x", which="both", labelsize=6)
     axes.margins(y=0.005)
     return _png(figure)
