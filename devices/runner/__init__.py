@@ -33,6 +33,16 @@ LIBRARIES = (
 )
 #: Architecture → the prefix of Debian's compilers for it.
 COMPILERS = {"x86_64": "x86_64-linux-gnu-", "aarch64": "aarch64-linux-gnu-"}
+#: The C and C++ runtime goes with it, so that an older system, or Android, does not matter.
+_LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
+_RUNTIME = (
+    "libc.so.6",
+    "libm.so.6",
+    "libdl.so.2",
+    "libpthread.so.0",
+    "libgcc_s.so.1",
+    "libstdc++.so.6",
+)
 #: The manylinux tags that a wheel may have.
 _GLIBC = ("_2_17", "_2_28", "_2_34", "2014")
 SOURCES = Path(__file__).parent
@@ -40,10 +50,12 @@ SOURCES = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Build:
-    """A folder with `runner`, `probe` and, below ``lib/``, the libraries that the runner loads."""
+    """A folder with `runner`, `probe` and, below ``lib/``, all that the runner loads. On a device
+    `loader` starts it: ``lib/ld-linux-… --library-path lib mobilellm_runner``."""
 
     folder: Path
     executorch: str
+    loader: str
 
     @property
     def runner(self) -> Path:
@@ -72,7 +84,7 @@ def build(architecture: str) -> Build:
     folder = cache_folder() / "runner" / f"{architecture}-{digest.hexdigest()[:16]}"
     if not folder.is_dir():
         _build(architecture, version, folder)
-    return Build(folder, version)
+    return Build(folder, version, _LOADERS[architecture])
 
 
 def build_probe(architecture: str) -> Path:
@@ -98,6 +110,8 @@ def _build(architecture: str, version: str, folder: Path) -> None:
         libraries = _libraries(architecture, version, Path(scratch))
         for name in LIBRARIES:
             shutil.copy(libraries / f"lib{name}.so", made / "lib")
+        for name in (_LOADERS[architecture], *_RUNTIME):
+            shutil.copy(_runtime_library(architecture, name), made / "lib" / name)
         _compile_runner(architecture, made)
         _compile_probe(architecture, made / PROBE)
         if not folder.is_dir():  # another process may have been faster
@@ -121,16 +135,28 @@ def _compile_probe(architecture: str, out: Path) -> None:
     _compile(architecture, "gcc", "-O2", "-pthread", "-static", source, "-o", str(out))
 
 
+def _runtime_library(architecture: str, name: str) -> Path:
+    """Where the compiler finds a library of its own."""
+    command = [_compiler(architecture, "g++"), f"-print-file-name={name}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return Path(found)
+
+
 def _compile(architecture: str, compiler: str, *arguments: str) -> None:
+    program = _compiler(architecture, compiler)
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        first = next((line for line in result.stderr.splitlines() if "error" in line), "")
+        raise BadDeviceError(program, f"cannot build the runner ({first or result.stderr.strip()})")
+
+
+def _compiler(architecture: str, compiler: str) -> str:
     own = architecture == platform.machine()
     program = compiler if own else COMPILERS[architecture] + compiler
     if shutil.which(program) is None:
         package = compiler if own else f"{compiler}-{architecture.replace('_', '-')}-linux-gnu"
         raise BadDeviceError(program, "is not installed", f"Run: apt install {package}")
-    result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
-    if result.returncode:
-        first = next((line for line in result.stderr.splitlines() if "error" in line), "")
-        raise BadDeviceError(program, f"cannot build the runner ({first or result.stderr.strip()})")
+    return program
 
 
 def _libraries(architecture: str, version: str, scratch: Path) -> Path:

@@ -57,7 +57,7 @@ class Options {
   Options(int argc, char** argv) {
     static const char* known[] = {
         "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "sustained",
-        "generate", "prompt-length", "logits", "etdump", "load"};
+        "generate", "prompt-length", "logits", "trace", "load"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
       const bool named = key.rfind("--", 0) == 0 &&
@@ -304,12 +304,13 @@ int main(int argc, char** argv) {
   executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(threads);
 
   std::unique_ptr<executorch::etdump::ETDumpGen> tracer;
-  if (options.has("etdump")) tracer = std::make_unique<executorch::etdump::ETDumpGen>();
+  if (options.has("trace")) tracer = std::make_unique<executorch::etdump::ETDumpGen>();
   executorch::etdump::ETDumpGen* const dump = tracer.get();
   const std::string load = options.has("load") ? options.text("load") : "mmap";
   if (load != "mmap" && load != "file") fail(kBadUsage, "--load: give mmap or file");
 
   reset_peak();
+  print_phase("start", "", {});
   const double started = now_ms();
   Model model(options.text("model"),
               load == "mmap" ? Module::LoadMode::Mmap : Module::LoadMode::File,
@@ -340,7 +341,7 @@ int main(int argc, char** argv) {
     generate(model, text_of(tokens, length), count,
              options.has("logits") ? options.text("logits") : "");
   }
-  if (dump) write_etdump(*dump, options.text("etdump"));
+  if (dump) write_etdump(*dump, options.text("trace"));
   std::printf("{\"phase\":\"end\"}\n");
   return 0;
 }
