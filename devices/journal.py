@@ -13,9 +13,12 @@ class Journal:
     def __init__(self, path: Path | None = None) -> None:
         self._path, self._lock = path, threading.Lock()
         self._steps: dict[tuple[str, str], dict[str, Any]] = {}
+        self._whole = True
         if path is None or not path.is_file():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        text = path.read_text(encoding="utf-8")
+        self._whole = text.endswith("\n")
+        for line in text.splitlines():
             try:
                 entry = json.loads(line)
                 self._steps[entry["key"], entry["step"]] = entry["content"]
@@ -34,7 +37,8 @@ class Journal:
                 return
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
+                file.write(line if self._whole else "\n" + line)
+                self._whole = True
                 file.flush()
                 os.fsync(file.fileno())
 

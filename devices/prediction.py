@@ -1,4 +1,5 @@
-"""What a model will need of a device, before it is there: a roofline, and how much of it is reached.
+"""How fast a model will be on a device, before it is there: a roofline, and the share of it that
+programs reach.
 
 A decode step reads every weight and the cache once, and multiplies every weight once; whichever
 takes longer bounds it. A prompt multiplies as much for each token and reads the weights only once.

@@ -8,9 +8,8 @@ import contextlib
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from types import ModuleType
 
 from devices import energy, operators, runner
@@ -20,70 +19,13 @@ from devices.errors import BadDeviceError, DeviceError
 from devices.files import cache_folder, sha256
 from devices.identity import Identity
 from devices.journal import Journal
-from devices.prediction import Workload
-from devices.statistics import FEWEST
+from devices.measured import Job, Measured, Progress, Settings, hash_of, plan_of, samples
+from devices.statistics import FEWEST, summarize
 from devices.transports import Device, transport
 
 _SHORT = 120.0
 #: What a trace is taken of: a step is what the time of a text is made of.
 _TRACE_STEPS = 8
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured, and how surely. Lengths and depths in tokens, times in seconds.
-
-    `precision` is the half width of the median's interval, relative to it. `threads` 0 takes what
-    the catalogue recommends, or the number of fast cores.
-    """
-
-    prompt_lengths: tuple[int, ...] = (64, 512)
-    depths: tuple[int, ...] = (0, 512, 2048)
-    decode_steps: int = 32
-    sustained_seconds: int = 20
-    precision: float = 0.05
-    max_repeats: int = 20
-    threads: int = 0
-    timeout: float = 1800.0
-
-
-class Progress:
-    """Told of each step; the default shows nothing."""
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model for a session, with the user's own runner where one is given."""
-
-    model: Model
-    workload: Workload | None = None
-    program: Path | None = None
-
-
-@dataclass
-class Measured:
-    """What came of one job. Records are those of the runners; `rounds` are the repeats."""
-
-    job: Job
-    device: Device
-    settings: Settings
-    identity: Identity | None = None
-    engine: Engine | None = None
-    threads: int = 0
-    error: str | None = None
-    skipped: str | None = None
-    first: list[Record] = field(default_factory=list)
-    rounds: list[list[Record]] = field(default_factory=list)
-    probes: list[Record] = field(default_factory=list)
-    sustained: list[Record] = field(default_factory=list)
-    energy: energy.Energy | None = None
-    operators: list[operators.Operator] = field(default_factory=list)
-    bandwidth: float | None = None
-    available_memory: int | None = None
-    temperatures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    not_measured: dict[str, str] = field(default_factory=dict)
 
 
 def profile_device(
@@ -125,7 +67,7 @@ def profile_device(
 
 
 @contextlib.contextmanager
-def _failure_of(one: Measured):  # type: ignore[no-untyped-def]  # a generator of nothing
+def _failure_of(one: Measured) -> Iterator[None]:
     try:
         yield
     except DeviceError as error:
@@ -157,12 +99,6 @@ def prepare_engine(one: Measured, reach: ModuleType) -> Engine:
     for remote, local in files.items():
         reach.push(device, local, remote)
     return engine
-
-
-def hash_of(content: object) -> str:
-    import hashlib
-
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _choose(one: Measured, reach: ModuleType, workspace: str, place: str) -> Engine:
@@ -197,20 +133,6 @@ def _prepare(one: Measured, reach: ModuleType, progress: Progress) -> bool:
         return False
     progress(f"{one.device}: copy {one.job.model.format}", 1, 1)
     return True
-
-
-def plan_of(one: Measured) -> Plan:
-    """What fits into the model's context; the rest is told in `not_measured`."""
-    settings, context = one.settings, one.job.model.context
-    prompts = [length for length in settings.prompt_lengths if length <= context]
-    depths = [depth for depth in settings.depths if depth + settings.decode_steps <= context]
-    for length in settings.prompt_lengths:
-        if length not in prompts:
-            one.not_measured[f"prefill {length}"] = f"the context is {context}"
-    for depth in settings.depths:
-        if depth not in depths:
-            one.not_measured[f"decode after {depth}"] = f"the context is {context}"
-    return Plan(prompts, depths, settings.decode_steps, warmup=3, threads=one.threads)
 
 
 def _repeat(
@@ -261,21 +183,8 @@ def _probe_line(stderr: bytes) -> Record:
     return {}
 
 
-def samples(rounds: Sequence[Sequence[Record]]) -> dict[tuple[str, int], list[list[float]]]:
-    """(phase, tokens or depth) → one list of milliseconds for each round."""
-    found: dict[tuple[str, int], list[list[float]]] = {}
-    for records in rounds:
-        for record in records:
-            if record["phase"] in ("load", "prefill", "decode", "execute") and record["ms"]:
-                place = int(record.get("tokens", record.get("depth", 0)))
-                found.setdefault((record["phase"], place), []).append(record["ms"])
-    return found
-
-
 def _sure(one: Measured) -> bool:
     """Whether every median but the load's, which counts once, is narrow enough."""
-    from devices.statistics import summarize
-
     wanted = [s for (phase, _), s in samples(one.rounds).items() if phase != "load"]
     return bool(wanted) and all(summarize(s).narrow(one.settings.precision) for s in wanted)
 
@@ -377,6 +286,3 @@ def _key(one: Measured) -> str:
             platform.node(),
         ]
     )  # fmt: skip
-
-
-Callback = Callable[[str, int, int, str], None]
