@@ -76,7 +76,7 @@ def _failure_of(one: Measured) -> Iterator[None]:
 
 def place_of(reach: ModuleType, device: Device, model: Model) -> str:
     """The folder of a model on the device, named by its content."""
-    digest = sha256(model.folder / model.files[0])[:16]
+    digest = hash_of([sha256(model.folder / name) for name in model.files])
     return f"{reach.workspace(device)}/{model.format}-{digest}"
 
 

@@ -25,10 +25,10 @@ LAYERS = (
     {"checkpoint", "quantization", "recipe"},
     {
         "tokenizer", "backends", "calibration", "evaluation", "artifact", "bundle",
-        "verification", "generation", "sizes", "doctor", "gate", "report",
+        "verification", "generation", "sizes", "doctor", "gate", "report", "profiling",
     },
     {"pipeline"},
-    {"arguments", "display", "cli"},
+    {"arguments", "display", "display_profile", "cli"},
     {"__main__"},
 )  # fmt: skip
 PART_OF_LAYER = {part: height for height, parts in enumerate(LAYERS) for part in parts}

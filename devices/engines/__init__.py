@@ -22,13 +22,14 @@ Record = dict[str, Any]
 class Model:
     """An artifact as a device sees it.
 
-    `files` lie in `folder`; the first is what the runtime opens. `portable` says that core
-    operators suffice, `integers` that products of weights are meant to work on integers.
-    `tokens` is text for prompts; `texts` has it as text, by length.
+    `files` lie in `folder`; `main` is what the runtime opens, one of them or a folder of them.
+    `portable` says that core operators suffice, `integers` that products of weights are meant to
+    work on integers. `tokens` is text for prompts; `texts` has it as text, by length.
     """
 
     format: Literal["executorch", "onnx", "coreml"]
     folder: Path
+    main: str
     files: tuple[str, ...]
     context: int
     portable: bool

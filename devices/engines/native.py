@@ -19,7 +19,7 @@ def engine(model: Model, identity: Identity, workspace: str, place: str) -> Engi
     loader = [f"{home}/lib/{built.loader}", "--library-path", f"{home}/lib"]
 
     def commands(plan: Plan) -> list[list[str]]:
-        files = ["--model", f"{place}/{model.files[0]}", "--tokens", f"{place}/tokens.txt"]
+        files = ["--model", f"{place}/{model.main}", "--tokens", f"{place}/tokens.txt"]
         return [[*loader, f"{home}/{runner.RUNNER}", *files, *options(plan)]]
 
     return Engine(

@@ -58,7 +58,7 @@ def _llama_commands(program: str, model: Model, place: str, plan: Plan) -> list[
     if model.tokenizer is None:
         raise BadDeviceError(str(model.folder), "has no tokenizer and llama_main reads text")
     common = [
-        program, f"--model_path={place}/{model.files[0]}",
+        program, f"--model_path={place}/{model.main}",
         f"--tokenizer_path={place}/{model.tokenizer.name}", "--temperature=0", "--ignore_eos=true",
         f"--cpu_threads={plan.threads}", f"--warmup={'true' if plan.warmup else 'false'}",
     ]  # fmt: skip
@@ -100,7 +100,7 @@ def read_llama(text: str) -> list[Record]:
 def _executor_commands(program: str, model: Model, place: str, plan: Plan) -> list[list[str]]:
     runs = max(plan.steps, 2)
     return [
-        [program, f"--model_path={place}/{model.files[0]}", f"--num_executions={runs}",
+        [program, f"--model_path={place}/{model.main}", f"--num_executions={runs}",
          f"--cpu_threads={plan.threads}"]
     ]  # fmt: skip
 
@@ -131,7 +131,7 @@ def _perf_commands(program: str, model: Model, place: str, plan: Plan) -> list[l
     runs = max(plan.steps, 2)
     return [
         [program, "-I", "-m", "times", "-r", str(runs), "-x", str(plan.threads), "-e", "cpu",
-         f"{place}/{model.files[0]}"]
+         f"{place}/{model.main}"]
     ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def engine(
     command = [interpreter(device), remote, "--engine", _RUNTIMES[model.format]]
 
     def commands(plan: Plan) -> list[list[str]]:
-        files = ["--model", f"{place}/{model.files[0]}", "--tokens", f"{place}/tokens.txt"]
+        files = ["--model", f"{place}/{model.main}", "--tokens", f"{place}/tokens.txt"]
         return [[*command, *files, *options(plan)]]
 
     return Engine(
