@@ -20,11 +20,9 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         _line(decode, rates, label)
         _line(prefill, [(e["tokens"], e["ms"]) for e in session["prefill"]], label)
         if session["sustained"]:
-            speeds, seconds = (
-                session["sustained"]["tokens_per_second"],
-                session["sustained"]["seconds"],
-            )
-            times = [(index + 0.5) * seconds / len(speeds) for index in range(len(speeds))]
+            speeds = session["sustained"]["tokens_per_second"]
+            window = session["sustained"]["seconds"] / len(speeds)
+            times = [(index + 0.5) * window for index in range(len(speeds))]
             sustained.plot(times, speeds, label=label)
         phases = {
             phase: seen["peak_rss"] / 1e6

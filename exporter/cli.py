@@ -304,9 +304,7 @@ def profile(args: argparse.Namespace) -> int:
         display_profile.plot(result.report, args.plot)
     if args.json:
         comparisons = [asdict(row) for row in result.comparisons]
-        display.print_json(
-            {**result.report, **({"comparisons": comparisons} if comparisons else {})}
-        )
+        display.print_json({**result.report, "comparisons": comparisons})
     else:
         display_profile.print_report(result.report, result.comparisons)
     return FINE if result.passed else CHECK_FAILED
@@ -363,18 +361,11 @@ def _recipes_for(model: str) -> list[Any]:
 
 
 #: Every subcommand, in the order of the help.
+# fmt: off
 COMMANDS = {
     function.__name__: function
     for function in (
-        inspect,
-        quantize,
-        lower,
-        export,
-        verify,
-        generate,
-        profile,
-        devices,
-        recipes,
-        doctor,
+        inspect, quantize, lower, export, verify, generate, profile, devices, recipes, doctor,
     )
 }
+# fmt: on

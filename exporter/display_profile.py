@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from devices.catalogue import catalogue
 from devices.comparison import Comparison
-from devices.transports import TRANSPORTS, parse_device, transport
+from devices.transports import TRANSPORTS, Device, transport
 from exporter import display
 from exporter.errors import InputError, MissingExtraError
 
@@ -20,17 +20,12 @@ _PLOTS = (".png", ".svg", ".pdf")
 
 def print_devices(as_json: bool) -> int:
     """What is connected now, and what the catalogue knows."""
-    found = [
-        text for kind in TRANSPORTS for text in transport(parse_device(_any(kind))).connected()
-    ]
+    found = [text for kind in TRANSPORTS for text in transport(Device(kind)).connected()]
     if as_json:
         known = [asdict(device) for device in catalogue().values()]
         return display.print_json({"connected": found, "known": known})
-    connected = display.table("device", title="Connected")
-    for text in found:
-        connected.add_row(escape(text))
-    display.wide.print(connected)
-    display.out.print("[dim]and any Linux device by ssh:USER@HOST[:PORT][/]\n")
+    display.out.print("Connected: " + escape(", ".join(found) or "none"))
+    display.out.print("[dim]and any Linux device, as ssh:USER@HOST[:PORT][/]\n")
     table = display.table(
         "name", "device", "processor", "memory", "bandwidth", "cores", "threads", title="Known"
     )
@@ -42,11 +37,6 @@ def print_devices(as_json: bool) -> int:
         )  # fmt: skip
     display.wide.print(table)
     return 0
-
-
-def _any(kind: str) -> str:
-    """A device of a transport, whichever."""
-    return {"adb": "adb:any", "ssh": "ssh:any"}.get(kind, kind)
 
 
 def print_report(report: Mapping[str, Any], comparisons: Sequence[Comparison]) -> None:
@@ -92,20 +82,14 @@ def _facts(session: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         seen = memory["phases"]["decode"]
         yield "of which", f"own {size(seen['anonymous'])}, mapped files {size(seen['file'])}"
     if session["predicted"]:
-        predicted = session["predicted"]
-        yield (
-            "predicted",
-            f"{size(predicted['memory'])} of memory; speeds from {predicted['source']}",
-        )
+        memory_use, source = session["predicted"]["memory"], session["predicted"]["source"]
+        yield "predicted", f"{size(memory_use)} of memory; speeds from {source}"
     if session["sustained"]:
         run = session["sustained"]
-        yield (
-            "sustained",
-            (
-                f"{run['tokens_per_second'][0]:.1f} tokens/s at first, {run['tokens_per_second'][-1]:.1f}"
-                f" at the end of {run['seconds']:.0f} s ({run['last_to_best']:.0%} of the best)"
-            ),
-        )
+        first, *_, last = run["tokens_per_second"]
+        share = f"{run['last_to_best']:.0%} of the best"
+        end = f"{last:.1f} at the end of {run['seconds']:.0f} s ({share})"
+        yield "sustained", f"{first:.1f} tokens/s at first, {end}"
     if session["energy"]:
         yield "energy", f"{session['energy']['joules_per_token'] * 1000:.1f} mJ a token"
     for what, why in session["not_measured"].items():

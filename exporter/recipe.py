@@ -177,13 +177,16 @@ def parse_profile(raw: Mapping[str, Any], subject: str, overrides: Sequence[str]
 
 
 def _check_profile(profile: Profile, subject: str) -> None:
-    positive = {
+    positive: dict[str, Sequence[float]] = {
         "decode_steps": [profile.decode_steps],
         "max_repeats": [profile.max_repeats],
         "precision": [profile.precision],
         "prompt_lengths": profile.prompt_lengths,
     }
-    counts = {"depths": profile.depths, "sustained_seconds": [profile.sustained_seconds]}
+    counts: dict[str, Sequence[float]] = {
+        "depths": profile.depths,
+        "sustained_seconds": [profile.sustained_seconds],
+    }
     for least, numbers in ((1e-9, positive), (0, counts)):
         for name, values in numbers.items():
             for value in values:
