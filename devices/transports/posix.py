@@ -34,42 +34,49 @@ def memory(run: Run, subject: object) -> Memory:
 def free_space(run: Run, subject: object, folder: str) -> int:
     """Bytes that can be written below `folder`, or where it will be made."""
     script = 'd=$1; while [ ! -d "$d" ]; do d=$(dirname "$d"); done; df -k -P "$d"'
-    text = run(["sh", "-c", script, "mobilellm", folder], _SHORT).check(subject).text
-    numbers = re.findall(r"\s(\d+)\s+(\d+)\s+(\d+)\s+\d+%", text)
+    told = run(["sh", "-c", script, "mobilellm", folder], _SHORT).check(subject).text
+    return _free_bytes(told, subject, folder)
+
+
+def _free_bytes(told: str, subject: object, folder: str) -> int:
+    numbers = re.findall(r"\s(\d+)\s+(\d+)\s+(\d+)\s+\d+%", told)
     if not numbers:
         raise DeviceError(subject, f"df says nothing of {folder} that can be read")
     return int(numbers[-1][2]) * 1024
 
 
-def remote_sha256(run: Run, path: str, size: int) -> str | None:
-    """The hash of a file on the device; None where there is no such file."""
-    done = run(["sha256sum", path], transfer_timeout(size))
-    # Before a name with unusual characters sha256sum writes a backslash.
-    found = re.match(r"\\?([0-9a-f]{64})\s", done.text)
-    return found[1] if done.code == 0 and found else None
+#: A line of sha256sum: before a name with unusual characters it has a backslash.
+_HASH = re.compile(r"\\?([0-9a-f]{64})\s")
+
+
+#: Before a copy: the hash of what is there ($2), and the room in its folder ($1), which is made.
+_BEFORE = 'sha256sum "$2" 2>/dev/null; mkdir -p "$1" && df -k -P "$1"'
+#: After it: $1 the copy, $2 its place, $3 its mode, $4 what its hash must be.
+_AFTER = r"""
+found=$(sha256sum "$1") || exit 1
+found=${found#\\}
+[ "${found%% *}" = "$4" ] || { echo "it arrived with sha256 $found" >&2; exit 1; }
+chmod "$3" "$1" && mv -f "$1" "$2"
+"""
 
 
 def push(run: Run, copy: Copy, subject: object, local: Path, remote: str) -> bool:
     """Copy a file with `copy` unless the same is there. Executable files stay executable."""
     size, wanted = local.stat().st_size, sha256(local)
-    if remote_sha256(run, remote, size) == wanted:
+    folder, part = str(PurePosixPath(remote).parent), f"{remote}.part"
+    before = ["sh", "-c", _BEFORE, "mobilellm", folder, remote]
+    told = run(before, transfer_timeout(size)).check(f"{subject}: {folder}").text
+    if _HASH.match(told) and wanted in told.splitlines()[0]:
         return False
-    folder = str(PurePosixPath(remote).parent)
-    run(["mkdir", "-p", folder], _SHORT).check(subject)
-    free = free_space(run, subject, folder)
+    free = _free_bytes(told, subject, folder)
     if free < size:
         problem = f"{folder} has {free / 1e6:,.1f} MB free and {local.name} has {size / 1e6:,.1f}"
         raise DeviceError(subject, problem, "Make room on the device")
-    part = f"{remote}.part"
+    mode = "755" if local.stat().st_mode & 0o100 else "644"
     try:
         copy(local, part)
-        found = remote_sha256(run, part, size)
-        if found != wanted:
-            problem = f"{local.name} arrived with sha256 {(found or 'none')[:12]}…, not what it is"
-            raise DeviceError(subject, problem, "Check the connection and the storage")
-        mode = "755" if local.stat().st_mode & 0o100 else "644"
-        run(["chmod", mode, part], _SHORT).check(subject)
-        run(["mv", "-f", part, remote], _SHORT).check(subject)
+        after = ["sh", "-c", _AFTER, "mobilellm", part, remote, mode, wanted]
+        run(after, transfer_timeout(size)).check(f"{subject}: {local.name}")
     except DeviceError:
         with suppress(DeviceError):  # the first error is the one to tell
             run(["rm", "-f", part], _SHORT)
@@ -79,13 +86,14 @@ def push(run: Run, copy: Copy, subject: object, local: Path, remote: str) -> boo
 
 def pull(run: Run, subject: object, remote: str, local: Path) -> None:
     """Copy a file from the device; its sha256 there and here must agree."""
-    probe = run(["sh", "-c", 'wc -c < "$1"', "mobilellm", remote], _SHORT).check(subject)
-    size = int(probe.text)
-    wanted = remote_sha256(run, remote, size)
-    content = run(["cat", remote], transfer_timeout(size)).check(subject).stdout
+    script = 'wc -c < "$1" && sha256sum "$1"'
+    told = run(["sh", "-c", script, "mobilellm", remote], _SHORT).check(subject).text
+    size, _, line = told.partition("\n")
+    found = _HASH.match(line)
+    content = run(["cat", remote], transfer_timeout(int(size))).check(subject).stdout
     local.parent.mkdir(parents=True, exist_ok=True)
     local.write_bytes(content)
-    if sha256(local) != wanted:
+    if found is None or sha256(local) != found[1]:
         local.unlink()
         raise DeviceError(subject, f"{remote} changed on its way", "Check the connection")
 

@@ -1,13 +1,16 @@
 """Linux devices, through the ssh client: ``ssh:USER@HOST[:PORT]``, or an alias of your ssh config.
 
 Your own configuration holds (keys, jump hosts); ``MOBILELLM_SSH_CONFIG`` names another file.
-Nothing is asked: a host key must be known and a key or agent must open the door.
+Nothing is asked: a host key must be known and a key or agent must open the door. One connection
+carries all commands, and ends a minute after the last.
 """
 
+import hashlib
 import os
 import re
 import shlex
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +25,8 @@ _OPTIONS = {
     "ConnectTimeout": "20",
     "ServerAliveInterval": "5",
     "ServerAliveCountMax": "6",
+    "ControlMaster": "auto",
+    "ControlPersist": "60",
 }
 
 
@@ -84,11 +89,22 @@ def _client(device: Device, command: Sequence[str]) -> list[str]:
     assert parts is not None, device
     user, host, port = parts.groups()
     options = [f"-o{key}={value}" for key, value in _OPTIONS.items()]
-    if config := os.environ.get("MOBILELLM_SSH_CONFIG"):
-        options += ["-F", config]
+    config = os.environ.get("MOBILELLM_SSH_CONFIG")
+    options += ["-F", config] if config else []
+    options += [f"-oControlPath={_socket_folder(config)}/%C"]
     options += ["-l", user] if user else []
     options += ["-p", port] if port else []
     return ["ssh", "-T", *options, "--", host, shlex.join(command)]
+
+
+def _socket_folder(config: str | None) -> Path:
+    """For this user alone, and for each configuration apart; short, as a socket's path must be."""
+    name = hashlib.sha256((config or "").encode()).hexdigest()[:8]
+    folder = Path(tempfile.gettempdir()) / f"mobilellm-ssh-{os.getuid()}-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.is_symlink():
+        raise UnreachableError(folder, "belongs to another user", "Set TMPDIR to a folder of yours")
+    return folder
 
 
 def _runner(device: Device) -> posix.Run:

@@ -17,18 +17,20 @@ from typing import IO
 
 from devices.errors import CommandFailedError, DeviceLostError, DeviceTimeoutError, UnreachableError
 
-#: $1 the marker, $2 the limit in seconds, then the command. Data comes as arguments only.
+#: $1 the marker, $2 the limit in seconds, then the command. Data comes as arguments only. Signals
+#: that a lost connection sends must not end the script before it has cleaned up.
 _SUPERVISOR = r"""
-trap '' HUP
 marker=$1 limit=$2
 shift 2
 exec 3<&0
+printf '\n%s begin 0\n' "$marker" >&2
 "$@" </dev/null 3<&- &
 pid=$!
+trap '' HUP PIPE
 printf '\n%s pid %s\n' "$marker" "$pid" >&2
 ( read -r _ <&3; kill -KILL "-$pid" "$pid" ) >/dev/null 2>&1 &
 reader=$!
-( sleep "$limit" & sleeper=$!; trap 'kill $sleeper; exit' TERM; wait $sleeper
+( trap 'kill $sleeper; exit' TERM; sleep "$limit" & sleeper=$!; wait $sleeper
   kill -KILL "-$pid" "$pid" ) 3<&- >/dev/null 2>&1 &
 watch=$!
 wait "$pid"
@@ -114,7 +116,7 @@ def supervise(
     if output.code is None:
         said = output.stderr.decode("utf-8", "replace").strip().splitlines()
         reason = said[-1] if said else f"the client ended with code {client.returncode}"
-        if output.pid is None:
+        if not output.began:
             raise UnreachableError(subject, f"cannot be reached ({reason})", "Is it connected?")
         problem = f"the connection ended while {argv[0]} was running ({reason})"
         raise DeviceLostError(subject, problem, "Nothing of this run counts; connect it again")
@@ -141,9 +143,10 @@ class _Output:
     ) -> None:
         self.code: int | None = None
         self.pid: str | None = None
+        self.began = False
         self.stdout, self.stderr = b"", b""
         self._on_line = on_line
-        self._marker = re.compile(rb"\n?%s (pid|end) (\d+)\r?\n" % marker.encode())
+        self._marker = re.compile(rb"\n?%s (begin|pid|end) (\d+)\r?\n" % marker.encode())
         assert client.stdout is not None and client.stderr is not None
         self._threads = [
             threading.Thread(target=self._read_stdout, args=(client.stdout,), daemon=True),
@@ -172,9 +175,10 @@ class _Output:
         while block := stream.read1(1 << 16):  # type: ignore[attr-defined]  # of BufferedReader
             collected += block
             for match in self._marker.finditer(collected):
+                self.began = True
                 if match[1] == b"pid":
                     self.pid = match[2].decode()
-                else:
+                elif match[1] == b"end":
                     self.code = int(match[2])
             collected = self._marker.sub(b"", collected)
             self.stderr = collected
