@@ -59,7 +59,7 @@ def profile(path: Path, request: Request, progress: Progress) -> Profiled:
     settings = _settings(bundle, request)
     try:
         devices = [parse_device(text) for text in dict.fromkeys(request.devices)]
-        jobs = [_job(bundle, finished, request) for finished in _chosen(bundle, request.targets)]
+        jobs = [job(bundle, finished, request) for finished in _chosen(bundle, request.targets)]
         baseline = None
         if request.baseline is not None:
             baseline = read_json(request.baseline)
@@ -98,7 +98,8 @@ def _chosen(bundle: Bundle, targets: Sequence[str]) -> list[FinishedArtifact]:
     return [f for name, f in bundle.artifacts.items() if not targets or name in targets]
 
 
-def _job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
+def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
+    """One artifact of a bundle for a session. Raises InputError where a file is damaged."""
     artifact, waist = finished.artifact, bundle.waist
     problems = differing_files(artifact.path, finished.manifest["files"])
     if problems:

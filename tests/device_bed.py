@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,21 +257,26 @@ def arm64(testbed: Path) -> Path:
     return testbed / "arm64"
 
 
-def inside(root: Path, cpu: str, command: Sequence[str], **environment: str) -> list[str]:
-    """A command in the arm64 machine with this processor. `max` is never used: qemu 7.2 then gives
-    wrong results for int8."""
+def inside(
+    root: Path, cpu: str, cpuinfo: str, command: Sequence[str], **environment: str
+) -> list[str]:
+    """A command in the arm64 machine with this processor, which tells `cpuinfo` of itself. The
+    processor `max` is never used: qemu 7.2 then gives wrong results for int8."""
     variables = {"QEMU_CPU": cpu, "LD_PRELOAD": "/loopback.so", "HOME": "/root", **environment}
-    cpuinfo = HERE / ("cpuinfo_a53" if cpu == "cortex-a53" else "cpuinfo_a76")
     enter = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, "enter"]
     assigned = [f"{name}={value}" for name, value in variables.items()]
     path = "PATH=/usr/local/bin:/usr/bin:/usr/sbin"
-    return [*enter, str(root), str(cpuinfo), "/usr/bin/env", "-i", path, *assigned, *command]
+    return [*enter, str(root), str(HERE / cpuinfo), "/usr/bin/env", "-i", path, *assigned, *command]
 
 
 @contextmanager
-def arm64_adbd(root: Path, cpu: str = "cortex-a76") -> Iterator[Daemon]:
+def arm64_adbd(
+    root: Path, cpu: str = "cortex-a76", cpuinfo: str = "cpuinfo_a76"
+) -> Iterator[Daemon]:
     port = free_port()
-    command = inside(root, cpu, ["/usr/lib/android-sdk/platform-tools/adbd"], ADBD_PORT=str(port))
+    command = inside(
+        root, cpu, cpuinfo, ["/usr/lib/android-sdk/platform-tools/adbd"], ADBD_PORT=str(port)
+    )
     with started(command) as process, connected_adb(process, port) as daemon:
         yield daemon
 
@@ -286,7 +291,9 @@ def arm64_sshd(root: Path, keys: Keys) -> Iterator[Daemon]:
     (root / "etc" / "ssh" / "sshd_test").write_text(config)
     os.chown(root / "root", 0, 0)
     with started(
-        inside(root, "cortex-a76", ["/usr/sbin/sshd", "-D", "-f", "/etc/ssh/sshd_test"])
+        inside(
+            root, "cortex-a76", "cpuinfo_a76", ["/usr/sbin/sshd", "-D", "-f", "/etc/ssh/sshd_test"]
+        )
     ) as process:
         wait_for_port(port)
         daemon = Daemon(parse_device(f"ssh:root@127.0.0.1:{port}"), process, port)
@@ -296,18 +303,30 @@ def arm64_sshd(root: Path, keys: Keys) -> Iterator[Daemon]:
 
 # ---- What is measured ----
 
-MakeBundle = Callable[..., Bundle]
+
+def demo_bundle(out: Path, *overrides: str) -> Bundle:
+    """The demo bundle with a .pte that the native runner runs, and a short profile."""
+    recipe = load_recipe("mobilellm-r1-nano-int4", [
+        "targets.0.attention=portable", "targets.0.max_context=256", "targets.1.max_context=256",
+        "profile.sustained_seconds=1", "profile.prompt_lengths=[8,32]", "profile.depths=[0,64]",
+        "profile.decode_steps=4", "profile.max_repeats=7", *overrides,
+    ])  # fmt: skip
+    recipe = with_targets(recipe, ["executorch", "onnx"])
+    result = export(recipe, open_checkpoint(NANO), out, no_progress)
+    assert result.bundle is not None, [check for check in result.checks if not check.passed]
+    return result.bundle
 
 
 @pytest.fixture(scope="session")
 def portable_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The demo bundle with a .pte that the native runner runs. Read it only."""
-    overrides = ["targets.0.attention=portable", "targets.0.max_context=256",
-                 "targets.1.max_context=256", "profile.sustained_seconds=1",
-                 "profile.prompt_lengths=[8,32]", "profile.depths=[0,64]",
-                 "profile.decode_steps=4", "profile.max_repeats=7"]  # fmt: skip
-    recipe = with_targets(load_recipe("mobilellm-r1-nano-int4", overrides), ["executorch", "onnx"])
-    out = tmp_path_factory.mktemp("portable") / "nano"
-    result = export(recipe, open_checkpoint(NANO), out, no_progress)
-    assert result.bundle is not None, [check for check in result.checks if not check.passed]
-    return result.bundle
+    """Read it only."""
+    return demo_bundle(tmp_path_factory.mktemp("portable") / "nano")
+
+
+@pytest.fixture(scope="session")
+def exact_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Without the rounding of activations, which turns the last bit of a float into a step."""
+    return demo_bundle(
+        tmp_path_factory.mktemp("exact") / "nano",
+        "quantization.linear=float", "quantization.embedding=float",
+    )  # fmt: skip
