@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import re
+import subprocess
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -52,12 +53,18 @@ _ONNX_KERNELS = (
 )  # fmt: skip
 
 
+#: What readers raise on a file that is something else; ExecuTorch's runs flatc on it.
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, subprocess.SubprocessError,
+)  # fmt: skip
+
+
 def read_trace(format: str, path: Path) -> list[Operator]:  # noqa: A002  # as in `Model`
     """The operators of a trace, the most expensive first. Raises DeviceError."""
     readers = {"executorch": _read_etdump, "onnx": _read_onnx, "coreml": _read_coreml}
     try:
         leaves = list(readers[format](path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise DeviceError(path.name, f"is no trace of {format} ({error})") from error
     if not leaves:
         raise DeviceError(path.name, "holds no operator")
