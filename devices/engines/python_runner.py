@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol
 
 BAD_USAGE, CANNOT_LOAD, FAILED = 2, 3, 4
-FILL_CHUNK = 512
+#: Longer prompts are read in pieces, so that what a runtime needs for one stays bounded.
+DEFAULT_CHUNK = 128
 
 
 def fail(code: int, reason: str) -> NoReturn:
@@ -266,6 +267,14 @@ class Model:
         self.logits = logits
         return token, 1000 * (time.perf_counter() - started)
 
+    def read(self, tokens: list[int], start: int, chunk: int) -> tuple[int, float]:
+        """The same in pieces of at most `chunk` tokens."""
+        token, total = 0, 0.0
+        for done in range(0, len(tokens), chunk):
+            token, took = self.step(tokens[done : done + chunk], start + done)
+            total += took
+        return token, total
+
 
 def read_tokens(path: str, vocab_size: int | None) -> list[int]:
     try:
@@ -282,14 +291,15 @@ def text_of(tokens: list[int], count: int) -> list[int]:
     return [tokens[i % len(tokens)] for i in range(count)]
 
 
-def measure_decode(model: "Model", tokens: list[int], depths: list[int], steps: int) -> None:
+def measure_decode(
+    model: "Model", tokens: list[int], depths: list[int], steps: int, chunk: int
+) -> None:
     filled = 0
     for depth in sorted(depths):
         text = text_of(tokens, depth + 1)
-        while filled < depth:
-            count = min(FILL_CHUNK, depth - filled)
-            model.step(text[filled : filled + count], filled)
-            filled += count
+        if filled < depth:
+            model.read(text[filled:depth], filled, chunk)
+        filled = depth
         token, ms = text[depth], list[float]()
         for i in range(steps):
             token, took = model.step([token], depth + i)
@@ -342,6 +352,7 @@ def main() -> None:
     parser.add_argument("--depths", type=numbers, default=[])
     for name, default in (("threads", 1), ("warmup", 0), ("steps", 32), ("sustained", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--chunk", type=int, default=DEFAULT_CHUNK)
     parser.add_argument("--generate", type=int, default=0)
     parser.add_argument("--prompt-length", type=int, default=0)
     parser.add_argument("--logits", default="")
@@ -365,9 +376,9 @@ def main() -> None:
     if args.warmup:
         print_phase("warmup", [model.step(tokens[:1], 0)[1] for _ in range(args.warmup)])
     for length in args.prompts:
-        _, took = model.step(text_of(tokens, length), 0)
+        _, took = model.read(text_of(tokens, length), 0, args.chunk)
         print_phase("prefill", [took], tokens=length)
-    measure_decode(model, tokens, args.depths, args.steps)
+    measure_decode(model, tokens, args.depths, args.steps, args.chunk)
     if args.sustained:
         measure_sustained(model, tokens, args.sustained)
     if args.generate:

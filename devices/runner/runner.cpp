@@ -11,6 +11,8 @@
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cinttypes>
@@ -39,8 +41,8 @@ using executorch::runtime::Error;
 namespace {
 
 constexpr int kBadUsage = 2, kCannotLoad = 3, kFailed = 4;
-// Longer prompts are read in pieces where only their place in the cache matters.
-constexpr int64_t kFillChunk = 512;
+// Longer prompts are read in pieces, so that what a delegate needs for one stays bounded.
+constexpr int64_t kDefaultChunk = 128;
 
 [[noreturn]] void fail(int code, const std::string& reason) {
   std::fprintf(stderr, "mobilellm_runner: %s\n", reason.c_str());
@@ -56,7 +58,7 @@ class Options {
  public:
   Options(int argc, char** argv) {
     static const char* known[] = {
-        "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "sustained",
+        "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
         "generate", "prompt-length", "logits", "trace", "load"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
@@ -148,16 +150,43 @@ void print_phase(const char* name, const std::string& keys, const std::vector<do
 
 // ---- The model. ----
 
+// What the program's memory plan asks for. Module would fill it with zeros and so touch all of it;
+// here a page costs nothing until a step writes to it, such as the cache's far end.
+class PlannedMemory {
+ public:
+  explicit PlannedMemory(const executorch::runtime::MethodMeta& meta) {
+    for (size_t i = 0; i < meta.num_memory_planned_buffers(); ++i) {
+      const size_t size = std::max<int64_t>(1, meta.memory_planned_buffer_size(i).get());
+      void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (pages == MAP_FAILED) fail(kCannotLoad, "no memory for the program's plan");
+      buffers_.emplace_back(static_cast<uint8_t*>(pages), size);
+    }
+    allocator_ = std::make_unique<executorch::runtime::HierarchicalAllocator>(
+        executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(
+            buffers_.data(), buffers_.size()));
+  }
+  PlannedMemory(const PlannedMemory&) = delete;
+  ~PlannedMemory() {
+    for (auto& buffer : buffers_) munmap(buffer.data(), buffer.size());
+  }
+
+  executorch::runtime::HierarchicalAllocator* allocator() { return allocator_.get(); }
+
+ private:
+  std::vector<executorch::runtime::Span<uint8_t>> buffers_;
+  std::unique_ptr<executorch::runtime::HierarchicalAllocator> allocator_;
+};
+
 class Model {
  public:
   Model(const std::string& path, Module::LoadMode mode,
         std::unique_ptr<executorch::runtime::EventTracer> tracer)
       : module_(path, mode, std::move(tracer)) {
-    const Error error = module_.load_method("forward");
-    if (error != Error::Ok) {
-      fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
-               std::to_string(static_cast<int>(error)));
-    }
+    check(module_.load(), path);
+    auto meta = module_.method_meta("forward");
+    check(meta.error(), path);
+    memory_ = std::make_unique<PlannedMemory>(meta.get());
+    check(module_.load_method("forward", memory_->allocator()), path);
     context_ = constant("get_max_context_len");
     vocab_ = constant("get_vocab_size");
   }
@@ -182,15 +211,32 @@ class Model {
     return std::max_element(logits_, logits_ + vocab_) - logits_;
   }
 
+  // The same in pieces of at most `chunk` tokens.
+  int64_t read(const int64_t* tokens, int64_t count, int64_t start, int64_t chunk) {
+    int64_t token = 0;
+    for (int64_t done = 0; done < count; done += chunk) {
+      token = step(tokens + done, std::min(chunk, count - done), start + done);
+    }
+    return token;
+  }
+
   const float* logits() const { return logits_; }
 
  private:
+  static void check(Error error, const std::string& path) {
+    if (error == Error::Ok) return;
+    fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
+             std::to_string(static_cast<int>(error)));
+  }
+
   int64_t constant(const std::string& method) {
     auto value = module_.execute(method);
     if (!value.ok()) fail(kCannotLoad, "the program has no " + method);
     return value->at(0).toInt();
   }
 
+  // Released after the module that uses it.
+  std::unique_ptr<PlannedMemory> memory_;
   Module module_;
   int64_t context_ = 0, vocab_ = 0;
   const float* logits_ = nullptr;
@@ -219,26 +265,24 @@ std::vector<int64_t> text_of(const std::vector<int64_t>& tokens, int64_t count) 
   return text;
 }
 
-void measure_prefill(Model& model, const std::vector<int64_t>& tokens, int64_t length) {
+void measure_prefill(Model& model, const std::vector<int64_t>& tokens, int64_t length,
+                     int64_t chunk) {
   const auto text = text_of(tokens, length);
   const double started = now_ms();
-  model.step(text.data(), length, 0);
+  model.read(text.data(), length, 0, chunk);
   const double took = now_ms() - started;
   print_phase("prefill", "\"tokens\":" + std::to_string(length) + ",", {took});
 }
 
 // Fills the cache up to each depth, in ascending order, and times every step from there.
 void measure_decode(Model& model, const std::vector<int64_t>& tokens,
-                    std::vector<int64_t> depths, int64_t steps) {
+                    std::vector<int64_t> depths, int64_t steps, int64_t chunk) {
   std::sort(depths.begin(), depths.end());
   int64_t filled = 0;
   for (const int64_t depth : depths) {
     const auto text = text_of(tokens, depth + 1);
-    while (filled < depth) {
-      const int64_t count = std::min(kFillChunk, depth - filled);
-      model.step(text.data() + filled, count, filled);
-      filled += count;
-    }
+    if (filled < depth) model.read(text.data() + filled, depth - filled, filled, chunk);
+    filled = depth;
     std::vector<double> ms;
     int64_t token = text[depth];
     for (int64_t i = 0; i < steps; ++i) {
@@ -331,8 +375,11 @@ int main(int argc, char** argv) {
     }
     print_phase("warmup", "", ms);
   }
-  for (const int64_t length : options.numbers("prompts")) measure_prefill(model, tokens, length);
-  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32));
+  const int64_t chunk = std::max<int64_t>(1, options.number("chunk", kDefaultChunk));
+  for (const int64_t length : options.numbers("prompts")) {
+    measure_prefill(model, tokens, length, chunk);
+  }
+  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk);
   if (const int64_t seconds = options.number("sustained", 0)) {
     measure_sustained(model, tokens, static_cast<double>(seconds));
   }

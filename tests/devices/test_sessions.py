@@ -1,4 +1,4 @@
-"""Whole sessions on this machine and on real adbd and sshd: every figure of the schema, devices that
+"""Whole sessions on this machine, real adbd and real sshd: every figure of the schema, devices that
 fail beside devices that do not, and sessions that go on where they were stopped."""
 
 import json
@@ -221,7 +221,7 @@ def test_a_program_for_the_official_runner_is_measured_here_with_the_whole_wheel
     assert outcome.code == 0, outcome.err
     (session,) = outcome.json["sessions"]
     assert session["engine"]["name"] == "executorch-python"
-    assert any(row["name"].startswith("custom_sdpa") for row in session["operators"])
+    assert session["operators"] and session["undelegated"] == []
 
 
 def test_where_nothing_can_run_the_reason_and_the_remedy_are_told(
@@ -239,8 +239,9 @@ import sys
 options = dict(word[2:].split("=", 1) for word in sys.argv[1:])
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 runner = TextLLMRunner(options["model_path"], options["tokenizer_path"])
-config = GenerationConfig(echo=False, temperature=0.0, ignore_eos=True,
-                          max_new_tokens=int(options["max_new_tokens"]))
+config = GenerationConfig(
+    echo=False, temperature=0.0, max_new_tokens=int(options["max_new_tokens"])
+)
 runner.generate(options["prompt"], config, None,
                 lambda stats: print("PyTorchObserver", stats.to_json_string()))
 """
