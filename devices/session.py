@@ -168,19 +168,21 @@ def run_plan(one: Measured, reach: ModuleType, plan: Plan) -> tuple[list[Record]
     records: list[Record] = []
     for command in one.engine.commands(plan):
         done = reach.run(one.device, [*wrapper, *command], one.settings.timeout)
-        seen = _probe_line(done.stderr)
+        seen, stderr = _probe_line(done.stderr)
         probe = seen if seen.get("peak_rss", 0) >= probe.get("peak_rss", 0) else probe
-        records += one.engine.records(replace(done, argv=tuple(command)))
+        records += one.engine.records(replace(done, argv=tuple(command), stderr=stderr))
     return records, probe
 
 
-def _probe_line(stderr: bytes) -> Record:
-    for line in reversed(stderr.decode("utf-8", "replace").splitlines()):
-        if line.startswith('{"probe":'):
+def _probe_line(stderr: bytes) -> tuple[Record, bytes]:
+    """What the probe saw, and what the command itself said."""
+    lines = stderr.splitlines(keepends=True)
+    for index, line in enumerate(lines):
+        if line.startswith(b'{"probe":'):
             with contextlib.suppress(json.JSONDecodeError):  # cut off: then it was not seen
-                seen = json.loads(line)["probe"]
-                return dict(seen)
-    return {}
+                seen = dict(json.loads(line)["probe"])
+                return seen, b"".join(lines[:index] + lines[index + 1 :])
+    return {}, stderr
 
 
 def _sure(one: Measured) -> bool:

@@ -237,12 +237,14 @@ def test_where_nothing_can_run_the_reason_and_the_remedy_are_told(
 LLAMA_MAIN = """#!{python}
 import sys
 options = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+import executorch.kernels.quantized
+from executorch.extension.llm.custom_ops import custom_ops
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 runner = TextLLMRunner(options["model_path"], options["tokenizer_path"])
 config = GenerationConfig(
     echo=False, temperature=0.0, max_new_tokens=int(options["max_new_tokens"])
 )
-runner.generate(options["prompt"], config, None,
+runner.generate(options["prompt"], config, lambda token: None,
                 lambda stats: print("PyTorchObserver", stats.to_json_string()))
 """
 
