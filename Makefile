@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NANO := examples/mobilellm-r1-nano
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test testbed lint clean
 
 quickstart: $(VENV)/.executorch,onnx,coreml  ## The demo checkpoint to a verified .pte that answers a question
 	$(BIN)/mobilellm export mobilellm-r1-nano-int4 --checkpoint $(NANO) -o build/nano
@@ -13,9 +13,12 @@ quickstart: $(VENV)/.executorch,onnx,coreml  ## The demo checkpoint to a verifie
 test: $(VENV)/.dev  ## All tests, on two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+testbed: $(VENV)/.dev  ## Devices for the tests: adbd, and an arm64 Debian in qemu (Debian, root)
+	PYTHON=$(abspath $(BIN))/python tests/devices/testbed.sh
+
 lint: $(VENV)/.dev  ## Format, lint and static types
-	$(BIN)/ruff format --check exporter tests examples
-	$(BIN)/ruff check exporter tests examples
+	$(BIN)/ruff format --check devices exporter tests examples
+	$(BIN)/ruff check devices exporter tests examples
 	$(BIN)/mypy
 
 clean:

@@ -60,6 +60,10 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     sub.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="model folder, hub id, or anyone's .mlpackage"
     )
+    sub.add_argument(
+        "--device", metavar="NAME",
+        help="also predict the speed on a device that mobilellm devices knows, as pixel-8",
+    )  # fmt: skip
 
     sub = command(
         "quantize", "Quantize a checkpoint: integers and scales in one folder",
@@ -127,6 +131,14 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     sub.add_argument("--raw", action="store_true", help="give the prompt without chat template")
     sub.add_argument("--system", metavar="TEXT", help="a system message for the chat template")
 
+    _profile_arguments(
+        command(
+            "profile",
+            "Measure load, time to first token, prefill, decode, memory and operators on devices",
+            "mobilellm profile build/nano --device adb:SERIAL --device host -o build/nano.json",
+        )
+    )
+    command("devices", "List the devices that are connected and known", "mobilellm devices")
     command("recipes", "List the recipes that come with the tool", "mobilellm recipes")
     command("doctor", "Show what is missing on this machine", "mobilellm doctor")
     return parser
@@ -171,6 +183,38 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
         task, "--generations", 0,
         "compare the answers to the first N problems with those of --reference",
     )  # fmt: skip
+
+
+def _profile_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("bundle", metavar="BUNDLE", type=Path, help="from mobilellm export")
+    sub.add_argument(
+        "overrides", metavar="key=value", nargs="*",
+        help="of the recipe's profile section, as depths=[0,512] or sustained_seconds=60",
+    )  # fmt: skip
+    sub.add_argument(
+        "--device", action="append", required=True, metavar="DEVICE",
+        help="host, mac, adb:SERIAL or ssh:USER@HOST[:PORT]; several are measured at the same time",
+    )  # fmt: skip
+    sub.add_argument(
+        "--target", action="append", default=[], metavar="NAME",
+        help="only this artifact of the bundle; may be given again",
+    )  # fmt: skip
+    sub.add_argument(
+        "--runner", type=Path, metavar="FILE",
+        help="your own llama_main, executor_runner or onnxruntime_perf_test for the device",
+    )  # fmt: skip
+    sub.add_argument("--threads", type=int, default=0, metavar="N", help="default: what fits it")
+    sub.add_argument(
+        "--timeout", type=float, default=1800.0, metavar="S", help="of one run; default 1800 s"
+    )
+    sub.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help="write the report as JSON; a stopped session goes on where it was",
+    )  # fmt: skip
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="draw it, as .png, .svg or .pdf")
+    sub.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="an earlier report to compare with"
+    )
 
 
 def _recipe_arguments(sub: argparse.ArgumentParser) -> None:

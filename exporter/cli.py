@@ -56,7 +56,8 @@ def inspect(args: argparse.Namespace) -> int:
         return _inspect_package(args)
     checkpoint = open_checkpoint(args.checkpoint)
     fitting = _recipes_for(checkpoint.path.name)
-    forecasts = [f for recipe in fitting for f in pipeline.forecast(recipe, checkpoint)]
+    device = pipeline.catalogue_device(args.device) if args.device else None
+    forecasts = [f for recipe in fitting for f in pipeline.forecast(recipe, checkpoint, device)]
     config = checkpoint.config
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
     if args.json:
@@ -81,7 +82,9 @@ def inspect(args: argparse.Namespace) -> int:
         "context": f"{config.max_position_embeddings:,} tokens",
     }
     display.print_facts(str(checkpoint.path), facts)
-    table = display.table("recipe", "target", "file", "KV cache", "memory", title="Predicted")
+    speeds = (f"decode tokens/s on {device.name}, empty to full cache",) if device else ()
+    columns = "recipe", "target", "file", "KV cache", "memory", *speeds
+    table = display.table(*columns, title="Predicted")
     for column in table.columns[2:]:
         column.justify = "right"
     for forecast in forecasts:
@@ -92,6 +95,7 @@ def inspect(args: argparse.Namespace) -> int:
             forecast.recipe,
             forecast.target,
             *map(display.megabytes, (sizes.file, sizes.kv_cache, sizes.memory)),
+            *([" to ".join(f"{s.decode:.0f}" for s in forecast.speeds)] if device else []),
         )
     display.wide.print(table)
     impossible = [forecast for forecast in forecasts if forecast.prediction is None]
@@ -301,6 +305,33 @@ def generate(args: argparse.Namespace) -> int:
     return FINE
 
 
+def profile(args: argparse.Namespace) -> int:
+    from exporter import display_profile, profiling
+
+    if args.plot:
+        display_profile.check_plot(args.plot)
+    request = profiling.Request(
+        args.device, args.target, args.overrides, args.runner, args.threads, args.timeout,
+        args.output, args.baseline,
+    )  # fmt: skip
+    with display.progress() as progress:
+        result = profiling.profile(args.bundle, request, progress)
+    if args.plot:
+        display_profile.plot(result.report, args.plot)
+    if args.json:
+        comparisons = [asdict(row) for row in result.comparisons]
+        display.print_json({**result.report, "comparisons": comparisons})
+    else:
+        display_profile.print_report(result.report, result.comparisons)
+    return FINE if result.passed else CHECK_FAILED
+
+
+def devices(args: argparse.Namespace) -> int:
+    from exporter import display_profile
+
+    return display_profile.print_devices(args.json)
+
+
 def recipes(args: argparse.Namespace) -> int:
     found = _all_recipes()
     if args.json:
@@ -346,7 +377,12 @@ def _recipes_for(model: str) -> list[Any]:
 
 
 #: Every subcommand, in the order of the help.
+# fmt: off
 COMMANDS = {
     function.__name__: function
-    for function in (inspect, quantize, lower, export, verify, evaluate, generate, recipes, doctor)
+    for function in (
+        inspect, quantize, lower, export, verify, evaluate, generate, profile, devices, recipes,
+        doctor,
+    )
 }
+# fmt: on

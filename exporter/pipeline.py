@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from devices.catalogue import KnownDevice, known_device
+from devices.errors import DeviceError
+from devices.prediction import Speed, predict_on
 from exporter.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.artifact import (
     FinishedArtifact,
@@ -59,7 +62,7 @@ from exporter.quantization.waist import (
 )
 from exporter.quantization.waist import MANIFEST as WAIST_MANIFEST
 from exporter.recipe import TARGETS, Recipe, Target, check_context
-from exporter.sizes import Prediction, predict
+from exporter.sizes import Prediction, predict, workload
 from exporter.verification import (
     Check,
     Text,
@@ -414,6 +417,8 @@ class Forecast:
     target: str
     prediction: Prediction | None
     problem: str = ""
+    #: On a device of the catalogue: at an empty cache, and at a full one.
+    speeds: tuple[Speed, ...] = ()
 
 
 def inspect_package(path: Path) -> Any:
@@ -424,9 +429,19 @@ def inspect_package(path: Path) -> Any:
     return inspect_package(path)
 
 
-def forecast(recipe: Recipe, checkpoint: Checkpoint) -> list[Forecast]:
-    """The predicted sizes for every target of a recipe; needs no toolkit. A budget is taken to be
-    used up."""
+def catalogue_device(key: str) -> KnownDevice:
+    """A device that `mobilellm devices` knows. Raises InputError."""
+    try:
+        return known_device(key)
+    except DeviceError as error:
+        raise InputError(f"--device {key}", error.problem, error.remedy) from error
+
+
+def forecast(
+    recipe: Recipe, checkpoint: Checkpoint, device: KnownDevice | None = None
+) -> list[Forecast]:
+    """The predicted sizes for every target of a recipe, and the speeds on a device; needs no
+    toolkit. A budget is taken to be used up."""
     try:
         schemes = plan(recipe, checkpoint).schemes
     except InputError as error:
@@ -440,7 +455,11 @@ def forecast(recipe: Recipe, checkpoint: Checkpoint) -> list[Forecast]:
             forecasts.append(Forecast(recipe.name, target.target, None, problem))
             continue
         prediction = _within_budget(predict(checkpoint.config, schemes, target), recipe, checkpoint)
-        forecasts.append(Forecast(recipe.name, target.target, prediction))
+        speeds: tuple[Speed, ...] = ()
+        if device is not None:
+            work = workload(checkpoint.config, schemes, target)
+            speeds = tuple(predict_on(work, device, d) for d in (0, target.max_context))
+        forecasts.append(Forecast(recipe.name, target.target, prediction, speeds=speeds))
     return forecasts
 
 

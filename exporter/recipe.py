@@ -165,6 +165,19 @@ TARGETS: dict[str, type[Target]] = {
 
 
 @dataclass(frozen=True)
+class Profile:
+    """What `mobilellm profile` measures: prompts and depths of the cache in tokens, and until when
+    it repeats: each median within `precision` of itself to either side, or `max_repeats`."""
+
+    prompt_lengths: tuple[int, ...] = (64, 512)
+    depths: tuple[int, ...] = (0, 512, 2048)
+    decode_steps: int = 32
+    sustained_seconds: int = 20
+    precision: float = 0.05
+    max_repeats: int = 20
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides an export, apart from the checkpoint's own bytes."""
 
@@ -173,6 +186,7 @@ class Recipe:
     quantization: Quantization = field(default_factory=Quantization)
     calibration: Calibration = field(default_factory=Calibration)
     targets: tuple[Target, ...] = (ExecuTorchTarget(),)
+    profile: Profile = field(default_factory=Profile)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it comes back from JSON."""
@@ -212,6 +226,7 @@ def parse_recipe(raw: Mapping[str, Any], subject: str) -> Recipe:
     recipe: Recipe = _build(Recipe, raw, "", subject)
     recipe.quantization.schemes()
     _check_calibration(recipe.calibration, f"{subject}: calibration")
+    _check_profile(recipe.profile, subject)
     if not recipe.targets:
         raise InputError(f"{subject}: targets", "is empty", f"Name one of {', '.join(TARGETS)}")
     kinds = [target.target for target in recipe.targets]
@@ -269,6 +284,36 @@ def parse_target(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] 
         _override(values, override)
     target: Target = _build_target(values, "", subject)
     return target
+
+
+def parse_profile(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Profile:
+    """The profile section from plain data, with overrides as ``depths=[0,512]``."""
+    values = dict(raw)
+    for override in overrides:
+        _override(values, override)
+    profile: Profile = _build(Profile, values, "", subject)
+    _check_profile(profile, subject)
+    return profile
+
+
+def _check_profile(profile: Profile, subject: str) -> None:
+    positive: dict[str, Sequence[float]] = {
+        "decode_steps": [profile.decode_steps],
+        "max_repeats": [profile.max_repeats],
+        "precision": [profile.precision],
+        "prompt_lengths": profile.prompt_lengths,
+    }
+    counts: dict[str, Sequence[float]] = {
+        "depths": profile.depths,
+        "sustained_seconds": [profile.sustained_seconds],
+    }
+    for least, numbers in ((1e-9, positive), (0, counts)):
+        for name, values in numbers.items():
+            for value in values:
+                if value < least:
+                    raise InputError(f"{subject}: {name}", f"{value} is too small")
+    if not profile.prompt_lengths and not profile.depths:
+        raise InputError(f"{subject}: depths", "is empty, and so is prompt_lengths")
 
 
 def check_context(config: ModelConfig, target: Target) -> None:
@@ -367,6 +412,10 @@ def _value(hint: Any, value: object, key: str, subject: str) -> Any:
         return tuple(_build(Source, v, f"{key}.{i}", subject) for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint == tuple[int, ...]:
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise InputError(where, f"{value!r} is not a list of whole numbers")
+        return tuple(value)
     if is_dataclass(hint):
         return _build(hint, value, key, subject)  # type: ignore[arg-type]  # is a class here
     if origin is Literal:
@@ -380,6 +429,8 @@ def _value(hint: Any, value: object, key: str, subject: str) -> Any:
         ):
             raise InputError(where, f"{value!r} does not map names to texts")
         return dict(value)
+    if hint is float and type(value) is int:
+        value = float(value)
     wanted = get_args(hint) if origin in (Union, types.UnionType) else (hint,)
     if (isinstance(value, bool) and bool not in wanted) or not isinstance(value, wanted):
         names = " or ".join(t.__name__ for t in wanted)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from devices.prediction import Workload
 from exporter.model import ModelConfig
 from exporter.quantization.integers import FLOAT, Scheme
 from exporter.quantization.waist import EMBEDDING, OUTPUT
@@ -47,6 +48,25 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
         )
         return _predict_coreml(config, schemes, one_step)
     return _predict_executorch(config, schemes, target)
+
+
+def workload(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Workload:
+    """What a decode step reads and multiplies: every matrix but a lookup table, and the cache."""
+    shapes = config.parameter_shapes()
+    multiplied = [
+        name
+        for name, shape in shapes.items()
+        if len(shape) == 2 and (name != EMBEDDING or config.tie_word_embeddings)
+    ]
+    sizes = predict(config, schemes, target)
+    heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    return Workload(
+        weight_bytes=sum(_stored_bytes(schemes[name], shapes[name]) for name in multiplied),
+        products=sum(math.prod(shapes[name]) for name in multiplied),
+        cache_bytes=sizes.kv_cache // target.max_context,
+        cache_products=2 * heads,
+        memory=sizes.memory,
+    )
 
 
 def _predict_executorch(

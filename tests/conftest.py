@@ -15,6 +15,8 @@ from exporter.checkpoint import open_checkpoint, parse_config
 from exporter.pipeline import export, no_progress
 from exporter.recipe import load_recipe
 
+pytest_plugins = ["device_bed"]
+
 ROOT = Path(__file__).parent.parent
 NANO = ROOT / "examples" / "mobilellm-r1-nano"
 

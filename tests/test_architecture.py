@@ -26,9 +26,10 @@ LAYERS = (
     {
         "tokenizer", "sequences", "backends", "calibration", "evaluation", "artifact", "bundle",
         "verification", "generation", "speaker", "sizes", "doctor", "gate", "report",
+        "profiling",
     },
     {"pipeline"},
-    {"arguments", "display", "cli"},
+    {"arguments", "display", "display_profile", "cli"},
     {"__main__"},
 )  # fmt: skip
 PART_OF_LAYER = {part: height for height, parts in enumerate(LAYERS) for part in parts}

@@ -16,7 +16,9 @@ from exporter.bundle import Bundle
 
 RECIPE = "mobilellm-r1-nano-int4"
 PROBLEM = "Ada has 12 eggs. Ada sells 5. Then 20 eggs are added. How many eggs does Ada have now?"
-COMMANDS = "inspect quantize lower export verify evaluate generate recipes doctor".split()
+COMMANDS = (
+    "inspect quantize lower export verify evaluate generate profile devices recipes doctor".split()
+)
 CHECK_KEYS = {"check", "target", "subject", "passed", "value", "limit", "note"}
 RESULT_KEYS = {"path", "bytes", "float_weights", "seconds", "peak_rss_bytes"}
 

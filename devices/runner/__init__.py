@@ -1,0 +1,202 @@
+"""The native runner and the memory probe: C++ and C that are built for a device by one command.
+
+    python -m devices.runner build --arch aarch64
+
+Needs Debian's g++ (or g++-aarch64-linux-gnu) and the executorch wheel, whose libraries and headers
+are the whole SDK. For another architecture than this machine's, pip downloads that wheel.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+from devices.errors import BadDeviceError
+from devices.files import cache_folder
+
+RUNNER, PROBE = "mobilellm_runner", "mobilellm_probe"
+#: In the order of the linker: what registers kernels and backends is never left out.
+LIBRARIES = (
+    "executorch",
+    "executorch_threadpool",
+    "executorch_backend_xnnpack",
+    "executorch_kernels_optimized",
+    "executorch_kernels_quantized",
+    "executorch_etdump",
+)
+#: Architecture → the prefix of Debian's compilers for it.
+COMPILERS = {"x86_64": "x86_64-linux-gnu-", "aarch64": "aarch64-linux-gnu-"}
+#: The C and C++ runtime goes with it, so that an older system, or Android, does not matter.
+_LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
+_RUNTIME = (
+    "libc.so.6",
+    "libm.so.6",
+    "libdl.so.2",
+    "libpthread.so.0",
+    "libgcc_s.so.1",
+    "libstdc++.so.6",
+)
+#: The manylinux tags that a wheel may have.
+_GLIBC = ("_2_17", "_2_28", "_2_34", "2014")
+SOURCES = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Build:
+    """A folder with `runner`, `probe` and, below ``lib/``, all that the runner loads. On a device
+    `loader` starts it: ``lib/ld-linux-… --library-path lib mobilellm_runner``."""
+
+    folder: Path
+    executorch: str
+    loader: str
+
+    @property
+    def runner(self) -> Path:
+        return self.folder / RUNNER
+
+    @property
+    def probe(self) -> Path:
+        return self.folder / PROBE
+
+    @property
+    def libraries(self) -> list[Path]:
+        return sorted((self.folder / "lib").iterdir())
+
+
+def build(architecture: str) -> Build:
+    """Build for ``x86_64`` or ``aarch64`` Linux, or take what was built from the same sources
+    before. Raises BadDeviceError where a compiler or the wheel is missing."""
+    if architecture not in COMPILERS:
+        raise BadDeviceError(
+            f"architecture {architecture}", "has no runner", f"There is: {', '.join(COMPILERS)}"
+        )
+    version = _executorch_version()
+    digest = hashlib.sha256(version.encode())
+    for name in ("runner.cpp", "probe.c", "__init__.py"):
+        digest.update((SOURCES / name).read_bytes())
+    folder = cache_folder() / "runner" / f"{architecture}-{digest.hexdigest()[:16]}"
+    if not folder.is_dir():
+        _build(architecture, version, folder)
+    return Build(folder, version, _LOADERS[architecture])
+
+
+def build_probe(architecture: str) -> Path:
+    """The probe alone, which needs no wheel."""
+    digest = hashlib.sha256((SOURCES / "probe.c").read_bytes()).hexdigest()[:16]
+    path = cache_folder() / "runner" / f"{PROBE}-{architecture}-{digest}"
+    if not path.is_file():
+        if architecture not in COMPILERS:
+            raise BadDeviceError(f"architecture {architecture}", "has no memory probe")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            _compile_probe(architecture, Path(scratch) / PROBE)
+            (Path(scratch) / PROBE).replace(path)
+    return path
+
+
+def _build(architecture: str, version: str, folder: Path) -> None:
+    """Beside `folder` first, so that it appears whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / "made"
+        (made / "lib").mkdir(parents=True)
+        libraries = _libraries(architecture, version, Path(scratch))
+        for name in LIBRARIES:
+            shutil.copy(libraries / f"lib{name}.so", made / "lib")
+        for name in (_LOADERS[architecture], *_RUNTIME):
+            shutil.copy(_runtime_library(architecture, name), made / "lib" / name)
+        _compile_runner(architecture, made)
+        _compile_probe(architecture, made / PROBE)
+        if not folder.is_dir():  # another process may have been faster
+            made.rename(folder)
+
+
+def _compile_runner(architecture: str, made: Path) -> None:
+    headers = _package() / "include"
+    portable = headers / "executorch" / "runtime" / "core" / "portable_type" / "c10"
+    _compile(
+        architecture, "g++", "-std=c++17", "-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS",
+        f"-I{headers}", f"-I{portable}", str(SOURCES / "runner.cpp"), "-o", str(made / RUNNER),
+        f"-L{made / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES),
+        "-Wl,-rpath,$ORIGIN/lib", "-Wl,--allow-shlib-undefined",
+    )  # fmt: skip
+
+
+def _compile_probe(architecture: str, out: Path) -> None:
+    """Static, so that it also runs where there is no glibc."""
+    source = str(SOURCES / "probe.c")
+    _compile(architecture, "gcc", "-O2", "-pthread", "-static", source, "-o", str(out))
+
+
+def _runtime_library(architecture: str, name: str) -> Path:
+    """Where the compiler finds a library of its own."""
+    command = [_compiler(architecture, "g++"), f"-print-file-name={name}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return Path(found)
+
+
+def _compile(architecture: str, compiler: str, *arguments: str) -> None:
+    program = _compiler(architecture, compiler)
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    if result.returncode:
+        first = next((line for line in result.stderr.splitlines() if "error" in line), "")
+        raise BadDeviceError(program, f"cannot build the runner ({first or result.stderr.strip()})")
+
+
+def _compiler(architecture: str, compiler: str) -> str:
+    own = architecture == platform.machine()
+    program = compiler if own else COMPILERS[architecture] + compiler
+    if shutil.which(program) is None:
+        package = compiler if own else f"{compiler}-{architecture.replace('_', '-')}-linux-gnu"
+        raise BadDeviceError(program, "is not installed", f"Run: apt install {package}")
+    return program
+
+
+def _libraries(architecture: str, version: str, scratch: Path) -> Path:
+    """The folder with the wheel's libraries for an architecture."""
+    if architecture == platform.machine():
+        return _package() / "lib"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    platforms = [f"manylinux{glibc}_{architecture}" for glibc in _GLIBC]
+    result = subprocess.run(
+        [*pip, "--only-binary", ":all:", "--dest", str(scratch), f"executorch=={version}",
+         *(word for name in platforms for word in ("--platform", name))],
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )  # fmt: skip
+    if result.returncode:
+        reason = (result.stderr.strip() or "no message").splitlines()[-1]
+        problem = f"pip cannot get the wheel for {architecture} ({reason})"
+        raise BadDeviceError(f"executorch {version}", problem)
+    (wheel,) = scratch.glob("*.whl")
+    wanted = {f"executorch/lib/lib{name}.so" for name in LIBRARIES}
+    with zipfile.ZipFile(wheel) as archive:
+        for name in wanted:
+            archive.extract(name, scratch)
+    return scratch / "executorch" / "lib"
+
+
+def _package() -> Path:
+    spec = util.find_spec("executorch")
+    if spec is None or not spec.submodule_search_locations:
+        raise _no_executorch()
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _executorch_version() -> str:
+    try:
+        return metadata.version("executorch").split("+")[0]
+    except metadata.PackageNotFoundError as error:
+        raise _no_executorch() from error
+
+
+def _no_executorch() -> BadDeviceError:
+    remedy = "Run: pip install 'mobilellm-exporter[executorch]'"
+    return BadDeviceError("executorch", "is not installed and the runner is built from it", remedy)

@@ -1,0 +1,394 @@
+// Runs prefill and decode of an ExecuTorch program and prints one JSON line for each phase.
+//
+//   mobilellm_runner --model model.pte --tokens tokens.txt --prompts 64,512 --depths 0,512
+//
+// Linked against the libraries of the executorch wheel only; it knows no tokenizer and no torch.
+// The program's method is forward(tokens [1, n] int64, start [1] int64) -> logits [1, vocab],
+// as `attention: portable` of a recipe makes it. devices/runner/README.md lists the options and
+// the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
+
+#include <executorch/devtools/etdump/etdump_flatcc.h>
+#include <executorch/extension/module/module.h>
+#include <executorch/extension/tensor/tensor.h>
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+// The wheel ships this library without its header.
+namespace executorch::extension::threadpool {
+class ThreadPool {
+ public:
+  bool _unsafe_reset_threadpool(uint32_t threads);
+};
+ThreadPool* get_threadpool();
+} // namespace executorch::extension::threadpool
+
+using executorch::extension::Module;
+using executorch::runtime::Error;
+
+namespace {
+
+constexpr int kBadUsage = 2, kCannotLoad = 3, kFailed = 4;
+// Longer prompts are read in pieces, so that what a delegate needs for one stays bounded.
+constexpr int64_t kDefaultChunk = 128;
+
+[[noreturn]] void fail(int code, const std::string& reason) {
+  std::fprintf(stderr, "mobilellm_runner: %s\n", reason.c_str());
+  std::exit(code);
+}
+
+double now_ms() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double, std::milli>(now).count();
+}
+
+class Options {
+ public:
+  Options(int argc, char** argv) {
+    static const char* known[] = {
+        "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
+        "generate", "prompt-length", "logits", "trace", "load"};
+    for (int i = 1; i < argc; i += 2) {
+      const std::string key = argv[i];
+      const bool named = key.rfind("--", 0) == 0 &&
+          std::any_of(std::begin(known), std::end(known), [&](const char* k) {
+                           return key.substr(2) == k;
+                         });
+      if (!named) fail(kBadUsage, "unknown option " + key);
+      if (i + 1 == argc) fail(kBadUsage, key + " wants a value");
+      values_[key.substr(2)] = argv[i + 1];
+    }
+  }
+
+  bool has(const std::string& key) const { return values_.count(key) != 0; }
+
+  std::string text(const std::string& key) const {
+    if (!has(key)) fail(kBadUsage, "--" + key + " is missing");
+    return values_.at(key);
+  }
+
+  int64_t number(const std::string& key, int64_t otherwise) const {
+    return has(key) ? parse(key, values_.at(key)) : otherwise;
+  }
+
+  std::vector<int64_t> numbers(const std::string& key) const {
+    std::vector<int64_t> found;
+    std::stringstream list(has(key) ? values_.at(key) : "");
+    for (std::string item; std::getline(list, item, ',');) found.push_back(parse(key, item));
+    return found;
+  }
+
+ private:
+  static int64_t parse(const std::string& key, const std::string& text) {
+    char* end = nullptr;
+    const long long value = std::strtoll(text.c_str(), &end, 10);
+    if (text.empty() || *end != '\0' || value < 0) {
+      fail(kBadUsage, "--" + key + ": " + text + " is not a whole number");
+    }
+    return value;
+  }
+
+  std::map<std::string, std::string> values_;
+};
+
+// ---- Memory of this process, in bytes; -1 where the system does not tell. ----
+
+int64_t kilobytes_of(const char* file, const std::string& key) {
+  std::ifstream stream(file);
+  for (std::string line; std::getline(stream, line);) {
+    if (line.rfind(key, 0) == 0) return 1024 * std::atoll(line.c_str() + key.size());
+  }
+  return -1;
+}
+
+// From here on VmHWM counts anew, so that every phase has a peak of its own.
+void reset_peak() {
+  std::ofstream("/proc/self/clear_refs") << "5";
+}
+
+std::string memory_json() {
+  char text[320];
+  std::snprintf(
+      text, sizeof text,
+      "{\"peak_rss\":%" PRId64 ",\"rss\":%" PRId64 ",\"anonymous\":%" PRId64 ",\"file\":%" PRId64
+      ",\"pss\":%" PRId64 "}",
+      kilobytes_of("/proc/self/status", "VmHWM:"), kilobytes_of("/proc/self/status", "VmRSS:"),
+      kilobytes_of("/proc/self/status", "RssAnon:"), kilobytes_of("/proc/self/status", "RssFile:"),
+      kilobytes_of("/proc/self/smaps_rollup", "Pss:"));
+  return text;
+}
+
+std::string list_json(const std::vector<double>& values) {
+  std::string text = "[";
+  char number[32];
+  for (size_t i = 0; i < values.size(); ++i) {
+    std::snprintf(number, sizeof number, i ? ",%.4f" : "%.4f", values[i]);
+    text += number;
+  }
+  return text + "]";
+}
+
+// One finished phase: its extra keys as JSON text, and its raw samples in milliseconds.
+void print_phase(const char* name, const std::string& keys, const std::vector<double>& ms) {
+  std::printf("{\"phase\":\"%s\",%s\"ms\":%s,\"memory\":%s}\n", name, keys.c_str(),
+              list_json(ms).c_str(), memory_json().c_str());
+  std::fflush(stdout);
+  reset_peak();
+}
+
+// ---- The model. ----
+
+// What the program's memory plan asks for. Module would fill it with zeros and so touch all of it;
+// here a page costs nothing until a step writes to it, such as the cache's far end.
+class PlannedMemory {
+ public:
+  explicit PlannedMemory(const executorch::runtime::MethodMeta& meta) {
+    for (size_t i = 0; i < meta.num_memory_planned_buffers(); ++i) {
+      const size_t size = std::max<int64_t>(1, meta.memory_planned_buffer_size(i).get());
+      void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (pages == MAP_FAILED) fail(kCannotLoad, "no memory for the program's plan");
+      buffers_.emplace_back(static_cast<uint8_t*>(pages), size);
+    }
+    allocator_ = std::make_unique<executorch::runtime::HierarchicalAllocator>(
+        executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(
+            buffers_.data(), buffers_.size()));
+  }
+  PlannedMemory(const PlannedMemory&) = delete;
+  ~PlannedMemory() {
+    for (auto& buffer : buffers_) munmap(buffer.data(), buffer.size());
+  }
+
+  executorch::runtime::HierarchicalAllocator* allocator() { return allocator_.get(); }
+
+ private:
+  std::vector<executorch::runtime::Span<uint8_t>> buffers_;
+  std::unique_ptr<executorch::runtime::HierarchicalAllocator> allocator_;
+};
+
+class Model {
+ public:
+  Model(const std::string& path, Module::LoadMode mode,
+        std::unique_ptr<executorch::runtime::EventTracer> tracer)
+      : module_(path, mode, std::move(tracer)) {
+    check(module_.load(), path);
+    auto meta = module_.method_meta("forward");
+    check(meta.error(), path);
+    memory_ = std::make_unique<PlannedMemory>(meta.get());
+    check(module_.load_method("forward", memory_->allocator()), path);
+    context_ = constant("get_max_context_len");
+    vocab_ = constant("get_vocab_size");
+  }
+
+  int64_t context() const { return context_; }
+  int64_t vocab() const { return vocab_; }
+
+  // Reads tokens[0, count) at position `start`; the likeliest next token. The logits stay valid
+  // until the next step.
+  int64_t step(const int64_t* tokens, int64_t count, int64_t start) {
+    using executorch::extension::from_blob;
+    if (start + count > context_) fail(kFailed, "the context is full");
+    auto ids = from_blob(const_cast<int64_t*>(tokens),
+                         {1, static_cast<executorch::aten::SizesType>(count)},
+                         executorch::aten::ScalarType::Long);
+    auto place = from_blob(&start, {1}, executorch::aten::ScalarType::Long);
+    auto outputs = module_.execute("forward", {ids, place});
+    if (!outputs.ok()) {
+      fail(kFailed, "ExecuTorch: error " + std::to_string(static_cast<int>(outputs.error())));
+    }
+    logits_ = outputs->at(0).toTensor().const_data_ptr<float>();
+    return std::max_element(logits_, logits_ + vocab_) - logits_;
+  }
+
+  // The same in pieces of at most `chunk` tokens.
+  int64_t read(const int64_t* tokens, int64_t count, int64_t start, int64_t chunk) {
+    int64_t token = 0;
+    for (int64_t done = 0; done < count; done += chunk) {
+      token = step(tokens + done, std::min(chunk, count - done), start + done);
+    }
+    return token;
+  }
+
+  const float* logits() const { return logits_; }
+
+ private:
+  static void check(Error error, const std::string& path) {
+    if (error == Error::Ok) return;
+    fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
+             std::to_string(static_cast<int>(error)));
+  }
+
+  int64_t constant(const std::string& method) {
+    auto value = module_.execute(method);
+    if (!value.ok()) fail(kCannotLoad, "the program has no " + method);
+    return value->at(0).toInt();
+  }
+
+  // Released after the module that uses it.
+  std::unique_ptr<PlannedMemory> memory_;
+  Module module_;
+  int64_t context_ = 0, vocab_ = 0;
+  const float* logits_ = nullptr;
+};
+
+// ---- The phases. ----
+
+std::vector<int64_t> read_tokens(const std::string& path, int64_t vocab) {
+  std::ifstream stream(path);
+  if (!stream) fail(kBadUsage, path + ": cannot be opened");
+  std::vector<int64_t> tokens;
+  for (int64_t token; stream >> token;) {
+    if (token < 0 || token >= vocab) {
+      fail(kBadUsage, path + ": " + std::to_string(token) + " is no token of this model");
+    }
+    tokens.push_back(token);
+  }
+  if (!stream.eof() || tokens.empty()) fail(kBadUsage, path + ": is not a list of tokens");
+  return tokens;
+}
+
+// `count` tokens, the text from its start again where it is too short.
+std::vector<int64_t> text_of(const std::vector<int64_t>& tokens, int64_t count) {
+  std::vector<int64_t> text(count);
+  for (int64_t i = 0; i < count; ++i) text[i] = tokens[i % tokens.size()];
+  return text;
+}
+
+void measure_prefill(Model& model, const std::vector<int64_t>& tokens, int64_t length,
+                     int64_t chunk) {
+  const auto text = text_of(tokens, length);
+  const double started = now_ms();
+  model.read(text.data(), length, 0, chunk);
+  const double took = now_ms() - started;
+  print_phase("prefill", "\"tokens\":" + std::to_string(length) + ",", {took});
+}
+
+// Fills the cache up to each depth, in ascending order, and times every step from there.
+void measure_decode(Model& model, const std::vector<int64_t>& tokens,
+                    std::vector<int64_t> depths, int64_t steps, int64_t chunk) {
+  std::sort(depths.begin(), depths.end());
+  int64_t filled = 0;
+  for (const int64_t depth : depths) {
+    const auto text = text_of(tokens, depth + 1);
+    if (filled < depth) model.read(text.data() + filled, depth - filled, filled, chunk);
+    filled = depth;
+    std::vector<double> ms;
+    int64_t token = text[depth];
+    for (int64_t i = 0; i < steps; ++i) {
+      const double started = now_ms();
+      token = model.step(&token, 1, depth + i);
+      ms.push_back(now_ms() - started);
+    }
+    print_phase("decode", "\"depth\":" + std::to_string(depth) + ",", ms);
+  }
+}
+
+// Decodes without pause; a full cache is begun anew.
+void measure_sustained(Model& model, const std::vector<int64_t>& tokens, double seconds) {
+  std::vector<double> ms;
+  int64_t token = tokens[0], position = 0;
+  for (const double end = now_ms() + 1000 * seconds; now_ms() < end;) {
+    if (position == model.context()) position = 0;
+    const double started = now_ms();
+    token = model.step(&token, 1, position++);
+    ms.push_back(now_ms() - started);
+  }
+  print_phase("sustained", "", ms);
+}
+
+// Greedy tokens, and on request the logits behind each: float32 [count, vocab].
+void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
+              const std::string& logits_path) {
+  FILE* file = logits_path.empty() ? nullptr : std::fopen(logits_path.c_str(), "wb");
+  if (!logits_path.empty() && !file) fail(kBadUsage, logits_path + ": cannot be written");
+  std::string list;
+  std::vector<double> ms;
+  int64_t position = 0, token = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double started = now_ms();
+    token = i ? model.step(&token, 1, position) : model.step(prompt.data(), prompt.size(), 0);
+    ms.push_back(now_ms() - started);
+    position += i ? 1 : prompt.size();
+    list += (i ? "," : "") + std::to_string(token);
+    const size_t vocab = model.vocab();
+    if (file && std::fwrite(model.logits(), sizeof(float), vocab, file) != vocab) {
+      fail(kFailed, logits_path + ": cannot be written");
+    }
+  }
+  if (file && std::fclose(file)) fail(kFailed, logits_path + ": cannot be written");
+  print_phase("generate", "\"tokens\":[" + list + "],", ms);
+}
+
+void write_etdump(executorch::etdump::ETDumpGen& tracer, const std::string& path) {
+  const auto dump = tracer.get_etdump_data();
+  FILE* file = std::fopen(path.c_str(), "wb");
+  if (!file || std::fwrite(dump.buf, 1, dump.size, file) != dump.size || std::fclose(file)) {
+    fail(kFailed, path + ": cannot be written");
+  }
+  std::free(dump.buf);
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+  const Options options(argc, argv);
+  const int64_t threads = options.number("threads", 1);
+  if (threads < 1) fail(kBadUsage, "--threads: give 1 or more");
+  executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(threads);
+
+  std::unique_ptr<executorch::etdump::ETDumpGen> tracer;
+  if (options.has("trace")) tracer = std::make_unique<executorch::etdump::ETDumpGen>();
+  executorch::etdump::ETDumpGen* const dump = tracer.get();
+  const std::string load = options.has("load") ? options.text("load") : "mmap";
+  if (load != "mmap" && load != "file") fail(kBadUsage, "--load: give mmap or file");
+
+  reset_peak();
+  print_phase("start", "", {});
+  const double started = now_ms();
+  Model model(options.text("model"),
+              load == "mmap" ? Module::LoadMode::Mmap : Module::LoadMode::File,
+              std::move(tracer));
+  const double took = now_ms() - started;
+  print_phase("load",
+              "\"context\":" + std::to_string(model.context()) +
+                  ",\"vocab_size\":" + std::to_string(model.vocab()) + ",",
+              {took});
+
+  const auto tokens = read_tokens(options.text("tokens"), model.vocab());
+  if (const int64_t warmup = options.number("warmup", 0)) {
+    std::vector<double> ms;
+    for (int64_t i = 0; i < warmup; ++i) {
+      const double began = now_ms();
+      model.step(tokens.data(), 1, 0);
+      ms.push_back(now_ms() - began);
+    }
+    print_phase("warmup", "", ms);
+  }
+  const int64_t chunk = std::max<int64_t>(1, options.number("chunk", kDefaultChunk));
+  for (const int64_t length : options.numbers("prompts")) {
+    measure_prefill(model, tokens, length, chunk);
+  }
+  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk);
+  if (const int64_t seconds = options.number("sustained", 0)) {
+    measure_sustained(model, tokens, static_cast<double>(seconds));
+  }
+  if (const int64_t count = options.number("generate", 0)) {
+    const int64_t length = options.number("prompt-length", tokens.size());
+    generate(model, text_of(tokens, length), count,
+             options.has("logits") ? options.text("logits") : "");
+  }
+  if (dump) write_etdump(*dump, options.text("trace"));
+  std::printf("{\"phase\":\"end\"}\n");
+  return 0;
+}

@@ -1,0 +1,83 @@
+"""Android devices, through the adb client: ``adb:SERIAL``, as `adb devices` lists them."""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from devices.errors import DeviceError, UnreachableError
+from devices.identity import Identity, Memory
+from devices.transports import Device, posix
+from devices.transports.supervised import Completed, OnLine, supervise
+
+#: The one folder where the shell user may write and execute.
+_WORKSPACE = "/data/local/tmp/mobilellm"
+
+
+def connected() -> list[str]:
+    """Those that are ready; an unauthorized or offline device is left out."""
+    try:
+        done = subprocess.run(
+            ["adb", "devices"], capture_output=True, text=True, check=False, timeout=20
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    rows = [line.split("\t") for line in done.stdout.splitlines() if "\t" in line]
+    return [f"adb:{row[0]}" for row in rows if row[1] == "device"]
+
+
+def workspace(device: Device) -> str:
+    return _WORKSPACE
+
+
+def identify(device: Device) -> Identity:
+    return posix.identify(_runner(device), device)
+
+
+def memory(device: Device) -> Memory:
+    return posix.memory(_runner(device), device)
+
+
+def free_space(device: Device, folder: str) -> int:
+    return posix.free_space(_runner(device), device, folder)
+
+
+def run(
+    device: Device, argv: Sequence[str], timeout: float, on_line: OnLine | None = None
+) -> Completed:
+    def spawn(command: Sequence[str]) -> list[str]:
+        # -T: no terminal, so that binary output stays what it is.
+        return ["adb", "-s", device.address, "shell", "-T", shlex.join(command)]
+
+    return supervise(device, spawn, argv, timeout, on_line)
+
+
+def push(device: Device, local: Path, remote: str) -> bool:
+    def copy(source: Path, part: str) -> None:
+        # A path that begins with a dash would be an option.
+        command = ["adb", "-s", device.address, "push", os.fspath(source.absolute()), part]
+        limit = posix.transfer_timeout(source.stat().st_size)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=limit
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UnreachableError(device, f"pushing took more than {limit:.0f} s") from error
+        if done.returncode:
+            reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise DeviceError(device, f"adb push failed ({''.join(reason)})")
+
+    return posix.push(_runner(device), copy, device, local, remote)
+
+
+def pull(device: Device, remote: str, local: Path) -> None:
+    posix.pull(_runner(device), device, remote, local)
+
+
+def remove(device: Device, remote: str) -> None:
+    posix.remove(_runner(device), device, workspace(device), remote)
+
+
+def _runner(device: Device) -> posix.Run:
+    return lambda argv, timeout: run(device, argv, timeout)

@@ -1,0 +1,111 @@
+"""Linux devices, through the ssh client: ``ssh:USER@HOST[:PORT]``, or an alias of your ssh config.
+
+Your own configuration holds (keys, jump hosts); ``MOBILELLM_SSH_CONFIG`` names another file.
+Nothing is asked: a host key must be known and a key or agent must open the door. One connection
+carries all commands, and ends a minute after the last.
+"""
+
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from devices.errors import DeviceError, UnreachableError
+from devices.identity import Identity, Memory
+from devices.transports import Device, posix
+from devices.transports.supervised import Completed, OnLine, supervise
+
+_OPTIONS = {
+    "BatchMode": "yes",
+    "StrictHostKeyChecking": "yes",
+    "ConnectTimeout": "20",
+    "ServerAliveInterval": "5",
+    "ServerAliveCountMax": "6",
+    "ControlMaster": "auto",
+    "ControlPersist": "60",
+}
+
+
+def connected() -> list[str]:
+    """None: whatever can be reached by ssh cannot be listed."""
+    return []
+
+
+def workspace(device: Device) -> str:
+    # Relative to the home folder, where every session begins.
+    return ".cache/mobilellm/device"
+
+
+def identify(device: Device) -> Identity:
+    return posix.identify(_runner(device), device)
+
+
+def memory(device: Device) -> Memory:
+    return posix.memory(_runner(device), device)
+
+
+def free_space(device: Device, folder: str) -> int:
+    return posix.free_space(_runner(device), device, folder)
+
+
+def run(
+    device: Device, argv: Sequence[str], timeout: float, on_line: OnLine | None = None
+) -> Completed:
+    return supervise(device, lambda command: _client(device, command), argv, timeout, on_line)
+
+
+def push(device: Device, local: Path, remote: str) -> bool:
+    def copy(source: Path, part: str) -> None:
+        command = _client(device, ["sh", "-c", 'cat > "$1"', "mobilellm", part])
+        limit = posix.transfer_timeout(source.stat().st_size)
+        with source.open("rb") as file:
+            try:
+                done = subprocess.run(
+                    command, stdin=file, capture_output=True, text=True, check=False, timeout=limit
+                )
+            except subprocess.TimeoutExpired as error:
+                raise UnreachableError(device, f"pushing took more than {limit:.0f} s") from error
+        if done.returncode:
+            reason = "".join(done.stderr.strip().splitlines()[-1:])
+            raise DeviceError(device, f"{part} cannot be written ({reason})")
+
+    return posix.push(_runner(device), copy, device, local, remote)
+
+
+def pull(device: Device, remote: str, local: Path) -> None:
+    posix.pull(_runner(device), device, remote, local)
+
+
+def remove(device: Device, remote: str) -> None:
+    posix.remove(_runner(device), device, workspace(device), remote)
+
+
+def _client(device: Device, command: Sequence[str]) -> list[str]:
+    parts = re.fullmatch(r"(?:(.+)@)?\[?(.+?)\]?(?::(\d+))?", device.address)
+    assert parts is not None, device
+    user, host, port = parts.groups()
+    options = [f"-o{key}={value}" for key, value in _OPTIONS.items()]
+    config = os.environ.get("MOBILELLM_SSH_CONFIG")
+    options += ["-F", config] if config else []
+    options += [f"-oControlPath={_socket_folder(config)}/%C"]
+    options += ["-l", user] if user else []
+    options += ["-p", port] if port else []
+    return ["ssh", "-T", *options, "--", host, shlex.join(command)]
+
+
+def _socket_folder(config: str | None) -> Path:
+    """For this user alone, and for each configuration apart; short, as a socket's path must be."""
+    name = hashlib.sha256((config or "").encode()).hexdigest()[:8]
+    folder = Path(tempfile.gettempdir()) / f"mobilellm-ssh-{os.getuid()}-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.is_symlink():
+        raise UnreachableError(folder, "belongs to another user", "Set TMPDIR to a folder of yours")
+    return folder
+
+
+def _runner(device: Device) -> posix.Run:
+    return lambda argv, timeout: run(device, argv, timeout)

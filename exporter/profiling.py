@@ -1,0 +1,159 @@
+"""A bundle on devices: its artifacts become jobs of a session, `devices` does the rest."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from devices import report
+from devices.comparison import Comparison, compare
+from devices.engines import Model
+from devices.errors import DeviceError
+from devices.files import write_json
+from devices.measured import Job, Progress, Settings
+from devices.transports import parse_device
+from exporter.artifact import FinishedArtifact
+from exporter.bundle import MANIFEST, Bundle, open_bundle
+from exporter.errors import InputError
+from exporter.files import differing_files, package_versions, read_json
+from exporter.quantization.integers import FLOAT
+from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
+from exporter.recipe import ExecuTorchTarget, OnnxTarget, Profile, parse_profile
+from exporter.sizes import workload
+from exporter.tokenizer import load_tokenizer
+from exporter.verification import verification_text
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for on the command line. `threads` 0 leaves the number to the device."""
+
+    devices: Sequence[str]
+    targets: Sequence[str] = ()
+    overrides: Sequence[str] = ()
+    runner: Path | None = None
+    threads: int = 0
+    timeout: float = 1800.0
+    output: Path | None = None
+    baseline: Path | None = None
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """The report, as `devices/schema.json` says, and how it compares with the baseline."""
+
+    report: Mapping[str, Any]
+    comparisons: Sequence[Comparison]
+
+    @property
+    def passed(self) -> bool:
+        """Every session came to its end, and every matrix product reached its delegate."""
+        sessions = self.report["sessions"]
+        return all(s["status"] != "failed" and not s["undelegated"] for s in sessions)
+
+
+def profile(path: Path, request: Request, progress: Progress) -> Profiled:
+    """Profile the artifacts of a bundle. Raises InputError before anything is measured."""
+    bundle = open_bundle(path)
+    settings = _settings(bundle, request)
+    try:
+        devices = [parse_device(text) for text in dict.fromkeys(request.devices)]
+        jobs = [job(bundle, finished, request) for finished in _chosen(bundle, request.targets)]
+        baseline = None
+        if request.baseline is not None:
+            baseline = read_json(request.baseline)
+            report.validate(baseline)
+        journal = None
+        if request.output is not None:
+            journal = request.output.with_name(f"{request.output.name}.rounds")
+        versions = package_versions("mobilellm-exporter")
+        made = report.profile(devices, jobs, settings, progress, journal, versions)
+        report.validate(made)
+        if all(session["status"] == "skipped" for session in made["sessions"]):
+            raise InputError(path, f"runs on none of these: {made['sessions'][0]['problem']}")
+        if request.output is not None:
+            write_json(request.output, made)
+            report.finish(journal)
+        return Profiled(made, [] if baseline is None else compare(made, baseline))
+    except DeviceError as error:
+        raise InputError(error.subject, error.problem, error.remedy) from error
+
+
+def _settings(bundle: Bundle, request: Request) -> Settings:
+    """The recipe's profile section, the context's own limits aside, with overrides."""
+    recipe = read_json(bundle.path / MANIFEST).get("recipe", {})
+    section = recipe.get("profile") or json.loads(json.dumps(asdict(Profile())))
+    chosen = parse_profile(section, f"{bundle.path}: profile", request.overrides)
+    if request.threads < 0 or request.timeout <= 0:
+        raise InputError("--threads and --timeout", "must not be negative")
+    return Settings(**asdict(chosen), threads=request.threads, timeout=request.timeout)
+
+
+def _chosen(bundle: Bundle, targets: Sequence[str]) -> list[FinishedArtifact]:
+    for name in targets:
+        if name not in bundle.artifacts:
+            held = ", ".join(bundle.artifacts)
+            raise InputError(f"--target {name}", f"is not in {bundle.path}", f"It holds: {held}")
+    return [f for name, f in bundle.artifacts.items() if not targets or name in targets]
+
+
+def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
+    """One artifact of a bundle for a session. Raises InputError where a file is damaged."""
+    artifact, waist = finished.artifact, bundle.waist
+    problems = differing_files(artifact.path, finished.manifest["files"])
+    if problems:
+        name, problem = next(iter(problems.items()))
+        raise InputError(artifact.path / name, problem, "The file is damaged: export again")
+    target, context = artifact.target, artifact.target.max_context
+    tokens = verification_text(waist, context, None).tokens
+    tokenizer = artifact.path / "tokenizer.json"
+    lengths = _settings(bundle, request).prompt_lengths if request.runner else ()
+    main = _MAIN[target.target]
+    model = Model(
+        format=target.target,
+        folder=artifact.path,
+        main=main,
+        files=tuple(
+            f for f in artifact.files if f == main or f.startswith((f"{main}/", f"{main}."))
+        ),
+        context=context,
+        portable=isinstance(target, ExecuTorchTarget) and target.attention == "portable",
+        integers=not isinstance(target, OnnxTarget)
+        or (target.form == "contrib" and _all_integers(waist)),
+        tokens=tokens,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        texts=_texts(waist, tokens, lengths),
+    )
+    return Job(model, workload(waist.config, waist.schemes, target), request.runner)
+
+
+#: What each runtime opens.
+_MAIN = {"executorch": "model.pte", "onnx": "model.onnx", "coreml": "model.mlpackage"}
+
+
+def _belongs(name: str, main: str) -> bool:
+    """A package's own files, and a model's external data; not what a tokenizer reads."""
+    return name == main or name.startswith((f"{main}/", f"{main}."))
+
+
+def _all_integers(waist: QuantizedCheckpoint) -> bool:
+    shapes = waist.config.parameter_shapes()
+    return all(
+        scheme != FLOAT or len(shapes[name]) == 1
+        for name, scheme in waist.schemes.items()
+        if name != EMBEDDING or waist.config.tie_word_embeddings
+    )
+
+
+def _texts(
+    waist: QuantizedCheckpoint, tokens: Sequence[int], lengths: Sequence[int]
+) -> dict[int, str]:
+    """Prompts as text, for runners that read text: about so many tokens."""
+    if not lengths or not (waist.path / "tokenizer.json").is_file():
+        return {}
+    tokenizer, content = load_tokenizer(waist.path), [t for t in tokens if t != waist.bos_token_id]
+    return {
+        length: tokenizer.decode([content[i % len(content)] for i in range(length)])
+        for length in lengths
+    }
