@@ -11,7 +11,7 @@ from devices.catalogue import catalogue
 from devices.comparison import Comparison
 from devices.transports import TRANSPORTS, Device, transport
 from exporter import display
-from exporter.errors import InputError, MissingExtraError
+from exporter.errors import InputError
 
 #: Operators that are worth a line.
 _TOP = 8
@@ -148,10 +148,6 @@ def check_plot(path: Path) -> None:
     """Refuse what cannot be drawn before anything is measured. Raises InputError."""
     if path.suffix not in _PLOTS:
         raise InputError(f"--plot {path}", f"is none of {', '.join(_PLOTS)}", "Rename it")
-    try:
-        import matplotlib  # noqa: F401  # only whether it is there
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("matplotlib", "profile") from error
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
