@@ -77,6 +77,7 @@ class Calibration:
     sequences (times `accumulate`) minimize KL(teacher || student) at `temperature`, over the
     `top_k` likeliest tokens and all others as one (0: over all), plus `hidden_weight` times the
     squared error of the last hidden states. `activations: int8` rounds them as ExecuTorch does.
+    Rates are those of int4 weights and scales; int8 has a sixteenth of them.
     The teacher is the checkpoint itself, or another one of the same tokenizer.
     """
 

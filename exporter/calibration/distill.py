@@ -54,9 +54,11 @@ class Journal:
         return min(self.evaluations, key=lambda evaluation: evaluation.kl)
 
     @property
-    def since_best(self) -> int:
-        """How many evaluations were made since the best one."""
-        return len(self.evaluations) - 1 - self.evaluations.index(self.best)
+    def stalled(self) -> int:
+        """How many evaluations in a row were no better than one before. The start does not count:
+        while rates are high, a student may be worse for a time."""
+        trained = [evaluation.kl for evaluation in self.evaluations[1:]]
+        return len(trained) - 1 - trained.index(min(trained)) if trained else 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def distill(
     journal = run.resume()
     if not journal.evaluations:
         run.evaluate(journal)
-    while len(journal.losses) < calibration.steps and journal.since_best < calibration.patience:
+    while len(journal.losses) < calibration.steps and journal.stalled < calibration.patience:
         step = len(journal.losses)
         if step == 0 or step % calibration.evaluate_every == 0:
             on_step(step, calibration.steps, _note(journal))
@@ -122,12 +124,18 @@ class _Run:
         self.each = calibration.batch_size * parallel.world_size()
         self.tokens = text.train(calibration.steps * calibration.accumulate * self.each)
         self.held_out = text.held_out(calibration.held_out_sequences)
-        learned = dict(p for p in student.named_parameters() if p[1].requires_grad)
-        scales = [p for name, p in learned.items() if name.endswith("log_scales")]
-        weights = [p for name, p in learned.items() if not name.endswith("log_scales")]
-        self.rates = calibration.learning_rate, calibration.scale_learning_rate
+        self.rates, groups = list[float](), list[dict[str, list[Tensor]]]()
+        learned = student.learned().values()
+        for bits in sorted({weight.bits for weight in learned}):
+            alike = [weight for weight in learned if weight.bits == bits]
+            groups.append({"params": [weight.weight for weight in alike]})
+            groups.append({"params": [weight.log_scales for weight in alike]})
+            # What rounding to int4 swallows, int8 does not: its steps are so much smaller.
+            finer = 2.0 ** (4 - bits)
+            self.rates += [calibration.learning_rate * finer]
+            self.rates += [calibration.scale_learning_rate * finer]
         self.optimizer = torch.optim.AdamW(
-            [{"params": weights}, {"params": scales}],
+            groups,
             betas=(0.9, 0.95), weight_decay=0.0, fused=calibration.parallel == "ddp",
         )  # fmt: skip
 
@@ -194,7 +202,8 @@ class _Run:
     def _save(self, journal: Journal) -> None:
         """The best integers, then the state that goes with the journal, which names the step."""
         state = parallel.training_state(self.student, self.optimizer)
-        integers = self.student.quantized() if journal.since_best == 0 else {}
+        new_best = journal.best is journal.evaluations[-1]
+        integers = self.student.quantized() if new_best else {}
         if parallel.rank():
             return
         if integers:
