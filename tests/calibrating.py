@@ -45,7 +45,7 @@ def write_tokenizer(folder: Path, characters: str = CHARACTERS) -> None:
     names = [BEGIN, END, "<turn>", "<unknown>", *characters]
     vocabulary = {name: index for index, name in enumerate(names)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unknown>"))
-    tokenizer.add_special_tokens(names[:3])
+    tokenizer.add_special_tokens(names[:4])
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(folder / "tokenizer.json"))
     tokens = {"bos_token": BEGIN, "eos_token": END, "chat_template": TEMPLATE}
