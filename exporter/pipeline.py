@@ -147,13 +147,14 @@ def _write_waist(
         return done
     weights, reports = None, list[str]()
     folder = out / f".{REPORTS}.tmp"
+    shutil.rmtree(out / REPORTS, ignore_errors=True)  # of an unfinished run
     if decided.prepared is not None:
         from exporter.calibration.calibrate import calibrate, write_reports
 
+        folder.mkdir(parents=True, exist_ok=True)  # marks `out` as ours until weights are there
         schemes = decided.plan.schemes
         result = calibrate(checkpoint, decided.prepared, schemes, folder, _stages(progress))
         weights = result.weights
-        shutil.rmtree(out / REPORTS, ignore_errors=True)
         written = write_reports(out / REPORTS, result.reports)
         reports = [path.relative_to(out).as_posix() for path in written]
     counter = _Counter(progress, "quantize", len(decided.plan.schemes))

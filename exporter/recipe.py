@@ -261,9 +261,16 @@ def _check_calibration(calibration: Calibration, subject: str) -> None:
     for name, (least, most) in limits.items():
         _check_range(getattr(calibration, name), least, most, f"{subject}.{name}")
     for index, source in enumerate(calibration.data):
+        where = f"{subject}.data.{index}"
         for name in ("weight", "temperature", "top_p", "tokens"):
-            most = 1.0 if name == "top_p" else math.inf
-            _check_range(getattr(source, name), low, most, f"{subject}.data.{index}.{name}")
+            least, most = (1 if name == "tokens" else low), (1.0 if name == "top_p" else math.inf)
+            _check_range(getattr(source, name), least, most, f"{where}.{name}")
+        if source.path and source.prompts:
+            raise InputError(
+                f"{where}.prompts",
+                "has no use for a source with a path",
+                "Leave the path out, and the checkpoint answers the prompts",
+            )
     if calibration.cache_teacher and not (calibration.top_k and not calibration.hidden_weight):
         raise InputError(
             f"{subject}.cache_teacher",
@@ -273,7 +280,7 @@ def _check_calibration(calibration: Calibration, subject: str) -> None:
 
 
 def _check_range(value: float, least: float, most: float, subject: str) -> None:
-    if not least <= value <= most:
+    if not least <= value <= most or value == math.inf:
         span = f"between {least:g} and {most:g}" if most < math.inf else f"{least:g} or more"
         raise InputError(subject, f"{value} is out of range", f"Give a value {span}")
 

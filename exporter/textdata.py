@@ -44,7 +44,9 @@ def read_documents(path: Path, field: str | None = None) -> list[Document]:
     if not is_table(path):
         if field is not None:
             raise InputError(
-                "--field", f"{path} is plain text and has no fields", "Leave it out, or give JSONL"
+                path,
+                f"is plain text and has no field {field!r}",
+                "Leave --field (in a recipe: field) out, or give JSONL",
             )
         documents: list[Document] = [_text(path)]
     else:
@@ -114,7 +116,7 @@ def _document(row: Row, place: str, field: str | None) -> Document:
     raise InputError(
         place,
         f"has no field 'text' or 'messages', nor {pairs}",
-        f"Name one with --field; its fields: {_fields(row)}",
+        f"Name one with --field (in a recipe: field); its fields: {_fields(row)}",
     )
 
 

@@ -104,6 +104,14 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     return make
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Calibration keeps its texts here, never in the user's cache."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MOBILELLM_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def nano() -> Path:
     return NANO

@@ -277,7 +277,7 @@ BAD_RECIPES: dict[str, tuple[str | bytes, list[str]]] = {
     "a model that is null": ("model:\n", ["model", "None is not of type str"]),
     "quantization as text": ("quantization: int4\n", ["quantization", "'int4' is not a mapping"]),
     "bits": ("quantization: {bits: 4}\n", ["quantization", "unknown key 'bits'", "linear"]),
-    "a method": ("quantization: {method: gptq}\n", ["quantization.method", "'gptq'", "'mse'"]),
+    "a method": ("quantization: {method: awq}\n", ["quantization.method", "'awq'", "'mse'"]),
     "a scheme": ("quantization: {linear: q4_0}\n", ["quantization.linear", "'q4_0'", "int4-gN"]),
     "a scheme that is a number": (
         "quantization: {embedding: 4}\n",

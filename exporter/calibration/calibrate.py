@@ -19,9 +19,10 @@ from exporter.calibration.distill import Journal, distill
 from exporter.calibration.gptq import gptq_weights
 from exporter.calibration.memory import keep_freed_memory
 from exporter.calibration.plots import plot_journal, plot_sensitivities
-from exporter.calibration.self_generation import written_text
+from exporter.calibration.self_generation import read_prompts, written_text
 from exporter.calibration.sensitivity import (
     Sensitivity,
+    check_budget,
     model_bits,
     parse_budget,
     search,
@@ -87,13 +88,17 @@ def prepare(
     """
     calibration, quantization = recipe.calibration, recipe.quantization
     keep_freed_memory()
+    _check_length(calibration, checkpoint)
     check_sources(calibration)
+    for one in calibration.data:
+        if one.prompts:
+            read_prompts(Path(one.prompts), one.field)
     teacher = open_teacher(calibration, checkpoint)
     precision = _precision(calibration)
-    budget = 0
+    budget, used, subject = 0, model_bits(schemes, checkpoint.config), "quantization.budget"
     if quantization.budget:
-        subject = "quantization.budget"
         budget = parse_budget(quantization.budget, subject, checkpoint.config)
+        check_budget(used, budget, subject)
     if parallel.rank():
         parallel.wait_for_all()  # until the first process has written the cache
     text = read_text(
@@ -110,13 +115,23 @@ def prepare(
     found, wider = tuple[Sensitivity, ...](), tuple[str, ...]()
     if budget:
         found = _sensitivities(checkpoint, calibration, schemes, source, text, precision, stages)
-        fixed = model_bits(schemes, checkpoint.config) - sum(one.bits for one in found)
-        wider = search(list(found), fixed, budget, "quantization.budget")
+        wider = search(found, used, budget, subject)
     if not parallel.rank():
         parallel.wait_for_all()
     return Prepared(
         calibration, quantization.method, text, precision, source, teacher, found, wider
     )
+
+
+def _check_length(calibration: Calibration, checkpoint: Checkpoint) -> None:
+    """Refuse sequences that the model was not made for. Raises InputError."""
+    longest = checkpoint.config.max_position_embeddings
+    if calibration.sequence_length > longest:
+        raise InputError(
+            "calibration.sequence_length",
+            f"{calibration.sequence_length} is more than the model's {longest}",
+            "Lower it",
+        )
 
 
 def _precision(calibration: Calibration) -> torch.dtype:

@@ -89,11 +89,10 @@ def read_text(
 
 
 def check_sources(calibration: Calibration) -> None:
-    """Refuse files that cannot be read, before anything is written. Raises InputError."""
+    """Refuse texts that cannot be read, before anything is written. Raises InputError."""
     for source in calibration.data:
-        for path in (source.path, source.prompts):
-            if path:
-                read_documents(Path(path), source.field or None)
+        if not source.self_generated:
+            read_documents(Path(source.path), source.field or None)
 
 
 def _read(
@@ -101,7 +100,7 @@ def _read(
 ) -> SourceText:
     path, length = written or Path(source.path), calibration.sequence_length
     tokenizer = load_tokenizer(checkpoint.path)
-    documents = read_documents(path, source.field or None)
+    documents = read_documents(path, None if written else source.field or None)
     texts = (tokenizer.document_text(document) for document in documents)
     begin = checkpoint.bos_token_id
     sequences = torch.tensor(cut_sequences(texts, tokenizer, begin, length, None, path))

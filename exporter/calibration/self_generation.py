@@ -19,7 +19,7 @@ from exporter.errors import InputError
 from exporter.files import replacing, sha256
 from exporter.model import Decoder, StaticCache, load_decoder
 from exporter.recipe import Calibration, Source
-from exporter.textdata import is_table, read_rows, text_field
+from exporter.textdata import is_table, read_documents, read_rows, text_field
 from exporter.tokenizer import TextTokenizer, load_tokenizer
 
 #: So many texts are written at once.
@@ -89,7 +89,7 @@ def _prompts(
             any_token = torch.randint(checkpoint.config.vocab_size, (), generator=generator)
             yield [int(any_token) if begin is None else begin]
     path = Path(source.prompts)
-    texts = [tokenizer.prompt_text(text, raw=False) for text in _prompt_texts(path, source.field)]
+    texts = [tokenizer.prompt_text(text, raw=False) for text in read_prompts(path, source.field)]
     encoded = [tokenizer.encode(text) for text in texts]
     fitting = [ids for ids in encoded if 0 < len(ids) < limit]
     if not fitting:
@@ -102,12 +102,13 @@ def _prompts(
         yield from fitting
 
 
-def _prompt_texts(path: Path, field: str) -> list[str]:
-    """One prompt a row, or a line of plain text."""
+def read_prompts(path: Path, field: str) -> list[str]:
+    """One prompt a row, or a line of plain text. Raises InputError."""
     if is_table(path):
         names = (field,) if field else _PROMPT_FIELDS
         return [text_field(row, place, names) for place, row in read_rows(path)]
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = [text for text in read_documents(path, field or None) if isinstance(text, str)]
+    return [line for text in texts for line in text.splitlines() if line.strip()]
 
 
 @torch.inference_mode()

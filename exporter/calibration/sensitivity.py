@@ -5,7 +5,7 @@ sensitivity. Only the layers behind it are computed anew.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,20 +69,24 @@ def model_bits(schemes: Mapping[str, Scheme], config: ModelConfig) -> int:
     )
 
 
-def search(
-    sensitivities: list[Sensitivity], fixed_bits: int, budget: int, subject: str
-) -> tuple[str, ...]:
-    """The weights that become `WIDER`: most divergence saved for each further bit first.
-
-    `fixed_bits` is what all else takes. Raises InputError where nothing fits.
-    """
-    used = fixed_bits + sum(one.bits for one in sensitivities)
+def check_budget(used: int, budget: int, subject: str) -> None:
+    """Refuse a budget in bits below what the recipe's own schemes use. Raises InputError."""
     if used > budget:
         raise InputError(
             subject,
             f"holds {budget / 8e6:.1f} MB, and the recipe takes {used / 8e6:.1f} MB at the least",
             "Raise the budget, or choose smaller schemes",
         )
+
+
+def search(
+    sensitivities: Sequence[Sensitivity], used: int, budget: int, subject: str
+) -> tuple[str, ...]:
+    """The weights that become `WIDER`: most divergence saved for each further bit first.
+
+    `used` is what all weights take before. Raises InputError where that is more than the budget.
+    """
+    check_budget(used, budget, subject)
     worth = sorted(
         sensitivities, key=lambda one: one.kl / (one.wider_bits - one.bits), reverse=True
     )

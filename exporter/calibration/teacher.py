@@ -17,7 +17,15 @@ from exporter.recipe import Calibration
 
 
 def open_teacher(calibration: Calibration, student: Checkpoint) -> Checkpoint:
-    """The recipe's teacher; raises InputError for one that says other tokens than the student."""
+    """The recipe's teacher; raises InputError for one that says other tokens than the student, or
+    whose answers would be too many to keep."""
+    vocabulary = student.config.vocab_size
+    if calibration.cache_teacher and calibration.top_k >= vocabulary:
+        raise InputError(
+            "calibration.cache_teacher",
+            f"needs a top_k below the {vocabulary} tokens that there are",
+            "Set calibration.top_k to some hundred",
+        )
     if not calibration.teacher:
         return student
     teacher, subject = open_checkpoint(calibration.teacher), "calibration.teacher"
@@ -33,6 +41,7 @@ def open_teacher(calibration: Calibration, student: Checkpoint) -> Checkpoint:
     if calibration.hidden_weight and theirs.hidden_size != ours.hidden_size:
         reason = f"has hidden states of {theirs.hidden_size}, the checkpoint of {ours.hidden_size}"
         raise InputError(subject, reason, "Set calibration.hidden_weight to 0")
+    teacher.check_weights()
     return teacher
 
 

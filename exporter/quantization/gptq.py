@@ -37,7 +37,7 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = 0.01)
     lowest, highest = CODE_RANGE[scheme.bits]
     weight = weight.float()
     diagonal = hessian.diagonal()
-    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    mean = float(diagonal.mean()) or 1.0  # no input ever occurs: all count alike
     damped = hessian + torch.eye(len(hessian)) * (damping * mean)
     scales = least_squared_error_scales(weight, scheme, damped.diagonal())
     order = damped.diagonal().argsort(descending=True, stable=True)

@@ -1,0 +1,318 @@
+"""The text of a calibration: mixtures, what is held out, files, and text the checkpoint writes."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from calibrating import BEGIN, END, TEXT, quantized, recipe_of, small_checkpoint
+from commands import contents
+from conftest import LLAMA, LLAMA4, MakeCheckpoint
+
+from exporter.backends.reference import ReferenceRunner
+from exporter.calibration.data import CalibrationText, SourceText, read_text
+from exporter.calibration.self_generation import continue_texts, written_text
+from exporter.checkpoint import Checkpoint
+from exporter.errors import InputError
+from exporter.files import sha256
+from exporter.model import load_decoder
+from exporter.recipe import Calibration, Source
+from exporter.tokenizer import load_tokenizer
+
+END_ID = 1
+Text = list[list[int]]
+
+
+def numbered(name: str, weight: float, count: int, held_out: int = 2) -> SourceText:
+    """A source whose sequences can be told apart: [source, number]."""
+    rows = torch.tensor([[ord(name), number] for number in range(count + held_out)])
+    return SourceText(name, "hash", weight, rows[:count], rows[count:])
+
+
+def mixed(*sources: SourceText, seed: int = 0, count: int = 120) -> Text:
+    rows: Text = CalibrationText(sources, seed).train(count).tolist()
+    return rows
+
+
+# Mixtures.
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (5, 2, 1), (0.2, 0.1)])
+def test_at_every_length_the_shares_of_a_mixture_follow_the_weights(
+    weights: tuple[float, ...],
+) -> None:
+    sources = [numbered(chr(65 + i), weight, 10) for i, weight in enumerate(weights)]
+    rows = mixed(*sources)
+    for length in range(1, len(rows) + 1):
+        counts = Counter(row[0] for row in rows[:length])
+        for index, weight in enumerate(weights):
+            share = length * weight / sum(weights)
+            assert abs(counts[65 + index] - share) < len(weights), (length, index)
+    assert Counter(row[0] for row in rows)[65] == round(120 * weights[0] / sum(weights))
+
+
+def test_a_source_is_used_up_before_any_of_it_comes_again() -> None:
+    rows = mixed(numbered("A", 3, 10), numbered("B", 1, 7))
+    for name, size in (("A", 10), ("B", 7)):
+        numbers = [number for source, number in rows if source == ord(name)]
+        for start in range(0, len(numbers) - size + 1, size):
+            assert sorted(numbers[start : start + size]) == list(range(size))
+        assert numbers[:size] != numbers[size : 2 * size]  # shuffled anew
+
+
+def test_nothing_that_is_held_out_is_ever_learned_from() -> None:
+    text = CalibrationText((numbered("A", 3, 10, 3), numbered("B", 1, 7, 5)), 0)
+    learned, held_out = text.train(300).tolist(), text.held_out(8).tolist()
+    assert [row for row in held_out if row in learned] == []
+    assert [row[0] for row in held_out] == [65] * 3 + [66] * 4
+
+
+def test_some_of_each_source_is_held_out_however_few_are_asked_for() -> None:
+    text = CalibrationText((numbered("A", 3, 10), numbered("B", 1, 7)), 0)
+    assert [row[0] for row in text.held_out(1).tolist()] == [65, 66]
+
+
+def test_a_longer_text_begins_with_the_shorter_one() -> None:
+    """A run that goes on, or that has more steps, sees the same text."""
+    sources = numbered("A", 3, 10), numbered("B", 1, 7)
+    assert mixed(*sources, count=120)[:50] == mixed(*sources, count=50)
+
+
+def test_the_seed_decides_the_order() -> None:
+    source = numbered("A", 1, 30)
+    assert mixed(source, seed=1) == mixed(source, seed=1) != mixed(source, seed=2)
+
+
+# Files.
+
+CHAT = [{"role": "user", "content": f"How many {n}?"} for n in range(12)]
+
+
+def write_parquet(path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"story": TEXT.splitlines(True)}), path)
+
+
+def write_chats(path: Path) -> None:
+    rows = [{"messages": [turn, {"role": "assistant", "content": "a dozen"}]} for turn in CHAT]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+FILES: dict[str, tuple[str, Any, str, list[str]]] = {
+    "plain text": ("a.txt", lambda path: path.write_text(TEXT), "", ["Ada has 0 eggs"]),
+    "conversations": ("a.jsonl", write_chats, "", ["[user]How many 0?<end>[assistant]a dozen"]),
+    "parquet": ("a.parquet", write_parquet, "story", ["Ada has 0 eggs", "Ada has 1 eggs"]),
+    "a field": (
+        "a.jsonl",
+        lambda path: path.write_text(json.dumps({"other": "x", "body": TEXT}) + "\n"),
+        "body",
+        ["Ada has 0 eggs"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_becomes_sequences_of_its_tokens(
+    kind: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint, (name, write, field, said) = small_checkpoint(make_checkpoint), FILES[kind]
+    write(tmp_path / name)
+    source = Source(str(tmp_path / name), field=field, weight=2.5)
+    [found] = read_text(checkpoint, Calibration((source,), 24, held_out=0.25), []).sources
+    assert found.train.shape[1] == found.held_out.shape[1] == 24
+    total = len(found.train) + len(found.held_out)
+    assert len(found.held_out) == round(total / 4)
+    whole = torch.cat((found.train, found.held_out))
+    assert (whole[:, 0] == 0).all()  # each sequence begins a text
+    text = load_tokenizer(checkpoint.path).decode_whole(whole[:, 1:].flatten().tolist())
+    assert [part for part in said if part not in text.replace(BEGIN, "")] == []
+    assert (found.name, found.sha256, found.weight) == (name, sha256(tmp_path / name), 2.5)
+
+
+def test_a_model_of_fewer_tokens_than_its_tokenizer_is_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint, vocab_size=64)
+    (tmp_path / "a.txt").write_text(TEXT)
+    with pytest.raises(InputError, match=r"outside of the model's vocabulary.*does not belong"):
+        read_text(checkpoint, Calibration((Source(str(tmp_path / "a.txt")),), 24), [])
+
+
+def test_the_manifest_has_the_hash_and_the_share_of_every_source(
+    make_checkpoint: MakeCheckpoint, own_cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    data = [{"path": str(tmp_path / "a.txt"), "weight": 3.0}, {"tokens": 400}]
+    checkpoint = small_checkpoint(make_checkpoint)
+    waist = quantized(recipe_of("gptq", data), checkpoint, tmp_path / "out")
+    [written] = own_cache.glob("*.jsonl")
+    assert waist.manifest["calibration"]["text"] == [
+        {"source": "a.txt", "sha256": sha256(tmp_path / "a.txt"), "weight": 3.0},
+        {"source": "self-generated", "sha256": sha256(written), "weight": 1.0},
+    ]
+
+
+# Text that the checkpoint writes.
+
+SHORT = Source(tokens=600)
+
+
+def write(checkpoint: Checkpoint, source: Source = SHORT, seed: int = 0) -> tuple[Path, list[str]]:
+    """The file, and the steps that were shown while it was written."""
+    steps = list[str]()
+    calibration = Calibration((source,), sequence_length=48, seed=seed)
+    path = written_text(
+        checkpoint, source, calibration, torch.float32, "this one",
+        lambda done, total, note: steps.append(f"{done} of {total}"),
+    )  # fmt: skip
+    return path, steps
+
+
+def texts_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_written_text_is_kept_and_used_again(
+    make_checkpoint: MakeCheckpoint, own_cache: Path
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    path, steps = write(checkpoint)
+    assert path.parent == own_cache
+    assert steps[0] == "0 of 600" and steps[-1] == "600 of 600"
+    moment, before = path.stat().st_mtime_ns, contents(own_cache)
+    assert write(checkpoint) == (path, [])
+    assert (path.stat().st_mtime_ns, contents(own_cache)) == (moment, before)
+
+
+def test_written_text_is_of_the_wanted_length_and_of_the_model_s_tokens(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    tokenizer = load_tokenizer(checkpoint.path)
+    encoded = [tokenizer.encode(text) for text in texts_of(write(checkpoint)[0])]
+    assert 600 <= sum(map(len, encoded)) < 600 + 32 * 48
+    for ids in encoded:
+        assert ids[0] == 0 and len(ids) <= 48 and max(ids) < 96
+        # An end, if there is one, is the last token; without one the context was full.
+        assert [i for i in ids[:-1] if i in (1, 2)] == []
+        assert ids[-1] in (1, 2) or len(ids) == 48
+    assert any(ids[-1] in (1, 2) for ids in encoded)
+    assert any(len(ids) == 48 for ids in encoded)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"source": Source(tokens=601)}, {"source": Source(tokens=600, temperature=0.5)}],
+    ids=["seed", "tokens", "temperature"],
+)
+def test_other_settings_write_other_text(
+    change: dict[str, Any], make_checkpoint: MakeCheckpoint
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    one, other = write(checkpoint)[0], write(checkpoint, **change)[0]
+    assert one != other
+    if "tokens=601" not in str(change):
+        assert texts_of(one) != texts_of(other)
+
+
+def test_the_same_settings_write_the_same_text_in_another_cache(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    one = write(checkpoint)[0]
+    monkeypatch.setenv("MOBILELLM_CACHE", str(tmp_path / "another"))
+    other = write(checkpoint)[0]
+    assert one != other and one.name == other.name
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_model_without_a_begin_of_text_starts_with_any_token(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    checkpoint = replace(small_checkpoint(make_checkpoint), bos_token_id=None)
+    tokenizer = load_tokenizer(checkpoint.path)
+    assert len({tokenizer.encode(text)[0] for text in texts_of(write(checkpoint)[0])}) > 5
+
+
+PROMPTS: dict[str, tuple[str, str, str]] = {
+    "lines": ("p.txt", "How many?\n\nWhy?\n", ""),
+    "prompt": ("p.jsonl", '{"prompt": "How many?"}\n{"prompt": "Why?"}\n', ""),
+    "question": ("p.jsonl", '{"question": "How many?"}\n{"question": "Why?", "x": 1}\n', ""),
+    "field": ("p.jsonl", '{"ask": "How many?"}\n{"ask": "Why?"}\n', "ask"),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_the_prompts_of_a_file_are_answered_in_turn(
+    kind: str, make_checkpoint: MakeCheckpoint, own_cache: Path, tmp_path: Path
+) -> None:
+    """As a whole recipe, so that what is checked before and what is read after agree."""
+    name, content, field = PROMPTS[kind]
+    (tmp_path / name).write_text(content)
+    data = [{"prompts": str(tmp_path / name), "field": field, "tokens": 600}]
+    checkpoint = small_checkpoint(make_checkpoint)
+    recipe = recipe_of("gptq", data, sequence_length=48)
+    quantized(recipe, checkpoint, tmp_path / "out")
+    [path] = own_cache.glob("*.jsonl")
+    texts = texts_of(path)
+    for index, text in enumerate(texts):
+        asked = ("How many?", "Why?")[index % 2]
+        assert text.startswith(f"{BEGIN}[user]{asked}{END}[assistant]")
+    assert len(set(texts)) > 2
+
+
+def test_other_prompts_write_other_text(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint, prompts = small_checkpoint(make_checkpoint), tmp_path / "p.txt"
+    prompts.write_text("How many?")
+    one, _ = write(checkpoint, Source(prompts=str(prompts), tokens=600))
+    prompts.write_text("Why?")
+    other, _ = write(checkpoint, Source(prompts=str(prompts), tokens=600))
+    assert one != other
+
+
+def test_prompts_that_are_all_too_long_are_refused(
+    make_checkpoint: MakeCheckpoint, own_cache: Path, tmp_path: Path
+) -> None:
+    checkpoint, prompts = small_checkpoint(make_checkpoint), tmp_path / "p.txt"
+    prompts.write_text("How many? " * 10)
+    with pytest.raises(InputError, match="has no prompt of less than 48 tokens"):
+        write(checkpoint, Source(prompts=str(prompts), tokens=600))
+    assert contents(own_cache) == {}
+
+
+@pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4", "llama"])
+def test_texts_that_are_written_together_are_those_of_a_runner_on_its_own(
+    base: dict[str, Any], make_checkpoint: MakeCheckpoint
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint, base)
+    generator = torch.Generator().manual_seed(5)
+    prompts = [
+        torch.randint(3, 96, (length,), generator=generator).tolist()
+        for length in (1, 2, 5, 9, 17, 30, 39)
+    ]
+    ends, source = set(checkpoint.eos_token_ids), Source(temperature=1e-6)
+    found = continue_texts(load_decoder(checkpoint, 40), prompts, ends, source, generator)
+    runner = ReferenceRunner(checkpoint, 40)
+    for prompt, text in zip(prompts, found, strict=True):
+        expected, logits = list(prompt), runner.prefill(prompt)
+        while True:
+            expected.append(int(logits.argmax()))
+            if expected[-1] in ends or len(expected) == 40:
+                break
+            logits = runner.decode(expected[-1])
+        assert text == expected
+
+
+def test_top_p_leaves_only_the_likeliest_tokens(make_checkpoint: MakeCheckpoint) -> None:
+    """So small a share is one token, at any temperature."""
+    decoder = load_decoder(small_checkpoint(make_checkpoint), 24)
+    prompts = [[5], [6, 7]]
+    greedy, narrow, free = (
+        continue_texts(decoder, prompts, set(), source, torch.Generator().manual_seed(1))
+        for source in (Source(temperature=1e-6), Source(top_p=1e-6), Source())
+    )
+    assert greedy == narrow != free
