@@ -142,24 +142,25 @@ def _write_waist(
     checkpoint: Checkpoint, decided: Decided, out: Path, progress: Progress
 ) -> QuantizedCheckpoint:
     """The waist in `out`: the finished one that is there, or a new one."""
-    done = finished_waist(out, decided.identity)
-    if done is not None:
-        return done
-    weights, reports = None, list[str]()
     folder = out / f".{REPORTS}.tmp"
-    shutil.rmtree(out / REPORTS, ignore_errors=True)  # of an unfinished run
-    if decided.prepared is not None:
-        from exporter.calibration.calibrate import calibrate, write_reports
+    waist = finished_waist(out, decided.identity)
+    if waist is None:
+        weights, reports = None, list[str]()
+        shutil.rmtree(out / REPORTS, ignore_errors=True)  # of an unfinished run
+        if decided.prepared is not None:
+            from exporter.calibration.calibrate import calibrate, write_reports
 
-        folder.mkdir(parents=True, exist_ok=True)  # marks `out` as ours until weights are there
-        schemes = decided.plan.schemes
-        result = calibrate(checkpoint, decided.prepared, schemes, folder, _stages(progress))
-        weights = result.weights
-        written = write_reports(out / REPORTS, result.reports)
-        reports = [path.relative_to(out).as_posix() for path in written]
-    counter = _Counter(progress, "quantize", len(decided.plan.schemes))
-    waist = write_waist(checkpoint, decided.plan, decided.identity, out, counter, weights, reports)
-    shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)  # marks `out` as ours until weights do
+            schemes = decided.plan.schemes
+            result = calibrate(checkpoint, decided.prepared, schemes, folder, _stages(progress))
+            weights = result.weights
+            written = write_reports(out / REPORTS, result.reports)
+            reports = [path.relative_to(out).as_posix() for path in written]
+        counter = _Counter(progress, "quantize", len(decided.plan.schemes))
+        waist = write_waist(
+            checkpoint, decided.plan, decided.identity, out, counter, weights, reports
+        )
+    shutil.rmtree(folder, ignore_errors=True)  # also what a run left that was killed just here
     return waist
 
 
