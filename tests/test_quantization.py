@@ -40,6 +40,7 @@ from exporter.quantization.waist import (
     Plan,
     QuantizedCheckpoint,
     damaged_tensors,
+    finished_waist,
     open_waist,
     plan_schemes,
     waist_identity,
@@ -392,7 +393,9 @@ def write(checkpoint: Checkpoint, out: Path, **overrides: Scheme) -> QuantizedCh
     patterns = {V_PROJ: FLOAT, **overrides}
     shapes = checkpoint.config.parameter_shapes()
     plan = plan_schemes(shapes, INT4, INT8, patterns, "mse")
-    return write_waist(checkpoint, plan, waist_identity(checkpoint, plan), out, no_tensor)
+    identity = waist_identity(checkpoint, plan)
+    done = finished_waist(out, identity)
+    return done or write_waist(checkpoint, plan, identity, out, no_tensor)
 
 
 def small(make: MakeCheckpoint, **options: Any) -> Checkpoint:
