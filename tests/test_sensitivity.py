@@ -1,0 +1,230 @@
+"""Which weights suffer from few bits, and what a budget does about it."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calibrating import TEXT, Replaced, divergence_of, quantized, recipe_of, small_checkpoint
+from commands import contents
+from conftest import LLAMA, LLAMA4, MakeCheckpoint
+from safetensors.torch import load_file
+
+from exporter.calibration.sensitivity import (
+    Sensitivity,
+    model_bits,
+    parse_budget,
+    search,
+    sensitivities,
+)
+from exporter.errors import InputError
+from exporter.pipeline import quantize
+from exporter.quantization.integers import FLOAT, Scheme
+from exporter.quantization.integers import quantize as quantize_weight
+
+V_PROJ, EMBEDDING = "model.layers.1.self_attn.v_proj.weight", "model.embed_tokens.weight"
+SUBJECT = "quantization.budget"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def nothing(done: int, total: int, note: str) -> None:
+    pass
+
+
+# What each weight costs.
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4", "llama"])
+def test_each_cost_is_that_of_a_whole_model_with_this_weight_alone_rounded(
+    base: dict[str, Any], tied: bool, make_checkpoint: MakeCheckpoint
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint, base, tie_word_embeddings=tied)
+    shapes = checkpoint.config.parameter_shapes()
+    schemes = {name: Scheme(4, 32) if len(shape) == 2 else FLOAT for name, shape in shapes.items()}
+    schemes[V_PROJ] = FLOAT
+    tokens = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(3))
+    found = sensitivities(checkpoint, schemes, tokens, torch.float32, nothing)
+    wanted = [name for name, scheme in schemes.items() if scheme != FLOAT]
+    assert [one.name for one in found] == wanted
+    assert ("lm_head.weight" in wanted) is not tied
+    for one in found:
+        weight = checkpoint.float_weight(one.name)
+        rounded = quantize_weight(weight, Scheme(4, 32), "mse").dequantize()
+        expected = divergence_of(checkpoint, Replaced(checkpoint, {one.name: rounded}), tokens)
+        assert one.kl == pytest.approx(expected, rel=1e-3, abs=1e-6), one.name
+        assert one.kl > 1e-5
+        assert one.scheme == "int4-g32"
+        assert one.bits == weight.numel() * 4 + weight.numel() // 32 * 16
+        assert one.wider_bits == weight.numel() * 8 + len(weight) * 16
+
+
+def test_a_weight_that_int8_would_not_make_larger_is_no_candidate(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    shapes = checkpoint.config.parameter_shapes()
+    schemes = {name: Scheme(8) if len(shape) == 2 else FLOAT for name, shape in shapes.items()}
+    schemes |= {V_PROJ: Scheme(4, 32), EMBEDDING: Scheme(8, 32)}
+    tokens = torch.arange(24)[None]
+    found = sensitivities(checkpoint, schemes, tokens, torch.float32, nothing)
+    assert [one.name for one in found] == [V_PROJ]
+
+
+# The search.
+
+
+def weight_of(name: str, kl: float, bits: int = 100, more: int = 100) -> Sensitivity:
+    return Sensitivity(name, "int4-g32", kl, bits, bits + more)
+
+
+@pytest.mark.parametrize("budget", range(1300, 2400, 50))
+def test_a_budget_is_never_exceeded_and_nothing_that_still_fits_is_left(budget: int) -> None:
+    sizes = {"a": 100, "b": 250, "c": 60, "d": 400}
+    found = [weight_of(name, 0.1, 100, more) for name, more in sizes.items()]
+    wider = search(found, 1300, budget, SUBJECT)
+    used = 1300 + sum(sizes[name] for name in wider)
+    assert used <= budget
+    assert [name for name in sizes.keys() - set(wider) if used + sizes[name] <= budget] == []
+
+
+def test_what_saves_most_divergence_for_each_bit_comes_first() -> None:
+    found = [
+        weight_of("large", 0.5, more=1000),
+        weight_of("small", 0.2, more=100),
+        weight_of("deaf", 0.001, more=100),
+    ]
+    assert search(found, 2000, 2100, SUBJECT) == ("small",)
+    assert search(found, 2000, 3100, SUBJECT) == ("small", "large")
+    assert search(found, 2000, 2000, SUBJECT) == ()
+    assert search(found, 2000, 9000, SUBJECT) == ("small", "large", "deaf")
+
+
+def test_of_weights_of_one_size_the_most_sensitive_ones_become_wider() -> None:
+    """So no other choice of as many saves more."""
+    costs = dict(zip("abcdef", (0.3, 0.01, 0.7, 0.2, 0.05, 0.6), strict=True))
+    wider = search([weight_of(name, kl) for name, kl in costs.items()], 600, 900, SUBJECT)
+    best = max(combinations(costs, 3), key=lambda names: sum(costs[name] for name in names))
+    assert sorted(wider) == sorted(best)
+
+
+def test_a_budget_that_is_too_small_is_refused_with_both_sizes() -> None:
+    with pytest.raises(InputError) as raised:
+        search([weight_of("a", 0.1)], 24_000_000, 16_000_000, SUBJECT)
+    for part in (SUBJECT, "holds 2.0 MB", "takes 3.0 MB at the least", "Raise the budget"):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "bits_a_weight", "bits"),
+    [
+        ("5.3 bits", 5.3, 0),
+        ("6bits", 6, 0),
+        ("1 bit", 1, 0),
+        (" 4.5 bpw ", 4.5, 0),
+        ("90 MB", 0, 720_000_000),
+        ("0.25MB", 0, 2_000_000),
+    ],
+)
+def test_a_budget_is_bits_a_weight_or_megabytes(
+    written: str, bits_a_weight: float, bits: int, make_checkpoint: MakeCheckpoint
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    expected = round(bits_a_weight * checkpoint.parameter_count) + bits
+    assert parse_budget(written, SUBJECT, checkpoint.config) == expected
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["5.3", "bits", "-5 bits", "5,3 bits", "5 GB", "90 MiB", "1e3 bits", "5 bits 6 bits"],
+)
+def test_what_is_no_budget_is_refused(written: str, make_checkpoint: MakeCheckpoint) -> None:
+    config = small_checkpoint(make_checkpoint).config
+    with pytest.raises(InputError, match=r"is not a budget.*Write '5\.3 bits' or '90 MB'"):
+        parse_budget(written, SUBJECT, config)
+
+
+# A whole recipe.
+
+
+@pytest.mark.parametrize("method", ["absmax", "mse", "gptq"])
+def test_a_recipe_with_a_budget_gives_a_waist_within_it(
+    method: str, make_checkpoint: MakeCheckpoint, text: Path, tmp_path: Path
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    waist = quantized(recipe_of(method, text, budget="6 bits"), checkpoint, tmp_path / "out")
+    stored = load_file(waist.path / "quantized.safetensors").values()
+    size = 8 * sum(tensor.numel() * tensor.dtype.itemsize for tensor in stored)
+    budget = 6 * checkpoint.parameter_count
+    assert 0.95 * budget < size <= budget
+    assert size == model_bits(waist.schemes, waist.config)
+    report = json.loads((waist.path / "calibration" / "sensitivity.json").read_text())
+    rows = {row["name"]: row for row in report["sensitivities"]}
+    wider = [name for name, row in rows.items() if row["wider"]]
+    assert wider == [name for name, scheme in waist.schemes.items() if scheme == Scheme(8)]
+    assert sorted(waist.manifest["calibration"]["wider"]) == sorted(wider)
+    assert 0 < len(wider) < len(rows)
+    worth = {n: row["kl"] / (row["wider_bits"] - row["bits"]) for n, row in rows.items()}
+    assert max(worth, key=lambda name: worth[name]) in wider
+
+
+def test_sensitivities_are_measured_once(
+    make_checkpoint: MakeCheckpoint, text: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    checkpoint, stages = small_checkpoint(make_checkpoint), list[str]()
+
+    def seen(stage: str, done: int, total: int, note: str = "") -> None:
+        stages.append(stage)
+
+    recipe = recipe_of("mse", text, budget="6 bits")
+    quantize(recipe, checkpoint, tmp_path / "one", seen)
+    assert "measure sensitivity" in stages
+    kept = contents(own_cache)
+    stages.clear()
+    quantize(recipe, checkpoint, tmp_path / "other", seen)
+    assert "measure sensitivity" not in stages and "quantize" in stages
+    assert contents(own_cache) == kept
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+def test_another_budget_needs_no_new_measurement_and_other_text_does(
+    make_checkpoint: MakeCheckpoint, text: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    for index, (changes, kept) in enumerate(
+        [({"budget": "6 bits"}, 1), ({"budget": "5.5 bits"}, 1), ({"seed": 1}, 2)]
+    ):
+        recipe = recipe_of("mse", text, **{"budget": "6 bits", **changes})
+        quantized(recipe, checkpoint, tmp_path / str(index))
+        assert len(list(own_cache.iterdir())) == kept
+
+
+def test_a_damaged_measurement_is_made_again(
+    make_checkpoint: MakeCheckpoint, text: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    checkpoint, recipe = small_checkpoint(make_checkpoint), recipe_of("mse", text, budget="6 bits")
+    quantized(recipe, checkpoint, tmp_path / "one")
+    kept = contents(own_cache)
+    [path] = own_cache.iterdir()
+    path.write_text('{"sensitivities": [{"name": "x"}]}')
+    quantized(recipe, checkpoint, tmp_path / "other")
+    assert contents(own_cache) == kept
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_measured(
+    make_checkpoint: MakeCheckpoint, own_cache: Path, tmp_path: Path
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    recipe = recipe_of("mse", [{"tokens": 400}], budget="4 bits")
+    with pytest.raises(InputError, match=r"quantization\.budget: holds .* MB at the least"):
+        quantized(recipe, checkpoint, tmp_path / "out")
+    assert not own_cache.exists() and not (tmp_path / "out").exists()
