@@ -19,11 +19,12 @@ def cut_sequences(
     length: int,
     max_tokens: int | None,
     subject: object = "the text",
+    option: str = "the length",
 ) -> list[list[int]]:
     """Sequences of `length` tokens, all or as many whole ones as `max_tokens` allow.
 
     Texts are read as far as they are needed. Raises InputError about `subject`, which they come
-    from, where they do not fill one.
+    from, where they do not fill one; `option` is what sets the length.
     """
     most = sys.maxsize if max_tokens is None else max_tokens // length
     head = [] if begin is None else [begin]
@@ -48,6 +49,6 @@ def cut_sequences(
         raise InputError(
             subject,
             f"gives {count} tokens, less than one sequence of {length}",
-            "Give more text, or make sequences shorter",
+            f"Give more text, or lower {option}",
         )
     return sequences

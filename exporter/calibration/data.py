@@ -102,8 +102,8 @@ def _read(
     tokenizer = load_tokenizer(checkpoint.path)
     documents = read_documents(path, None if written else source.field or None)
     texts = (tokenizer.document_text(document) for document in documents)
-    begin = checkpoint.bos_token_id
-    sequences = torch.tensor(cut_sequences(texts, tokenizer, begin, length, None, path))
+    begin, option = checkpoint.bos_token_id, "calibration.sequence_length"
+    sequences = torch.tensor(cut_sequences(texts, tokenizer, begin, length, None, path, option))
     if sequences.max() >= checkpoint.config.vocab_size:
         raise InputError(
             checkpoint.path / "tokenizer.json",

@@ -163,8 +163,9 @@ def _sequences(
             )
     texts = map(tokenizer.document_text, documents)
     sequences = cut_sequences(
-        texts, tokenizer, speaker.bos_token_id, length, asked.max_tokens, "--data"
-    )
+        texts, tokenizer, speaker.bos_token_id, length, asked.max_tokens,
+        "--data", "--sequence-length",
+    )  # fmt: skip
     largest = max(max(tokens) for tokens in sequences)
     if largest >= speaker.runner.vocab_size:
         raise InputError(
