@@ -95,6 +95,14 @@ class World:
         file = self.write(self.root / "task.jsonl", content)
         return ["evaluate", str(self.finished.path), "--task", str(file)]
 
+    def calibrate(
+        self, *overrides: str, content: str | bytes = PLENTY, name: str = "data.jsonl"
+    ) -> list[str]:
+        """Quantize the demo checkpoint, calibrated on a data file with this content."""
+        file = self.write(self.root / name, content)
+        settings = ["quantization.method=distill", f"calibration.data=[{{path: {file}}}]"]
+        return ["quantize", RECIPE, *settings, *overrides, "--checkpoint", str(NANO), "-o", "out"]
+
     def lower(self, waist: object, *options: str, target: str = "executorch") -> list[str]:
         return ["lower", str(waist), *options, "--target", target, "-o", "out"]
 
@@ -186,6 +194,13 @@ def _other_tokenizer(w: World) -> Path:
 
 
 Row = Callable[[World], list[str]]
+
+
+def _setting(name: str, value: str) -> Row:
+    """Calibrate with one number changed; YAML writes what is not finite with a dot."""
+    written = f".{value}" if value in ("nan", "inf") else value
+    return lambda w: w.calibrate(f"calibration.{name}={written}")
+
 
 CONFIGS: dict[str, tuple[Row, list[str]]] = {
     "model of another kind": (
@@ -792,8 +807,158 @@ EVALUATING: dict[str, tuple[Row, list[str]]] = {
     ),
 }  # fmt: skip
 
+CALIBRATING: dict[str, tuple[Row, list[str]]] = {
+    "unknown method": (
+        lambda w: w.calibrate("quantization.method=awq"),
+        ["quantization.method", "'awq' is not one of", "'distill'"],
+    ),
+    "empty calibration data": (
+        lambda w: w.calibrate(content=""), ["data.jsonl", "is empty", "some text"]
+    ),
+    "calibration data of blanks": (
+        lambda w: w.calibrate(content=" \n\n", name="a.txt"), ["a.txt", "holds no text"]
+    ),
+    "calibration data in a wrong encoding": (
+        lambda w: w.calibrate(content="Ören hat Eier. ".encode("latin-1"), name="a.txt"),
+        ["a.txt", "cannot be read as text", "UTF-8"],
+    ),
+    "calibration data without the field": (
+        lambda w: w.calibrate(content='{"text": "a"}\n{"body": "b"}\n'),
+        ["data.jsonl: line 2", "'text'", "in a recipe: field", "'body'"],
+    ),
+    "calibration data without the field that the recipe names": (
+        lambda w: w.calibrate("calibration.data.0.field=body"),
+        ["data.jsonl: line 1", "no field 'body'", "'text'"],
+    ),
+    "field of plain calibration text": (
+        lambda w: w.calibrate("calibration.data.0.field=body", name="a.txt"),
+        ["a.txt", "plain text and has no field 'body'", "in a recipe: field"],
+    ),
+    "calibration data that is no parquet": (
+        lambda w: w.calibrate(name="a.parquet"), ["a.parquet", "cannot be read as parquet"]
+    ),
+    "calibration data that is missing": (
+        lambda w: w.calibrate("calibration.data.0.path=nowhere.txt"),
+        ["nowhere.txt", "cannot be read", "UTF-8"],
+    ),
+    "calibration data shorter than a sequence": (
+        lambda w: w.calibrate(content='{"text": "two eggs"}\n'),
+        ["data.jsonl", "tokens, less than one sequence of 512", "sequences shorter"],
+    ),
+    "calibration data of one sequence": (
+        lambda w: w.calibrate(content=json.dumps({"text": "Ada has 12 eggs. " * 100})),
+        ["one sequence of 512 tokens", "held out", "calibration.sequence_length"],
+    ),
+    "sequences longer than the model's": (
+        lambda w: w.calibrate("calibration.sequence_length=4096"),
+        ["calibration.sequence_length", "4096 is more than the model's", "Lower it"],
+    ),
+    "no sources": (
+        lambda w: w.calibrate("calibration.data=[]"), ["calibration.data", "[] is not a list of"]
+    ),
+    "source with neither a path nor tokens": (
+        lambda w: w.calibrate("calibration.data=[{tokens: 0}]"),
+        ["calibration.data.0.tokens", "0 is out of range", "1 or more"],
+    ),
+    "source that is a path alone": (
+        lambda w: w.calibrate("calibration.data=[text.txt]"),
+        ["calibration.data.0", "'text.txt' is not a mapping"],
+    ),
+    "prompts for a file": (
+        lambda w: w.calibrate("calibration.data.0.prompts=prompts.txt"),
+        ["calibration.data.0.prompts", "source with a path", "Leave the path out"],
+    ),
+    "prompts that are missing": (
+        lambda w: w.calibrate("calibration.data=[{prompts: nowhere.txt}]"),
+        ["nowhere.txt", "cannot be read"],
+    ),
+    "prompts without the field": (
+        lambda w: w.calibrate("calibration.data=[{prompts: data.jsonl, field: ask}]"),
+        ["data.jsonl: line 1", "no field 'ask'", "'text'"],
+    ),
+    "endless temperature": (
+        lambda w: w.calibrate("calibration.data.0.temperature=.inf"),
+        ["calibration.data.0.temperature", "inf is out of range"],
+    ),
+    **{
+        f"{name} of {value}": (
+            _setting(name, value),
+            [f"calibration.{name}", f"{value} is out of range", said],
+        )
+        for name, value, said in [
+            ("sequence_length", "7", "8 or more"),
+            ("held_out", "0.0", "and 0.5"),
+            ("held_out", "0.6", "and 0.5"),
+            ("gptq_sequences", "0", "1 or more"),
+            ("sensitivity_sequences", "0", "1 or more"),
+            ("steps", "0", "1 or more"),
+            ("batch_size", "0", "1 or more"),
+            ("accumulate", "-1", "1 or more"),
+            ("learning_rate", "2.0", "and 1"),
+            ("learning_rate", "nan", "and 1"),
+            ("scale_learning_rate", "-0.1", "between 0 and 1"),
+            ("warm_up", "-1", "0 or more"),
+            ("temperature", "0.0", "between 0.01 and 100"),
+            ("top_k", "-1", "0 or more"),
+            ("hidden_weight", "inf", "0 or more"),
+            ("evaluate_every", "0", "1 or more"),
+            ("held_out_sequences", "0", "1 or more"),
+            ("patience", "0", "1 or more"),
+            ("seed", "-1", "between 0 and"),
+            ("data.0.weight", "0.0", "or more"),
+            ("data.0.top_p", "1.5", "and 1"),
+        ]
+    },
+    "calibration setting that is unknown": (
+        lambda w: w.calibrate("calibration.epochs=3"),
+        ["calibration", "unknown key 'epochs'", "steps"],
+    ),
+    "steps that are a half": (
+        lambda w: w.calibrate("calibration.steps=1.5"), ["calibration.steps", "1.5 is not of type"]
+    ),
+    "all answers of the teacher to keep": (
+        lambda w: w.calibrate("calibration.cache_teacher=true"),
+        ["calibration.cache_teacher", "needs a top_k", "Set top_k"],
+    ),
+    "all answers of the teacher to keep, as a top_k": (
+        lambda w: w.calibrate("calibration.cache_teacher=true", "calibration.top_k=512"),
+        ["calibration.cache_teacher", "top_k below the 512 tokens", "Set calibration.top_k"],
+    ),
+    "budget that is no size": (
+        lambda w: w.calibrate("quantization.budget=5.3"),
+        ["quantization.budget", "5.3 is not of type str"],
+    ),
+    "budget of another unit": (
+        lambda w: w.calibrate("quantization.budget=5 GB"),
+        ["quantization.budget", "'5 GB' is not a budget", "'5.3 bits' or '90 MB'"],
+    ),
+    "budget that is too small": (
+        lambda w: w.calibrate("quantization.budget=3 bits"),
+        ["quantization.budget", "MB, and the recipe takes", "at the least", "Raise the budget"],
+    ),
+    "teacher that is nowhere": (
+        lambda w: w.calibrate("calibration.teacher=./nowhere"), ["./nowhere", "is not a folder"]
+    ),
+    "teacher of other tokens": (
+        lambda w: w.calibrate(f"calibration.teacher={w.make()}"),
+        ["calibration.teacher", "knows 96 tokens, the checkpoint 512", "same family"],
+    ),
+    "teacher of another tokenizer": (
+        lambda w: w.calibrate(f"calibration.teacher={_other_tokenizer(w)}"),
+        ["calibration.teacher", "is not the checkpoint's tokenizer", "same family"],
+    ),
+    "calibration with a tokenizer of another model": (
+        lambda w: [
+            *w.calibrate("calibration.sequence_length=64")[:-4],
+            "--checkpoint", str(_tokenizer_of_another_model(w)), "-o", "out",
+        ],
+        ["tokenizer.json", "outside of the model's vocabulary", "does not belong"],
+    ),
+}  # fmt: skip
+
 ROWS = {
-    **CONFIGS, **WEIGHTS, **RECIPES, **OUTPUTS, **LOWERING, **VERIFYING, **GENERATING, **EVALUATING
+    **CONFIGS, **WEIGHTS, **RECIPES, **OUTPUTS, **LOWERING, **VERIFYING, **GENERATING, **EVALUATING,
+    **CALIBRATING,
 }  # fmt: skip
 EVERY_ROW = pytest.mark.parametrize(("row", "said"), ROWS.values(), ids=ROWS)
 
