@@ -131,7 +131,7 @@ def test_a_name_is_a_bare_name_and_nothing_else(
 
 def test_what_a_recipe_leaves_out_has_the_documented_defaults(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, "model: a/b\n"))
-    assert recipe == Recipe("mine", "a/b", Quantization(), (ExecuTorchTarget(),))
+    assert recipe == Recipe("mine", "a/b", Quantization(), targets=(ExecuTorchTarget(),))
     assert (recipe.quantization.linear, recipe.quantization.method) == ("int4-g32", "mse")
 
 
@@ -236,7 +236,7 @@ BAD_OVERRIDES: dict[str, list[str]] = {
     "targets.0.target=onnx": ["targets", "names a target twice", "onnx"],
     "targets.1.ort=1": ["targets.1.ort", "1 is not of type bool"],
     "model.size=3": ["model.size=3", "'model' holds no keys"],
-    "modell=a/b": ["unknown key 'modell'", "Keys: name, model, quantization, targets"],
+    "modell=a/b": ["unknown key 'modell'", "Keys: name, model, quantization, calibration"],
     "quantization.bits=4": ["quantization", "unknown key 'bits'", "Keys: linear"],
     "quantization.linear=int3": ["quantization.linear", "'int3' is not a scheme", "Write int4"],
     "quantization.overrides.*.v_proj.*=int9": [
