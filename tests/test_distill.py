@@ -219,11 +219,10 @@ def run(out, moment):
     kind, _, number = moment.partition(":")
     count = 0
     def here():
-        global count
+        nonlocal count
         count += 1
         if count == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
-    count = 0
     def watch(event, arguments):
         if event not in ("os.rename", "os.mkdir") or not str(arguments[0]).startswith(str(out)):
             return
