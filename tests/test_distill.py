@@ -129,8 +129,10 @@ def test_a_run_that_no_longer_improves_stops(
 ) -> None:
     recipe = recipe_of("distill", text, steps=100, patience=2, **{**ABSURD, "evaluate_every": 3})
     journal = journal_of(quantized(recipe, checkpoint, tmp_path / "a"))
-    assert [evaluation["step"] for evaluation in journal["evaluations"]] == [0, 3, 6]
-    assert len(journal["losses"]) == 6
+    # The start does not count: training makes it worse at first while rates are high.
+    trained = [evaluation["kl"] for evaluation in journal["evaluations"]][1:]
+    assert len(trained) - 1 - trained.index(min(trained)) == 2
+    assert len(journal["losses"]) == 3 * len(trained) < 100
 
 
 def test_two_batches_of_one_are_one_batch_of_two(
