@@ -21,8 +21,9 @@ from devices.operators import audit, read_trace
 from devices.session import place_of, prepare_engine, run_plan
 from devices.transports import Device, parse_device, transport
 from exporter import profiling
-from exporter.backends.reference import round_rows_to_int8, score
+from exporter.backends.reference import score
 from exporter.bundle import Bundle
+from exporter.quantization.activations import round_rows_to_int8
 from exporter.tokenizer import load_tokenizer
 
 STEPS = 8
