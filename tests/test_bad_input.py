@@ -843,7 +843,7 @@ CALIBRATING: dict[str, tuple[Row, list[str]]] = {
     ),
     "calibration data shorter than a sequence": (
         lambda w: w.calibrate(content='{"text": "two eggs"}\n'),
-        ["data.jsonl", "tokens, less than one sequence of 512", "sequences shorter"],
+        ["data.jsonl", "tokens, less than one sequence of 512", "calibration.sequence_length"],
     ),
     "calibration data of one sequence": (
         lambda w: w.calibrate(content=json.dumps({"text": "Ada has 12 eggs. " * 100})),
