@@ -252,3 +252,11 @@ def write_safetensors(
             value = tensor(name)
             assert value.dtype == dtype and tuple(value.shape) == shape, name
             file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_tensors(
+    path: Path, entries: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors that are in memory already as a safetensors file."""
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in entries.items()}
+    write_safetensors(path, layout, entries.__getitem__, {"format": "pt", **(metadata or {})})

@@ -32,7 +32,7 @@ from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher, open_teacher
 from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
-from exporter.files import read_json, replacing, write_json, write_safetensors
+from exporter.files import read_json, replacing, write_json, write_tensors
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.gptq import Compensated
 from exporter.quantization.integers import FLOAT, QuantizedTensor, Scheme, quantize
@@ -258,8 +258,7 @@ def _save(path: Path, starts: Mapping[str, Compensated]) -> None:
         codes, scales = start.rounded.codes, start.rounded.scales
         parts = {"weight": start.weight, "codes": codes, "scales": scales}
         entries |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in entries.items()}
-    write_safetensors(path, layout, entries.__getitem__, {"format": "pt"})
+    write_tensors(path, entries)
 
 
 def _load(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, Compensated]:

@@ -25,7 +25,7 @@ from exporter.calibration.loss import compare, divergence
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher
 from exporter.errors import InputError
-from exporter.files import write_safetensors
+from exporter.files import write_tensors
 from exporter.quantization.integers import QuantizedTensor, Scheme
 from exporter.recipe import Calibration
 
@@ -210,9 +210,10 @@ class _Run:
             entries = dict[str, Tensor]()
             for name, stored in integers.items():
                 entries |= {f"{name}.codes": stored.codes, f"{name}.scales": stored.scales}
-            _write(self.folder / BEST, entries, {})
+            write_tensors(self.folder / BEST, entries)
         step = str(len(journal.losses))
-        _write(self.folder / STATE, state, {"step": step, "journal": json.dumps(asdict(journal))})
+        metadata = {"step": step, "journal": json.dumps(asdict(journal))}
+        write_tensors(self.folder / STATE, state, metadata)
 
     def resume(self) -> Journal:
         """What a killed run left, or an empty journal."""
@@ -231,11 +232,6 @@ def _share_of_rate(calibration: Calibration, step: int) -> float:
     """Warm-up, then half a cosine down to zero."""
     warm_up = min(1.0, (step + 1) / max(1, calibration.warm_up))
     return warm_up * 0.5 * (1 + math.cos(math.pi * step / calibration.steps))
-
-
-def _write(path: Path, entries: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in entries.items()}
-    write_safetensors(path, layout, entries.__getitem__, {"format": "pt", **metadata})
 
 
 def _read_integers(

@@ -11,7 +11,7 @@ from exporter.calibration.data import hash_of
 from exporter.calibration.loss import TeacherLogits, teacher_logits
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.errors import InputError
-from exporter.files import sha256, write_safetensors
+from exporter.files import sha256, write_tensors
 from exporter.model import FloatWeights, attend_causal, load_decoder
 from exporter.recipe import Calibration
 
@@ -82,7 +82,6 @@ class Teacher:
             answer = self.answer(self.states(sequence[None])[0])
             assert answer.ids is not None
             entries = {"ids": answer.ids, "values": answer.log_probabilities.float()}
-            layout = {name: (x.dtype, tuple(x.shape)) for name, x in entries.items()}
-            write_safetensors(path, layout, entries.__getitem__, {"format": "pt"})
+            write_tensors(path, entries)
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("ids"), file.get_tensor("values")
