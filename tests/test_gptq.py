@@ -159,7 +159,7 @@ def test_the_walk_covers_exactly_the_quantized_weights(
     schemes["model.layers.1.self_attn.v_proj.weight"] = FLOAT
     schemes["model.layers.1.self_attn.o_proj.weight"] = Scheme(8)
     tokens = torch.randint(96, (4, 24), generator=torch.Generator().manual_seed(3))
-    found = list(gptq_weights(checkpoint, schemes, tokens, products))
+    found = list(gptq_weights(checkpoint, schemes, tokens, products, {}))
     assert sorted(name for name, _ in found) == sorted(
         name for name, scheme in schemes.items() if scheme != FLOAT
     )
@@ -173,7 +173,7 @@ def test_the_walk_covers_exactly_the_quantized_weights(
 def test_an_embedding_that_stays_float_is_left_out(make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = small_checkpoint(make_checkpoint)
     schemes = dict.fromkeys(checkpoint.config.parameter_shapes(), FLOAT) | {Q_PROJ: Scheme(4, 32)}
-    found = dict(gptq_weights(checkpoint, schemes, torch.arange(32)[None], torch.float32))
+    found = dict(gptq_weights(checkpoint, schemes, torch.arange(32)[None], torch.float32, {}))
     assert list(found) == [Q_PROJ]
 
 
@@ -191,7 +191,7 @@ def test_each_weight_is_fitted_to_what_the_rounded_ones_before_it_give(
     }
     alone = dict.fromkeys(shapes, FLOAT) | {Q_PROJ: Scheme(4, 32), later: Scheme(4, 32)}
     walked, apart = (
-        dict(gptq_weights(checkpoint, schemes, tokens, torch.float32))
+        dict(gptq_weights(checkpoint, schemes, tokens, torch.float32, {}))
         for schemes in (all_of_it, alone)
     )
     assert torch.equal(walked[Q_PROJ].rounded.codes, apart[Q_PROJ].rounded.codes)
@@ -216,7 +216,7 @@ def test_on_the_demo_checkpoint_gptq_keeps_more_than_mse_and_mse_more_than_absma
         }
         for method in ("absmax", "mse")
     }
-    rounded["gptq"] = dict(gptq_weights(checkpoint, schemes, train, torch.float32))
+    rounded["gptq"] = dict(gptq_weights(checkpoint, schemes, train, torch.float32, {}))
     kl = {
         method: divergence_of(
             checkpoint,

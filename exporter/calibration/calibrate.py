@@ -17,6 +17,7 @@ from exporter.calibration.cache import cache_folder
 from exporter.calibration.data import CalibrationText, OnStep, check_sources, hash_of, read_text
 from exporter.calibration.distill import Journal, distill
 from exporter.calibration.gptq import gptq_weights
+from exporter.calibration.importance import token_weights
 from exporter.calibration.memory import keep_freed_memory
 from exporter.calibration.plots import plot_journal, plot_sensitivities
 from exporter.calibration.self_generation import read_prompts, written_text
@@ -48,10 +49,11 @@ Stages = Callable[[str], OnStep]
 @dataclass(frozen=True)
 class Prepared:
     """All that is known before any weight is rounded: the text, and what sensitive weights
-    become."""
+    become. `rounding` is the method, or what a distillation starts from."""
 
     calibration: Calibration
     method: str
+    rounding: str
     text: CalibrationText
     precision: torch.dtype
     source: Mapping[str, str]
@@ -114,12 +116,13 @@ def prepare(
     )
     found, wider = tuple[Sensitivity, ...](), tuple[str, ...]()
     if budget:
-        found = _sensitivities(checkpoint, calibration, schemes, source, text, precision, stages)
+        found = _sensitivities(checkpoint, recipe, schemes, source, text, precision, stages)
         wider = search(found, used, budget, subject)
     if not parallel.rank():
         parallel.wait_for_all()
+    method = quantization.method
     return Prepared(
-        calibration, quantization.method, text, precision, source, teacher, found, wider
+        calibration, method, _rounding(recipe), text, precision, source, teacher, found, wider
     )
 
 
@@ -144,7 +147,7 @@ def _precision(calibration: Calibration) -> torch.dtype:
 
 def _sensitivities(
     checkpoint: Checkpoint,
-    calibration: Calibration,
+    recipe: Recipe,
     schemes: Mapping[str, Scheme],
     source: Mapping[str, str],
     text: CalibrationText,
@@ -152,14 +155,19 @@ def _sensitivities(
     stages: Stages,
 ) -> tuple[Sensitivity, ...]:
     """Measured, or as they were measured before."""
+    calibration, method = recipe.calibration, _rounding(recipe)
     tokens = text.train(calibration.sensitivity_sequences)
+    fitted = text.train(calibration.gptq_sequences).tolist() if method == "gptq" else []
     plan = {name: str(scheme) for name, scheme in schemes.items()}
-    name = hash_of("sensitivity", source, plan, tokens.tolist(), str(precision))
-    path = cache_folder() / f"{name}.json"
+    parts = source, plan, method, tokens.tolist(), fitted, calibration.seed, str(precision)
+    path = cache_folder() / f"{hash_of('sensitivity', *parts)}.json"
     with suppress(InputError, KeyError, TypeError):  # not there, or damaged: measured anew
         return tuple(Sensitivity(**one) for one in read_json(path)["sensitivities"])
+    quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
+    starts = _rounded(checkpoint, method, calibration, text, precision, quantized, stages)
+    rounded = {name: start.rounded for name, start in starts.items()}
     on_step = stages("measure sensitivity")
-    found = sensitivities(checkpoint, schemes, tokens, precision, on_step)
+    found = sensitivities(checkpoint, rounded, tokens, precision, on_step)
     write_json(path, {"sensitivities": [asdict(one) for one in found]})
     return tuple(found)
 
@@ -181,13 +189,18 @@ def calibrate(
 ) -> Calibrated:
     """Round every weight as the recipe says. `folder` keeps what a killed run had reached."""
     quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
-    method, calibration = prepared.method, prepared.calibration
+    calibration, text, precision = prepared.calibration, prepared.text, prepared.precision
+
+    def rounded() -> dict[str, Compensated]:
+        method = prepared.rounding
+        return _rounded(checkpoint, method, calibration, text, precision, quantized, stages)
+
     journal = None
-    if method == "distill":
+    if prepared.method == "distill":
         if not parallel.rank():
             _claim(folder, {"source": prepared.source, **prepared.identity()}, quantized)
             if not (folder / START).is_file():
-                _save(folder / START, _rounded(checkpoint, prepared, quantized, stages))
+                _save(folder / START, rounded())
         parallel.wait_for_all()
         starts = _load(folder / START, quantized)
         rounding = round_rows_to_int8 if calibration.activations == "int8" else None
@@ -195,15 +208,14 @@ def calibrate(
             Student(checkpoint, starts, calibration.sequence_length, rounding),
             Teacher(prepared.teacher, calibration, _answers_folder(prepared)),
             calibration,
-            prepared.text,
+            text,
             folder,
-            prepared.precision,
+            precision,
             stages("distil"),
         )
         weights, journal = distilled.weights, distilled.journal
     else:
-        starts = _rounded(checkpoint, prepared, quantized, stages)
-        weights = {name: start.rounded for name, start in starts.items()}
+        weights = {name: start.rounded for name, start in rounded().items()}
     return Calibrated(weights, _reports(prepared, journal))
 
 
@@ -216,23 +228,34 @@ def _answers_folder(prepared: Prepared) -> Path | None:
     return cache_folder() / hash_of("teacher", source_hashes(prepared.teacher), settings)
 
 
+def _rounding(recipe: Recipe) -> str:
+    """How weights are rounded, before distillation where there is one."""
+    method = recipe.quantization.method
+    return recipe.calibration.start if method == "distill" else method
+
+
 def _rounded(
-    checkpoint: Checkpoint, prepared: Prepared, schemes: Mapping[str, Scheme], stages: Stages
+    checkpoint: Checkpoint,
+    method: str,
+    calibration: Calibration,
+    text: CalibrationText,
+    precision: torch.dtype,
+    schemes: Mapping[str, Scheme],
+    stages: Stages,
 ) -> dict[str, Compensated]:
     """Every weight without distillation."""
-    gptq = prepared.method == "gptq" or (
-        prepared.method == "distill" and prepared.calibration.start == "gptq"
-    )
-    on_step = stages("gptq" if gptq else "round")
     found = dict[str, Compensated]()
-    if gptq:
-        tokens = prepared.text.train(prepared.calibration.gptq_sequences)
+    if method == "gptq":
+        tokens = text.train(calibration.gptq_sequences)
+        on_step = stages("weigh tokens")
+        weights = token_weights(checkpoint, tokens, precision, calibration.seed, on_step)
         all_schemes = {**dict.fromkeys(checkpoint.config.parameter_shapes(), FLOAT), **schemes}
-        for name, one in gptq_weights(checkpoint, all_schemes, tokens, prepared.precision):
+        on_step = stages("gptq")
+        for name, one in gptq_weights(checkpoint, all_schemes, tokens, precision, weights):
             found[name] = one
             on_step(len(found), len(schemes), name)
         return found
-    method = "mse" if prepared.method == "distill" else prepared.method
+    on_step = stages("round")
     for name, scheme in schemes.items():
         weight = checkpoint.float_weight(name)
         found[name] = Compensated(quantize(weight, scheme, method), weight)

@@ -28,11 +28,17 @@ TIED_DAMPING = 1.0
 
 @torch.inference_mode()
 def gptq_weights(
-    source: FloatWeights, schemes: Mapping[str, Scheme], tokens: Tensor, products: torch.dtype
+    source: FloatWeights,
+    schemes: Mapping[str, Scheme],
+    tokens: Tensor,
+    products: torch.dtype,
+    token_weights: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, Compensated]]:
     """Every quantized weight, in the order of computation, the tied embedding last.
 
     `tokens` [sequences, seq] is the calibration text; `products` is the type of matrix products.
+    `token_weights` says by a weight's name what each token counts [sequences * seq]; where it says
+    nothing, all count alike.
     """
     config = source.config
     cos, sin = rope_tables(config, tokens.shape[1])
@@ -51,7 +57,7 @@ def gptq_weights(
             prefix = f"model.layers.{index}."
             fill_weights(layer, source, prefix)
             done = dict[str, Compensated]()
-            _round_on_arrival(layer, prefix, schemes, done)
+            _round_on_arrival(layer, prefix, schemes, token_weights, done)
             x = layer(x, cos, sin, attend_causal)
             yield from done.items()
     with torch.device("meta"):
@@ -65,18 +71,19 @@ def gptq_weights(
 
 
 def _round_on_arrival(
-    layer: nn.Module, prefix: str, schemes: Mapping[str, Scheme], done: dict[str, Compensated]
+    layer: nn.Module,
+    prefix: str,
+    schemes: Mapping[str, Scheme],
+    token_weights: Mapping[str, Tensor],
+    done: dict[str, Compensated],
 ) -> None:
     """Replace each linear weight just before its first product, knowing all of its inputs."""
-    last: tuple[Tensor, Tensor] | None = None
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def arrive(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal last
-            if last is None or last[0] is not inputs[0]:  # q, k and v read the same
-                last = inputs[0], _hessian(inputs[0])
             assert isinstance(module, nn.Linear)
-            done[name] = gptq(module.weight, last[1], schemes[name])
+            hessian = _hessian(inputs[0], token_weights.get(name))
+            done[name] = gptq(module.weight, hessian, schemes[name])
             module.weight = nn.Parameter(done[name].rounded.dequantize(), requires_grad=False)
 
         return arrive
@@ -87,8 +94,11 @@ def _round_on_arrival(
             module.register_forward_pre_hook(hook(name))
 
 
-def _hessian(inputs: Tensor) -> Tensor:
-    """The sum of x xᵀ over all positions of `inputs` [..., features], float32."""
+def _hessian(inputs: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The sum of x xᵀ over all positions of `inputs` [..., features], float32; each counts as
+    `weights` [positions] says."""
     flat = inputs.flatten(0, -2).float()
+    if weights is not None:
+        flat = flat * weights.sqrt()[:, None]
     with torch.autocast("cpu", enabled=False):  # in bfloat16 it would not stay positive definite
         return flat.t() @ flat

@@ -1,7 +1,7 @@
 """Which weights suffer most from few bits, and which of them a size budget gives more.
 
-Each weight is quantized alone, all others stay float: the divergence of the logits is its
-sensitivity. Only the layers behind it are computed anew.
+Each weight is quantized alone, as the recipe's method rounds it, and all others stay float: the
+divergence of the logits is its sensitivity. Only the layers behind it are computed anew.
 """
 
 import re
@@ -24,22 +24,34 @@ from exporter.model import (
     fill_weights,
     rope_tables,
 )
-from exporter.quantization.integers import FLOAT, Scheme, quantize
+from exporter.quantization.integers import FLOAT, QuantizedTensor, Scheme, quantize
 from exporter.quantization.waist import EMBEDDING, OUTPUT
 
 #: What a sensitive weight is stored as instead.
 WIDER = Scheme(8)
+#: How finely the search divides what a budget leaves.
+_SIZES = 1 << 16
+#: A weight that seems to cost nothing is still better off wider.
+_LEAST = 1e-12
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """KL in nats that storing this weight alone as `scheme` costs; `bits` is its size so."""
+    """KL in nats that storing this weight alone as `scheme` costs, or as `WIDER`, and its size in
+    bits either way."""
 
     name: str
     scheme: str
     kl: float
+    wider_kl: float
     bits: int
     wider_bits: int
+
+    @property
+    def saved(self) -> float:
+        """The divergence that `WIDER` saves. What any change at all costs, because products are
+        rounded to bfloat16 behind it, cancels out."""
+        return max(self.kl - self.wider_kl, _LEAST)
 
 
 def parse_budget(text: str, subject: str, config: ModelConfig) -> int:
@@ -82,62 +94,64 @@ def check_budget(used: int, budget: int, subject: str) -> None:
 def search(
     sensitivities: Sequence[Sensitivity], used: int, budget: int, subject: str
 ) -> tuple[str, ...]:
-    """The weights that become `WIDER`: most divergence saved for each further bit first.
+    """The weights that become `WIDER`, in the order given: of all choices within the budget, the
+    one that saves most divergence, as if what single weights cost added up.
 
     `used` is what all weights take before. Raises InputError where that is more than the budget.
     """
     check_budget(used, budget, subject)
-    worth = sorted(
-        sensitivities, key=lambda one: one.kl / (one.wider_bits - one.bits), reverse=True
-    )
-    chosen = list[str]()
-    for one in worth:
-        if used + one.wider_bits - one.bits <= budget:
-            used += one.wider_bits - one.bits
+    room = budget - used
+    # Sizes in whole units, rounded up: the least room left unused, and never too much taken.
+    unit = max(1, room // _SIZES)
+    saved = torch.zeros(room // unit + 1, dtype=torch.float64)
+    taken = list[Tensor]()
+    for one in sensitivities:
+        size, with_it = -(-(one.wider_bits - one.bits) // unit), saved.clone()
+        if size < len(saved):
+            with_it[size:] = saved[: len(saved) - size] + one.saved
+        taken.append(with_it > saved)
+        saved = torch.maximum(saved, with_it)
+    chosen, place = list[str](), len(saved) - 1
+    for one, better in zip(reversed(sensitivities), reversed(taken), strict=True):
+        if better[place]:
             chosen.append(one.name)
-    return tuple(chosen)
+            place -= -(-(one.wider_bits - one.bits) // unit)
+    return tuple(reversed(chosen))
 
 
 @torch.inference_mode()
 def sensitivities(
     source: FloatWeights,
-    schemes: Mapping[str, Scheme],
+    rounded: Mapping[str, QuantizedTensor],
     tokens: Tensor,
     precision: torch.dtype,
     on_step: OnStep,
 ) -> list[Sensitivity]:
-    """Of every weight that could be stored wider, in the order of the model.
+    """Of every weight of `rounded` that could be stored wider, in the order of the model.
 
     `tokens` [sequences, seq] is the text that is tried.
     """
-    config = source.config
-    shapes = config.parameter_shapes()
-    candidates = [
-        name
-        for name, scheme in schemes.items()
-        if scheme != FLOAT and stored_bits(scheme, shapes[name]) < stored_bits(WIDER, shapes[name])
-    ]
+    shapes = source.config.parameter_shapes()
+    candidates = {
+        name: one
+        for name, one in rounded.items()
+        if stored_bits(one.scheme, shapes[name]) < stored_bits(WIDER, shapes[name])
+    }
     found = list[Sensitivity]()
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        for name, kl in _costs(source, schemes, candidates, tokens):
-            shape = shapes[name]
-            found.append(
-                Sensitivity(
-                    name,
-                    str(schemes[name]),
-                    kl,
-                    stored_bits(schemes[name], shape),
-                    stored_bits(WIDER, shape),
-                )
-            )
+        for name, kl, wider_kl in _costs(source, candidates, tokens):
+            scheme, shape = rounded[name].scheme, shapes[name]
+            bits, wider_bits = stored_bits(scheme, shape), stored_bits(WIDER, shape)
+            found.append(Sensitivity(name, str(scheme), kl, wider_kl, bits, wider_bits))
             on_step(len(found), len(candidates), f"{name} {kl:.2g}")
     order = {name: place for place, name in enumerate(shapes)}
     return sorted(found, key=lambda one: order[one.name])
 
 
 def _costs(
-    source: FloatWeights, schemes: Mapping[str, Scheme], names: list[str], tokens: Tensor
-) -> Iterator[tuple[str, float]]:
+    source: FloatWeights, rounded: Mapping[str, QuantizedTensor], tokens: Tensor
+) -> Iterator[tuple[str, float, float]]:
+    """Each name, and the KL of storing this weight alone as it is rounded, and as `WIDER`."""
     config = source.config
     tables = rope_tables(config, tokens.shape[1])
     layers = [_layer(source, index) for index in range(config.num_hidden_layers)]
@@ -157,27 +171,26 @@ def _costs(
 
     *inputs, states = run(F.embedding(tokens, embedding), 0)
 
-    def cost(found: Tensor, weight: Tensor) -> float:
+    def divergence(found: Tensor, weight: Tensor) -> float:
         return compare(states, output, found, weight)[0] / tokens.numel()
 
-    def rounded(name: str) -> Tensor:
-        return quantize(source.float_weight(name), schemes[name], "mse").dequantize()
-
-    for name in names:
+    def cost(name: str, weight: Tensor) -> float:
         if name == OUTPUT:
-            yield name, cost(states, rounded(name))
-        elif name == EMBEDDING:
-            table = rounded(name)
-            *_, last = run(F.embedding(tokens, table), 0)
-            yield name, cost(last, table if tied else output)
-        else:
-            index = int(name.split(".")[2])
-            part = layers[index].get_submodule(name.split(".", 3)[3].removesuffix(".weight"))
-            assert isinstance(part, nn.Linear)
-            exact, part.weight = part.weight, nn.Parameter(rounded(name), requires_grad=False)
-            *_, last = run(inputs[index], index)
-            part.weight = exact
-            yield name, cost(last, output)
+            return divergence(states, weight)
+        if name == EMBEDDING:
+            *_, last = run(F.embedding(tokens, weight), 0)
+            return divergence(last, weight if tied else output)
+        index = int(name.split(".")[2])
+        part = layers[index].get_submodule(name.split(".", 3)[3].removesuffix(".weight"))
+        assert isinstance(part, nn.Linear)
+        exact, part.weight = part.weight, nn.Parameter(weight, requires_grad=False)
+        *_, last = run(inputs[index], index)
+        part.weight = exact
+        return divergence(last, output)
+
+    for name, one in rounded.items():
+        wider = quantize(source.float_weight(name), WIDER, "mse")
+        yield name, cost(name, one.dequantize()), cost(name, wider.dequantize())
 
 
 def _layer(source: FloatWeights, index: int) -> DecoderLayer:

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--weights", type=float, nargs="+", help="of each text in the mixture")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--budget", help="one more row: distilled within it, as '5.3 bits'")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of each held-out text")
@@ -56,7 +57,13 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.checkpoint)
     parts = [split(text, args.output / "text") for text in args.text]
-    sources = json.dumps([{"path": str(learned)} for learned, _ in parts])
+    weights = args.weights or [1.0] * len(parts)
+    sources = json.dumps(
+        [
+            {"path": str(learned), "weight": weight}
+            for (learned, _), weight in zip(parts, weights, strict=True)
+        ]
+    )
     rows = {name: METHODS[name] for name in args.methods}
     if args.budget:
         rows |= {f"distill, {args.budget}": [f"quantization.budget={args.budget}"]}
