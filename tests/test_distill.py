@@ -113,11 +113,13 @@ def test_a_distillation_says_on_text_never_seen_more_of_what_the_teacher_says(
 def test_what_is_kept_is_what_was_best_on_the_held_out_text_and_not_what_was_last(
     checkpoint: Checkpoint, text: Path, tmp_path: Path
 ) -> None:
-    """Measured again, with whole models and the integers that were written."""
-    recipe = recipe_of("distill", text, **SANE)
+    """Measured again, with whole models and the integers that were written; the run ends where it
+    became worse, since its rates are high and stay so."""
+    high = {"learning_rate": 1e-3, "steps": 400, "evaluate_every": 3, "patience": 1, "start": "mse"}
+    recipe = recipe_of("distill", text, **{**SANE, **high})
     waist = quantized(recipe, checkpoint, tmp_path / "a")
     best = journal_of(waist)["best"]
-    assert 0 < best["step"] < 40
+    assert 0 < best["step"] < len(journal_of(waist)["losses"])
     held_out = read_text(checkpoint, recipe.calibration, []).held_out(4)
     found = divergence_of(checkpoint, waist, held_out)
     assert found == pytest.approx(best["kl"], rel=1e-3)
