@@ -103,19 +103,20 @@ def search(
     room = budget - used
     # Sizes in whole units, rounded up: the least room left unused, and never too much taken.
     unit = max(1, room // _SIZES)
+    sizes = [-(-(one.wider_bits - one.bits) // unit) for one in sensitivities]
     saved = torch.zeros(room // unit + 1, dtype=torch.float64)
     taken = list[Tensor]()
-    for one in sensitivities:
-        size, with_it = -(-(one.wider_bits - one.bits) // unit), saved.clone()
+    for one, size in zip(sensitivities, sizes, strict=True):
+        with_it = saved.clone()
         if size < len(saved):
             with_it[size:] = saved[: len(saved) - size] + one.saved
         taken.append(with_it > saved)
         saved = torch.maximum(saved, with_it)
     chosen, place = list[str](), len(saved) - 1
-    for one, better in zip(reversed(sensitivities), reversed(taken), strict=True):
+    for one, size, better in reversed(list(zip(sensitivities, sizes, taken, strict=True))):
         if better[place]:
             chosen.append(one.name)
-            place -= -(-(one.wider_bits - one.bits) // unit)
+            place -= size
     return tuple(reversed(chosen))
 
 
