@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_gptq import (
+from roundings import (
     EVERY_SCHEME,
     FEATURES,
     correlated_hessian,
