@@ -77,7 +77,8 @@ class Calibration:
     sequences (times `accumulate`) minimize KL(teacher || student) at `temperature`, over the
     `top_k` likeliest tokens and all others as one (0: over all), plus `hidden_weight` times the
     squared error of the last hidden states. `activations: int8` rounds them as ExecuTorch does.
-    Rates are those of int4 weights and scales; int8 has a sixteenth of them.
+    `learning_rate` is that of real codes, in codes a step; `scale_learning_rate` is that of the
+    logarithms of int4 scales, of which int8 has a sixteenth.
     The teacher is the checkpoint itself, or another one of the same tokenizer.
     """
 

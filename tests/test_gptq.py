@@ -4,6 +4,14 @@ import pytest
 import torch
 from calibrating import Replaced, divergence_of, small_checkpoint
 from conftest import LLAMA, LLAMA4, NANO, MakeCheckpoint
+from roundings import (
+    EVERY_SCHEME,
+    FEATURES,
+    correlated_hessian,
+    error,
+    plainly_rounded,
+    random_weight,
+)
 from torch import Tensor
 
 from exporter.calibration.gptq import gptq_weights
@@ -21,38 +29,7 @@ from exporter.sequences import cut_sequences
 from exporter.textdata import read_documents
 from exporter.tokenizer import load_tokenizer
 
-SCHEMES = [Scheme(4, 32), Scheme(8, 64), Scheme(4), Scheme(8)]
-EVERY_SCHEME = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-#: More columns than are updated at once.
-FEATURES = 192
 Q_PROJ, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
-
-
-def random_weight(rows: int = 24) -> Tensor:
-    return torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(1))
-
-
-def correlated_hessian() -> Tensor:
-    """Of inputs that share few directions, as those of a model do."""
-    generator = torch.Generator().manual_seed(2)
-    mixture = torch.randn(FEATURES // 4, FEATURES, generator=generator)
-    inputs = torch.randn(1024, FEATURES // 4, generator=generator) @ mixture
-    inputs += 0.3 * torch.randn(1024, FEATURES, generator=generator)
-    return inputs.t() @ inputs
-
-
-def error(weight: Tensor, rounded: QuantizedTensor, hessian: Tensor) -> float:
-    """tr((W - Ŵ) H (W - Ŵ)ᵀ): the squared error of the products."""
-    difference = (weight - rounded.dequantize()).double()
-    return float((difference @ hessian.double() * difference).sum())
-
-
-def plainly_rounded(weight: Tensor, rounded: QuantizedTensor) -> Tensor:
-    """The codes of rounding `weight` alone to the scales of `rounded`."""
-    assert rounded.scheme.bits is not None
-    grouped = weight.unflatten(1, (rounded.scales.shape[1], -1))
-    codes = (grouped / rounded.scales[..., None]).round().clamp(*CODE_RANGE[rounded.scheme.bits])
-    return codes.flatten(1).to(torch.int8)
 
 
 def one_by_one(weight: Tensor, hessian: Tensor, rounded: QuantizedTensor) -> Tensor:

@@ -128,12 +128,11 @@ class _Run:
         learned = student.learned().values()
         for bits in sorted({weight.bits for weight in learned}):
             alike = [weight for weight in learned if weight.bits == bits]
-            groups.append({"params": [weight.weight for weight in alike]})
+            groups.append({"params": [weight.codes for weight in alike]})
             groups.append({"params": [weight.log_scales for weight in alike]})
-            # What rounding to int4 swallows, int8 does not: its steps are so much smaller.
+            # A change of scale that rounding to int4 swallows, int8 does not.
             finer = 2.0 ** (4 - bits)
-            self.rates += [calibration.learning_rate * finer]
-            self.rates += [calibration.scale_learning_rate * finer]
+            self.rates += [calibration.learning_rate, calibration.scale_learning_rate * finer]
         self.optimizer = torch.optim.AdamW(
             groups,
             betas=(0.9, 0.95), weight_decay=0.0, fused=calibration.parallel == "ddp",

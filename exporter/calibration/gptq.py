@@ -18,11 +18,14 @@ from exporter.model import (
     fill_weights,
     rope_tables,
 )
+from exporter.quantization.descent import descend
 from exporter.quantization.gptq import Compensated, gptq
 from exporter.quantization.integers import FLOAT, Scheme, quantize
 from exporter.quantization.waist import EMBEDDING, OUTPUT
 
-#: Damping for the tied embedding: as a lookup table its error counts in every direction.
+#: Share of a Hessian's mean diagonal that is added to it.
+DAMPING = 0.01
+#: The same for the tied embedding: as a lookup table its error counts in every direction.
 TIED_DAMPING = 1.0
 
 
@@ -65,9 +68,14 @@ def gptq_weights(
     fill_weights(norm, source, "model.norm.")
     output = EMBEDDING if config.tie_word_embeddings else OUTPUT
     if schemes[output] != FLOAT:
-        damping = {"damping": TIED_DAMPING} if config.tie_word_embeddings else {}
+        damping = TIED_DAMPING if config.tie_word_embeddings else DAMPING
         hessian = _hessian(norm(x))
-        yield output, gptq(source.float_weight(output), hessian, schemes[output], **damping)
+        yield output, _rounded(source.float_weight(output), hessian, schemes[output], damping)
+
+
+def _rounded(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float) -> Compensated:
+    with torch.autocast("cpu", enabled=False):
+        return descend(weight, hessian, gptq(weight, hessian, scheme, damping).rounded, damping)
 
 
 def _round_on_arrival(
@@ -83,7 +91,7 @@ def _round_on_arrival(
         def arrive(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             assert isinstance(module, nn.Linear)
             hessian = _hessian(inputs[0], token_weights.get(name))
-            done[name] = gptq(module.weight, hessian, schemes[name])
+            done[name] = _rounded(module.weight, hessian, schemes[name], DAMPING)
             module.weight = nn.Parameter(done[name].rounded.dequantize(), requires_grad=False)
 
         return arrive

@@ -1,8 +1,10 @@
 """The model that learns to be quantized: float weights that are rounded in every forward pass.
 
-Rounding has no slope, so gradients pass through it as if it were not there (the straight-through
-estimator). The step sizes are learned too (LSQ: Esser et al., arXiv 1902.08153), as logarithms,
-and are always used as the portable scales that they will be stored as.
+What is learned are real codes, the weights over their scales, and the scales. Rounding has no
+slope, so gradients pass through it as if it were not there (the straight-through estimator).
+Scales are learned as logarithms and always used as the portable ones that they will be stored as.
+Learning a scale changes no code: unlike with learned step sizes (LSQ: Esser et al., arXiv
+1902.08153), the errors that GPTQ has set off against each other stay so.
 """
 
 from collections.abc import Mapping
@@ -20,7 +22,6 @@ from exporter.quantization.integers import (
     CODE_RANGE,
     QuantizedTensor,
     Scheme,
-    round_codes,
     row_blocks,
     to_scale_grid,
 )
@@ -28,45 +29,44 @@ from exporter.quantization.waist import EMBEDDING
 
 
 class _Rounded(torch.autograd.Function):
-    """weight [rows, columns] and log_scales [rows, groups] → code times scale, in `dtype`.
+    """real codes [rows, columns] and log_scales [rows, groups] → whole code times scale, in
+    `dtype`.
 
     Works on blocks of rows that stay in the processor's cache.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, log_scales: Tensor, bits: int, dtype: torch.dtype
+        ctx: Any, codes: Tensor, log_scales: Tensor, bits: int, dtype: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(weight, log_scales)
+        ctx.save_for_backward(codes, log_scales)
         ctx.bits = bits
-        result = torch.empty(weight.shape, dtype=dtype)
-        for rows in row_blocks(weight):
-            grouped, scale = _grouped(weight[rows], log_scales[rows])
-            codes = round_codes(grouped, scale, *CODE_RANGE[bits])
-            result[rows] = codes.mul_(scale[..., None]).flatten(1)
+        result = torch.empty(codes.shape, dtype=dtype)
+        for rows in row_blocks(codes):
+            scale = to_scale_grid(log_scales[rows].exp())[..., None]
+            whole_codes = codes[rows].round().clamp_(*CODE_RANGE[bits])
+            result[rows] = _grouped(whole_codes, log_scales).mul_(scale).flatten(1)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        weight, log_scales = ctx.saved_tensors
+        codes, log_scales = ctx.saved_tensors
         lowest, highest = CODE_RANGE[ctx.bits]
-        to_weight, to_scales = torch.empty_like(weight), torch.empty_like(log_scales)
-        for rows in row_blocks(weight):
-            grouped, scale = _grouped(weight[rows], log_scales[rows])
-            arriving = gradient[rows].float().view_as(grouped)
-            exact = grouped / scale[..., None]
-            inside = (exact >= lowest - 0.5) & (exact <= highest + 0.5)
-            # d(code * scale) / d(scale) is code - exact inside of the range, and code outside.
-            codes = exact.round().clamp_(lowest, highest)
-            slope = codes.sub_(exact.mul_(inside))
-            to_scales[rows] = slope.mul_(arriving).sum(-1).mul_(scale)
-            to_weight[rows] = (arriving * inside).flatten(1)
-        return to_weight, to_scales, None, None
+        to_codes, to_scales = torch.empty_like(codes), torch.empty_like(log_scales)
+        for rows in row_blocks(codes):
+            scale = to_scale_grid(log_scales[rows].exp())[..., None]
+            block = codes[rows]
+            arriving = _grouped(gradient[rows].float(), log_scales).mul(scale)
+            whole_codes = _grouped(block.round().clamp_(lowest, highest), log_scales)
+            to_scales[rows] = whole_codes.mul_(arriving).sum(-1)
+            inside = (block >= lowest - 0.5) & (block <= highest + 0.5)
+            to_codes[rows] = arriving.flatten(1).mul_(inside)
+        return to_codes, to_scales, None, None
 
 
-def _grouped(weight: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight as [rows, groups, group_size], and its portable scales [rows, groups]."""
-    return weight.unflatten(1, (log_scales.shape[1], -1)), to_scale_grid(log_scales.exp())
+def _grouped(values: Tensor, log_scales: Tensor) -> Tensor:
+    """[rows, columns] as [rows, groups, group_size]."""
+    return values.unflatten(1, (log_scales.shape[1], -1))
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -75,32 +75,29 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 class RoundedWeight(nn.Module):
-    """A weight that is being learned; `forward` gives it as it is now, rounded."""
+    """A weight that is being learned, as real codes and scales; `forward` gives it as it is now,
+    rounded."""
 
     def __init__(self, start: Compensated) -> None:
         super().__init__()
         scheme = start.rounded.scheme
         assert scheme.bits is not None
         self.scheme, self.bits = scheme, scheme.bits
-        self.weight = nn.Parameter(start.weight.clone())
-        self.log_scales = nn.Parameter(start.rounded.scales.log())
+        scales = start.rounded.scales
+        self.codes = nn.Parameter((_grouped(start.weight, scales) / scales[..., None]).flatten(1))
+        self.log_scales = nn.Parameter(scales.log())
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         rounded: Tensor = _Rounded.apply(  # type: ignore[no-untyped-call]  # of torch
-            self.weight, self.log_scales, self.bits, dtype
+            self.codes, self.log_scales, self.bits, dtype
         )
         return rounded
 
     @torch.no_grad()
     def quantized(self) -> QuantizedTensor:
         """What would be stored now."""
-        lowest, highest = CODE_RANGE[self.bits]
-        weight, log_scales = whole(self.weight), whole(self.log_scales)
-        codes = torch.empty(weight.shape, dtype=torch.int8)
-        for rows in row_blocks(weight):
-            grouped, scale = _grouped(weight[rows], log_scales[rows])
-            codes[rows] = round_codes(grouped, scale, lowest, highest).flatten(1).to(torch.int8)
-        return QuantizedTensor(codes, to_scale_grid(log_scales.exp()), self.scheme)
+        codes = whole(self.codes).round().clamp_(*CODE_RANGE[self.bits]).to(torch.int8)
+        return QuantizedTensor(codes, to_scale_grid(whole(self.log_scales).exp()), self.scheme)
 
 
 class RoundedLinear(nn.Module):

@@ -16,7 +16,7 @@ from exporter.quantization.integers import (
     least_squared_error_scales,
 )
 
-_COLUMNS_AT_ONCE = 128
+COLUMNS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,17 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = 0.01)
     assert scheme.bits is not None
     lowest, highest = CODE_RANGE[scheme.bits]
     weight = weight.float()
-    diagonal = hessian.diagonal()
-    mean = float(diagonal.mean()) or 1.0  # no input ever occurs: all count alike
-    damped = hessian + torch.eye(len(hessian)) * (damping * mean)
-    scales = least_squared_error_scales(weight, scheme, damped.diagonal())
-    order = damped.diagonal().argsort(descending=True, stable=True)
-    inverse = _inverse_factor(damped[order][:, order])
+    hessian = damped(hessian, damping)
+    scales = least_squared_error_scales(weight, scheme, hessian.diagonal())
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    inverse = _inverse_factor(hessian[order][:, order])
     # One row a column of the weight: what is changed together lies together.
     rest = weight.t()[order].contiguous()
     group = order // (weight.shape[1] // scales.shape[1])
     scale = scales.t().contiguous()
     codes = torch.empty_like(rest)
-    for start in range(0, len(rest), _COLUMNS_AT_ONCE):
-        end = min(start + _COLUMNS_AT_ONCE, len(rest))
+    for start in range(0, len(rest), COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, len(rest))
         errors = torch.empty_like(rest[start:end])
         for column in range(start, end):
             step = scale[group[column]]
@@ -60,6 +58,12 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = 0.01)
     back = order.argsort()
     rounded = QuantizedTensor(codes[back].t().to(torch.int8).contiguous(), scales, scheme)
     return Compensated(rounded, rest[back].t().contiguous())
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """With a share of its mean diagonal added to each entry of the diagonal."""
+    mean = float(hessian.diagonal().mean()) or 1.0  # no input ever occurs: all count alike
+    return hessian + torch.eye(len(hessian)) * (damping * mean)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
