@@ -92,8 +92,8 @@ class Calibration:
     steps: int = 400
     batch_size: int = 2
     accumulate: int = 1
-    learning_rate: float = 1e-4
-    scale_learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
+    scale_learning_rate: float = 5e-4
     warm_up: int = 10
     temperature: float = 1.0
     top_k: int = 0

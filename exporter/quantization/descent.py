@@ -53,14 +53,14 @@ def _best_scales(weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor)
         # [groups, rows, in_features]: what each group's codes alone give, seen by the Hessian
         seen = grouped.transpose(0, 1) @ by_group
         matrix = (seen.unflatten(2, (groups, -1)) * grouped).sum(-1).transpose(0, 1)
-        target = (seen * weight[rows]).sum(-1).t()
         own = scales[rows]
-        missing = target - (matrix @ own[..., None])[..., 0]
+        rest = (weight[rows] - (grouped * own[..., None]).flatten(1)) @ hessian
+        missing = (grouped * rest.unflatten(1, (groups, -1))).sum(-1)
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         ridge = torch.where(diagonal > 0, _RIDGE * diagonal, 1.0)  # where all codes are 0
         change = torch.linalg.solve((matrix + ridge.diag_embed()).double(), missing.double())
         new = to_scale_grid(own + change.float())
-        # The error is a constant - 2 s·target + s·matrix s.
+        # What the error, a square, loses by it.
         change = new - own
         gain = (change * (2 * missing - (matrix @ change[..., None])[..., 0])).sum(1)
         found[rows] = torch.where((gain > 0)[:, None], new, own)
