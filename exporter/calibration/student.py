@@ -66,7 +66,7 @@ class _Rounded(torch.autograd.Function):
 
 def _grouped(values: Tensor, log_scales: Tensor) -> Tensor:
     """[rows, columns] as [rows, groups, group_size]."""
-    return values.unflatten(1, (log_scales.shape[1], -1))
+    return values.view(len(values), log_scales.shape[1], -1)
 
 
 def whole(parameter: Tensor) -> Tensor:
