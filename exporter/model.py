@@ -5,7 +5,7 @@ function given by the caller (``attend``): training, cached generation and every
 attend in their own way over the same projections.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -223,11 +223,21 @@ def attend_causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class StaticCache:
     """Keys and values [layers, batch, kv_heads, context, head_dim] of texts that run in step."""
 
-    def __init__(self, config: ModelConfig, context: int, batch: int = 1) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        context: int,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         heads, layers = config.num_key_value_heads, config.num_hidden_layers
-        size = (layers, batch, heads, context, config.head_dim)
-        self.keys, self.values = torch.zeros(size), torch.zeros(size)
+        size = layers, batch, heads, context, config.head_dim
+        self.keys, self.values = torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)
         self.start = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Leave only these of the texts, in this order."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of new positions, from `start`, over all before them (see `Attend`)."""

@@ -52,13 +52,15 @@ class Quantization:
 @dataclass(frozen=True)
 class Source:
     """A file of text, JSONL or parquet (`field` names what to read of a row), or, without a
-    `path`, `tokens` tokens that the checkpoint writes itself, from the prompts of a file or from
-    nothing. Sources are mixed by `weight`."""
+    `path`, `tokens` tokens that the checkpoint writes itself: from nothing, or answers to the
+    `prompts` of a file, or, with `continue_after`, how it goes on after so many tokens of each of
+    them. Sources are mixed by `weight`."""
 
     path: str = ""
     field: str = ""
     weight: float = 1.0
     prompts: str = ""
+    continue_after: int = 0
     tokens: int = 65536
     temperature: float = 1.0
     top_p: float = 1.0
@@ -272,6 +274,11 @@ def _check_calibration(calibration: Calibration, subject: str) -> None:
                 "has no use for a source with a path",
                 "Leave the path out, and the checkpoint answers the prompts",
             )
+        if source.continue_after:
+            where = f"{where}.continue_after"
+            _check_range(source.continue_after, 1, calibration.sequence_length - 2, where)
+            if not source.prompts:
+                raise InputError(where, "needs texts to go on with", "Name a file with prompts")
     if calibration.cache_teacher and not (calibration.top_k and not calibration.hidden_weight):
         raise InputError(
             f"{subject}.cache_teacher",

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,17 @@ def test_written_text_is_kept_and_used_again(
     moment, before = path.stat().st_mtime_ns, contents(own_cache)
     assert write(checkpoint) == (path, [])
     assert (path.stat().st_mtime_ns, contents(own_cache)) == (moment, before)
+
+
+def test_of_two_runs_that_want_the_same_text_one_writes_it_and_the_other_waits(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    with ThreadPoolExecutor(2) as pool:
+        (one, steps), (other, others) = pool.map(lambda _: write(checkpoint), range(2))
+    assert one == other
+    assert sorted(map(bool, (steps, others))) == [False, True]
+    assert texts_of(one)
 
 
 def test_written_text_is_of_the_wanted_length_and_of_the_model_s_tokens(

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from exporter.calibration import parallel
-from exporter.calibration.cache import cache_folder
+from exporter.calibration.cache import alone, cache_folder
 from exporter.calibration.data import CalibrationText, OnStep, check_sources, hash_of, read_text
 from exporter.calibration.distill import Journal, distill
 from exporter.calibration.gptq import gptq_weights
@@ -161,15 +161,16 @@ def _sensitivities(
     plan = {name: str(scheme) for name, scheme in schemes.items()}
     parts = source, plan, method, tokens.tolist(), fitted, calibration.seed, str(precision)
     path = cache_folder() / f"{hash_of('sensitivity', *parts)}.json"
-    with suppress(InputError, KeyError, TypeError):  # not there, or damaged: measured anew
-        return tuple(Sensitivity(**one) for one in read_json(path)["sensitivities"])
-    quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
-    starts = _rounded(checkpoint, method, calibration, text, precision, quantized, stages)
-    rounded = {name: start.rounded for name, start in starts.items()}
-    on_step = stages("measure sensitivity")
-    found = sensitivities(checkpoint, rounded, tokens, precision, on_step)
-    write_json(path, {"sensitivities": [asdict(one) for one in found]})
-    return tuple(found)
+    with alone(path):
+        with suppress(InputError, KeyError, TypeError):  # not there, or damaged: measured anew
+            return tuple(Sensitivity(**one) for one in read_json(path)["sensitivities"])
+        quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
+        starts = _rounded(checkpoint, method, calibration, text, precision, quantized, stages)
+        rounded = {name: start.rounded for name, start in starts.items()}
+        on_step = stages("measure sensitivity")
+        found = sensitivities(checkpoint, rounded, tokens, precision, on_step)
+        write_json(path, {"sensitivities": [asdict(one) for one in found]})
+        return tuple(found)
 
 
 @dataclass(frozen=True)

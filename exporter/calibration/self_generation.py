@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.calibration.cache import cache_folder
+from exporter.calibration.cache import alone, cache_folder
 from exporter.calibration.data import OnStep, hash_of
 from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
@@ -23,7 +23,7 @@ from exporter.textdata import is_table, read_documents, read_rows, text_field
 from exporter.tokenizer import TextTokenizer, load_tokenizer
 
 #: So many texts are written at once.
-_BATCH = 32
+_BATCH = 128
 _PROMPT_FIELDS = ("prompt", "question", "text")
 
 
@@ -40,15 +40,16 @@ def written_text(
     `identity` stands for the checkpoint's bytes.
     """
     prompts = sha256(Path(source.prompts)) if source.prompts else ""
-    settings = source.tokens, source.temperature, source.top_p, source.field
+    settings = source.tokens, source.temperature, source.top_p, source.field, source.continue_after
     size = calibration.sequence_length, calibration.seed, str(precision)
     name = hash_of("self-generated", identity, prompts, settings, size)
     path = cache_folder() / f"{name}.jsonl"
-    if not path.is_file():
-        tokenizer = load_tokenizer(checkpoint.path)
-        with replacing(path) as file:
-            for text in _texts(checkpoint, tokenizer, source, calibration, precision, on_step):
-                file.write((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode())
+    with alone(path):
+        if not path.is_file():
+            tokenizer = load_tokenizer(checkpoint.path)
+            with replacing(path) as file:
+                for text in _texts(checkpoint, tokenizer, source, calibration, precision, on_step):
+                    file.write((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode())
     return path
 
 
@@ -60,17 +61,16 @@ def _texts(
     precision: torch.dtype,
     on_step: OnStep,
 ) -> Iterator[str]:
-    decoder = load_decoder(checkpoint, calibration.sequence_length)
+    decoder = load_decoder(checkpoint, calibration.sequence_length).to(precision)
     generator = torch.Generator().manual_seed(calibration.seed)
     prompts = _prompts(checkpoint, tokenizer, source, calibration, generator)
     ends, count = set(checkpoint.eos_token_ids), 0
-    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        while count < source.tokens:
-            on_step(min(count, source.tokens), source.tokens, "")
-            batch = [next(prompts) for _ in range(_BATCH)]
-            for ids in continue_texts(decoder, batch, ends, source, generator):
-                count += len(ids)
-                yield tokenizer.decode_whole(ids)
+    while count < source.tokens:
+        on_step(min(count, source.tokens), source.tokens, "")
+        batch = [next(prompts) for _ in range(_BATCH)]
+        for ids in continue_texts(decoder, batch, ends, source, generator):
+            count += len(ids)
+            yield tokenizer.decode_whole(ids)
     on_step(source.tokens, source.tokens, "")
 
 
@@ -81,23 +81,27 @@ def _prompts(
     calibration: Calibration,
     generator: torch.Generator,
 ) -> Iterator[list[int]]:
-    """Endlessly: the prompts of the file, or the begin of a text, or any token where there is no
-    token for that."""
+    """Endlessly: the prompts of the file, or how its texts begin, or the begin of a text, or any
+    token where there is no token for that."""
     begin, limit = checkpoint.bos_token_id, calibration.sequence_length
     if not source.prompts:
         while True:
             any_token = torch.randint(checkpoint.config.vocab_size, (), generator=generator)
             yield [int(any_token) if begin is None else begin]
-    path = Path(source.prompts)
-    texts = [tokenizer.prompt_text(text, raw=False) for text in read_prompts(path, source.field)]
-    encoded = [tokenizer.encode(text) for text in texts]
-    fitting = [ids for ids in encoded if 0 < len(ids) < limit]
+    path, texts = Path(source.prompts), read_prompts(Path(source.prompts), source.field)
+    if first := source.continue_after:
+        head = [] if begin is None else [begin]
+        encoded = [tokenizer.encode(text)[:first] for text in texts]
+        fitting = [head + ids for ids in encoded if len(ids) == first]
+        problem = f"has no text of {first} tokens, after which it could go on"
+        remedy = "Lower continue_after, or give longer texts"
+    else:
+        encoded = [tokenizer.encode(tokenizer.prompt_text(text, raw=False)) for text in texts]
+        fitting = [ids for ids in encoded if 0 < len(ids) < limit]
+        problem = f"has no prompt of less than {limit} tokens"
+        remedy = "Raise calibration.sequence_length, or give shorter prompts"
     if not fitting:
-        raise InputError(
-            path,
-            f"has no prompt of less than {limit} tokens",
-            "Raise calibration.sequence_length, or give shorter prompts",
-        )
+        raise InputError(path, problem, remedy)
     while True:
         yield from fitting
 
@@ -122,21 +126,21 @@ def continue_texts(
     """Each prompt with what the model adds to it, up to an end or as far as its context goes.
 
     All texts are at the same position: one whose prompt is longer reads on while others write.
+    One that has ended writes on, to be cut off, until half of them have.
     """
-    cache = StaticCache(decoder.config, decoder.context, len(prompts))
+    output = decoder.lm_head.weight
+    cache = StaticCache(decoder.config, decoder.context, len(prompts), output.dtype)
     texts = [list(prompt[:1]) for prompt in prompts]
-    running = set(range(len(texts)))
+    rows = list(range(len(texts)))  # which texts the cache holds
+    running = set(rows)
     for position in range(decoder.context - 1):
-        last = torch.tensor([[text[-1]] for text in texts])
+        last = torch.tensor([[texts[index][-1]] for index in rows])
         states = decoder.hidden_states(last, torch.tensor([position]), cache.attend)
         cache.start += 1
-        logits = F.linear(states[:, -1], decoder.lm_head.weight)
-        sampled = _sample(logits.float(), source, generator)
-        for index, token in enumerate(sampled):
+        sampled = _sample(F.linear(states[:, -1], output).float(), source, generator)
+        for index, token in zip(rows, sampled, strict=True):
             prompt, text = prompts[index], texts[index]
-            if index not in running:
-                text.append(text[-1])  # is cut off below
-            elif position + 1 < len(prompt):
+            if position + 1 < len(prompt):
                 text.append(prompt[position + 1])
             else:
                 text.append(token)
@@ -144,6 +148,9 @@ def continue_texts(
                     running.discard(index)
         if not running:
             break
+        if len(running) <= len(rows) // 2:
+            cache.keep([place for place, index in enumerate(rows) if index in running])
+            rows = sorted(running)
     return [
         _until_end(text, len(prompt), ends) for text, prompt in zip(texts, prompts, strict=True)
     ]
@@ -157,8 +164,19 @@ def _until_end(text: list[int], prompt: int, ends: set[int]) -> list[int]:
 
 def _sample(logits: Tensor, source: Source, generator: torch.Generator) -> list[int]:
     """One token for each row of logits [batch, vocab_size]."""
-    shares, order = (logits / source.temperature).softmax(-1).sort(dim=-1, descending=True)
+    shares = (logits / source.temperature).softmax(-1)
+    if source.top_p == 1:
+        tokens: list[int] = _draw(shares, generator)[:, 0].tolist()
+        return tokens
+    shares, order = shares.sort(dim=-1, descending=True)
     shares[shares.cumsum(-1) - shares >= source.top_p] = 0
-    picked = torch.multinomial(shares, 1, generator=generator)
-    tokens: list[int] = order.gather(-1, picked)[:, 0].tolist()
+    tokens = order.gather(-1, _draw(shares, generator))[:, 0].tolist()
     return tokens
+
+
+def _draw(shares: Tensor, generator: torch.Generator) -> Tensor:
+    """One place in each row [rows, 1], each as likely as its share; much faster than
+    `torch.multinomial`."""
+    below = shares.cumsum(-1, dtype=torch.float64)
+    points = torch.rand(len(shares), 1, generator=generator, dtype=torch.float64) * below[:, -1:]
+    return torch.searchsorted(below, points, right=True).clamp_(max=shares.shape[-1] - 1)

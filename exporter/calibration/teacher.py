@@ -7,6 +7,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+from exporter.calibration.cache import alone
 from exporter.calibration.data import hash_of
 from exporter.calibration.loss import TeacherLogits, teacher_logits
 from exporter.checkpoint import Checkpoint, open_checkpoint
@@ -78,10 +79,11 @@ class Teacher:
 
     def _cached(self, sequence: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
         path = folder / f"{hash_of(sequence.tolist())}.safetensors"
-        if not path.is_file():
-            answer = self.answer(self.states(sequence[None])[0])
-            assert answer.ids is not None
-            entries = {"ids": answer.ids, "values": answer.log_probabilities.float()}
-            write_tensors(path, entries)
+        with alone(folder):
+            if not path.is_file():
+                answer = self.answer(self.states(sequence[None])[0])
+                assert answer.ids is not None
+                entries = {"ids": answer.ids, "values": answer.log_probabilities.float()}
+                write_tensors(path, entries)
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("ids"), file.get_tensor("values")

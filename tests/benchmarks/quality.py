@@ -24,6 +24,8 @@ from exporter.pipeline import quantize
 from exporter.recipe import load_recipe
 
 HELD_OUT = 10
+#: At a temperature of 1 so small a model loses its thread within a hundred tokens.
+WRITTEN = {"continue_after": 64, "temperature": 0.9}
 METHODS = {
     "absmax": ["quantization.method=absmax"],
     "mse": ["quantization.method=mse"],
@@ -48,7 +50,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--weights", type=float, nargs="+", help="of each text in the mixture")
+    parser.add_argument("--written", type=int, metavar="TOKENS", help="of a source more: how the "
+                        "checkpoint goes on with beginnings out of the first text")  # fmt: skip
+    parser.add_argument("--weights", type=float, nargs="+", help="of each source in the mixture")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--budget", help="one more row: distilled within it, as '5.3 bits'")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of each held-out text")
@@ -57,12 +61,12 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.checkpoint)
     parts = [split(text, args.output / "text") for text in args.text]
-    weights = args.weights or [1.0] * len(parts)
-    sources = json.dumps(
-        [
-            {"path": str(learned), "weight": weight}
-            for (learned, _), weight in zip(parts, weights, strict=True)
-        ]
+    sources = [{"path": str(learned)} for learned, _ in parts]
+    if args.written:
+        sources.append({"prompts": str(parts[0][0]), "tokens": args.written, **WRITTEN})
+    weights = args.weights or [1.0] * len(sources)
+    data = json.dumps(
+        [{**source, "weight": weight} for source, weight in zip(sources, weights, strict=True)]
     )
     rows = {name: METHODS[name] for name in args.methods}
     if args.budget:
@@ -74,9 +78,7 @@ def main() -> None:
     base: list[TextScore] | None = None
     with display.progress() as progress:
         for name, overrides in rows.items():
-            recipe = load_recipe(
-                args.recipe, [f"calibration.data={sources}", *args.set, *overrides]
-            )
+            recipe = load_recipe(args.recipe, [f"calibration.data={data}", *args.set, *overrides])
             out, started = args.output / name.replace(", ", "-").replace(" ", ""), time.monotonic()
             waist = quantize(recipe, checkpoint, out, progress)
             assert waist is not None
