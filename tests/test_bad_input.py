@@ -868,6 +868,14 @@ CALIBRATING: dict[str, tuple[Row, list[str]]] = {
         lambda w: w.calibrate("calibration.data.0.prompts=prompts.txt"),
         ["calibration.data.0.prompts", "source with a path", "Leave the path out"],
     ),
+    "texts to go on with, but none": (
+        lambda w: w.calibrate("calibration.data=[{continue_after: 4}]"),
+        ["calibration.data.0.continue_after", "needs texts to go on with", "Name a file"],
+    ),
+    "going on after a whole sequence": (
+        lambda w: w.calibrate("calibration.data=[{prompts: prompts.txt, continue_after: 9999}]"),
+        ["calibration.data.0.continue_after", "9999 is out of range", "between 1 and"],
+    ),
     "prompts that are missing": (
         lambda w: w.calibrate("calibration.data=[{prompts: nowhere.txt}]"),
         ["nowhere.txt", "cannot be read"],

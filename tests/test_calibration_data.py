@@ -17,7 +17,7 @@ from conftest import LLAMA, LLAMA4, MakeCheckpoint
 
 from exporter.backends.reference import ReferenceRunner
 from exporter.calibration.data import CalibrationText, SourceText, read_text
-from exporter.calibration.self_generation import continue_texts, written_text
+from exporter.calibration.self_generation import _draw, continue_texts, written_text
 from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
 from exporter.files import sha256
@@ -206,7 +206,7 @@ def test_written_text_is_of_the_wanted_length_and_of_the_model_s_tokens(
     checkpoint = small_checkpoint(make_checkpoint)
     tokenizer = load_tokenizer(checkpoint.path)
     encoded = [tokenizer.encode(text) for text in texts_of(write(checkpoint)[0])]
-    assert 600 <= sum(map(len, encoded)) < 600 + 32 * 48
+    assert 600 <= sum(map(len, encoded)) < 600 + 128 * 48
     for ids in encoded:
         assert ids[0] == 0 and len(ids) <= 48 and max(ids) < 96
         # An end, if there is one, is the last token; without one the context was full.
@@ -286,6 +286,40 @@ def test_other_prompts_write_other_text(make_checkpoint: MakeCheckpoint, tmp_pat
     assert one != other
 
 
+def test_texts_are_gone_on_with_after_their_first_tokens_and_as_they_are(
+    make_checkpoint: MakeCheckpoint, own_cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("How many eggs?\nNo\nWhy are there so many?\n")
+    checkpoint = small_checkpoint(make_checkpoint)
+    tokenizer = load_tokenizer(checkpoint.path)
+    first = [tokenizer.encode(text)[:5] for text in ("How many eggs?", "Why are there so many?")]
+    data = [{"prompts": str(tmp_path / "p.txt"), "continue_after": 5, "tokens": 600}]
+    recipe = recipe_of("gptq", data, sequence_length=48)
+    quantized(recipe, checkpoint, tmp_path / "out")
+    [path] = own_cache.glob("*.jsonl")
+    written = [tokenizer.encode(text) for text in texts_of(path)]
+    assert [ids[:6] for ids in written] == [[0, *first[i % 2]] for i in range(len(written))]
+    assert len(set(map(tuple, written))) > 2
+
+
+def test_texts_that_are_all_too_short_to_go_on_with_are_refused(
+    make_checkpoint: MakeCheckpoint, own_cache: Path, tmp_path: Path
+) -> None:
+    checkpoint, prompts = small_checkpoint(make_checkpoint), tmp_path / "p.txt"
+    prompts.write_text("Why?\n" * 10)
+    with pytest.raises(InputError, match="has no text of 40 tokens, after which it could go on"):
+        write(checkpoint, Source(prompts=str(prompts), continue_after=40, tokens=600))
+    assert list(own_cache.glob("*.jsonl")) == []
+
+
+def test_tokens_are_drawn_as_often_as_their_share_says() -> None:
+    shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).repeat(20_000, 1)
+    drawn = _draw(shares, torch.Generator().manual_seed(0))
+    found = torch.bincount(drawn[:, 0], minlength=6) / len(shares)
+    assert (found - shares[0]).abs().max() < 0.015  # four standard deviations
+    assert found[[0, 2, 5]].sum() == 0
+
+
 def test_prompts_that_are_all_too_long_are_refused(
     make_checkpoint: MakeCheckpoint, own_cache: Path, tmp_path: Path
 ) -> None:
@@ -293,7 +327,7 @@ def test_prompts_that_are_all_too_long_are_refused(
     prompts.write_text("How many? " * 10)
     with pytest.raises(InputError, match="has no prompt of less than 48 tokens"):
         write(checkpoint, Source(prompts=str(prompts), tokens=600))
-    assert contents(own_cache) == {}
+    assert list(own_cache.glob("*.jsonl")) == []
 
 
 @pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4", "llama"])

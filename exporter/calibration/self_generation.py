@@ -165,12 +165,13 @@ def _until_end(text: list[int], prompt: int, ends: set[int]) -> list[int]:
 def _sample(logits: Tensor, source: Source, generator: torch.Generator) -> list[int]:
     """One token for each row of logits [batch, vocab_size]."""
     shares = (logits / source.temperature).softmax(-1)
-    if source.top_p == 1:
-        tokens: list[int] = _draw(shares, generator)[:, 0].tolist()
-        return tokens
-    shares, order = shares.sort(dim=-1, descending=True)
-    shares[shares.cumsum(-1) - shares >= source.top_p] = 0
-    tokens = order.gather(-1, _draw(shares, generator))[:, 0].tolist()
+    if source.top_p < 1:
+        shares, order = shares.sort(dim=-1, descending=True)
+        shares[shares.cumsum(-1) - shares >= source.top_p] = 0
+        drawn = order.gather(-1, _draw(shares, generator))
+    else:
+        drawn = _draw(shares, generator)
+    tokens: list[int] = drawn[:, 0].tolist()
     return tokens
 
 
