@@ -163,16 +163,18 @@ def test_a_command_dies_with_its_client(kind: str, request: pytest.FixtureReques
     device = request.getfixturevalue(f"{kind}_device").device
     mark = f"300.{os.getpid()}{free_port()}"
     failure: list[Exception] = []
+    heard = threading.Event()  # before that, nobody could know that it ever began
 
     def run() -> None:
+        command = ["sh", "-c", f"echo begun; sleep {mark}"]
         try:
-            transport(device).run(device, ["sleep", mark], 60)
+            transport(device).run(device, command, 60, lambda _line: heard.set())
         except DeviceError as error:
             failure.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
-    wait_for_command(f"sleep {mark}")
+    assert heard.wait(20)
     for folder in Path("/proc").glob("[0-9]*"):
         if _is_client(folder, mark):
             os.kill(int(folder.name), signal.SIGKILL)
@@ -210,16 +212,17 @@ def test_a_device_that_dies_in_the_middle_is_lost_and_never_a_success(
     """`adb shell` itself ends with 0 then."""
     daemon: Daemon = request.getfixturevalue(f"{kind}_device")
     mark = f"300.{os.getpid()}{free_port()}"
+    heard = threading.Event()
 
     def die() -> None:
-        wait_for_command(f"sleep {mark}")
+        heard.wait(20)
         daemon.die()
 
     thread = threading.Thread(target=die)
     thread.start()
     command = ["sh", "-c", f"echo half; sleep {mark}; echo whole"]
     with pytest.raises(DeviceLostError, match="the connection ended while sh was running"):
-        transport(daemon.device).run(daemon.device, command, 60)
+        transport(daemon.device).run(daemon.device, command, 60, lambda _line: heard.set())
     thread.join()
     assert is_gone(f"sleep {mark}"), commands_with(mark)
 
