@@ -231,7 +231,7 @@ class StaticCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         heads, layers = config.num_key_value_heads, config.num_hidden_layers
-        size = layers, batch, heads, context, config.head_dim
+        size = (layers, batch, heads, context, config.head_dim)
         self.keys, self.values = torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)
         self.start = 0
 

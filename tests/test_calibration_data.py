@@ -302,16 +302,6 @@ def test_texts_are_gone_on_with_after_their_first_tokens_and_as_they_are(
     assert len(set(map(tuple, written))) > 2
 
 
-def test_texts_that_are_all_too_short_to_go_on_with_are_refused(
-    make_checkpoint: MakeCheckpoint, own_cache: Path, tmp_path: Path
-) -> None:
-    checkpoint, prompts = small_checkpoint(make_checkpoint), tmp_path / "p.txt"
-    prompts.write_text("Why?\n" * 10)
-    with pytest.raises(InputError, match="has no text of 40 tokens, after which it could go on"):
-        write(checkpoint, Source(prompts=str(prompts), continue_after=40, tokens=600))
-    assert list(own_cache.glob("*.jsonl")) == []
-
-
 def test_tokens_are_drawn_as_often_as_their_share_says() -> None:
     shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).repeat(20_000, 1)
     drawn = _draw(shares, torch.Generator().manual_seed(0))
@@ -320,14 +310,27 @@ def test_tokens_are_drawn_as_often_as_their_share_says() -> None:
     assert found[[0, 2, 5]].sum() == 0
 
 
-def test_prompts_that_are_all_too_long_are_refused(
-    make_checkpoint: MakeCheckpoint, own_cache: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("content", "continue_after", "problem"),
+    [
+        ("How many? " * 10, 0, "has no prompt of less than 48 tokens"),
+        ("Why?\n" * 10, 40, "has no text of 40 tokens, after which it could go on"),
+    ],
+    ids=["prompts too long", "texts too short to go on with"],
+)
+def test_prompts_of_which_none_fits_are_refused(
+    content: str,
+    continue_after: int,
+    problem: str,
+    make_checkpoint: MakeCheckpoint,
+    own_cache: Path,
+    tmp_path: Path,
 ) -> None:
     checkpoint, prompts = small_checkpoint(make_checkpoint), tmp_path / "p.txt"
-    prompts.write_text("How many? " * 10)
-    with pytest.raises(InputError, match="has no prompt of less than 48 tokens"):
-        write(checkpoint, Source(prompts=str(prompts), tokens=600))
-    assert list(own_cache.glob("*.jsonl")) == []
+    prompts.write_text(content)
+    with pytest.raises(InputError, match=problem):
+        write(checkpoint, Source(prompts=str(prompts), continue_after=continue_after, tokens=600))
+    assert contents(own_cache) == {}
 
 
 @pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4", "llama"])

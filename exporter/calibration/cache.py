@@ -3,8 +3,9 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 
 def cache_folder() -> Path:
@@ -18,9 +19,23 @@ def cache_folder() -> Path:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold `path` of the cache, a file or a folder. Another run that wants it waits, to find what
-    this one made of it."""
+    """Hold `path` of the cache, a file or a folder, to make what is not there. Another run that
+    wants it waits: it must look again whether it still has to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
+    place = path.with_name(f".{path.name}.lock")
+    with _held(place):
+        try:
+            yield
+        finally:
+            place.unlink()
+
+
+def _held(place: Path) -> TextIO:
+    """A lock file, locked. One that its last holder removed meanwhile is a lock no more."""
+    while True:
+        lock = place.open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), place.stat()):
+                return lock
+        lock.close()

@@ -161,9 +161,11 @@ def _sensitivities(
     plan = {name: str(scheme) for name, scheme in schemes.items()}
     parts = source, plan, method, tokens.tolist(), fitted, calibration.seed, str(precision)
     path = cache_folder() / f"{hash_of('sensitivity', *parts)}.json"
+    if kept := _kept_sensitivities(path):
+        return kept
     with alone(path):
-        with suppress(InputError, KeyError, TypeError):  # not there, or damaged: measured anew
-            return tuple(Sensitivity(**one) for one in read_json(path)["sensitivities"])
+        if kept := _kept_sensitivities(path):
+            return kept
         quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
         starts = _rounded(checkpoint, method, calibration, text, precision, quantized, stages)
         rounded = {name: start.rounded for name, start in starts.items()}
@@ -171,6 +173,13 @@ def _sensitivities(
         found = sensitivities(checkpoint, rounded, tokens, precision, on_step)
         write_json(path, {"sensitivities": [asdict(one) for one in found]})
         return tuple(found)
+
+
+def _kept_sensitivities(path: Path) -> tuple[Sensitivity, ...]:
+    """Nothing where they are not there, or damaged."""
+    with suppress(InputError, KeyError, TypeError):
+        return tuple(Sensitivity(**one) for one in read_json(path)["sensitivities"])
+    return ()
 
 
 @dataclass(frozen=True)

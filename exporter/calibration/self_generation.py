@@ -44,6 +44,8 @@ def written_text(
     size = calibration.sequence_length, calibration.seed, str(precision)
     name = hash_of("self-generated", identity, prompts, settings, size)
     path = cache_folder() / f"{name}.jsonl"
+    if path.is_file():
+        return path
     with alone(path):
         if not path.is_file():
             tokenizer = load_tokenizer(checkpoint.path)
@@ -88,7 +90,8 @@ def _prompts(
         while True:
             any_token = torch.randint(checkpoint.config.vocab_size, (), generator=generator)
             yield [int(any_token) if begin is None else begin]
-    path, texts = Path(source.prompts), read_prompts(Path(source.prompts), source.field)
+    path = Path(source.prompts)
+    texts = read_prompts(path, source.field)
     if first := source.continue_after:
         head = [] if begin is None else [begin]
         encoded = [tokenizer.encode(text)[:first] for text in texts]

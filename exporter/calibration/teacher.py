@@ -79,11 +79,14 @@ class Teacher:
 
     def _cached(self, sequence: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
         path = folder / f"{hash_of(sequence.tolist())}.safetensors"
-        with alone(folder):
-            if not path.is_file():
-                answer = self.answer(self.states(sequence[None])[0])
-                assert answer.ids is not None
-                entries = {"ids": answer.ids, "values": answer.log_probabilities.float()}
-                write_tensors(path, entries)
+        if not path.is_file():
+            with alone(path):
+                if not path.is_file():
+                    self._keep(sequence, path)
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("ids"), file.get_tensor("values")
+
+    def _keep(self, sequence: Tensor, path: Path) -> None:
+        answer = self.answer(self.states(sequence[None])[0])
+        assert answer.ids is not None
+        write_tensors(path, {"ids": answer.ids, "values": answer.log_probabilities.float()})
