@@ -12,7 +12,11 @@ from devices.engines import Engine, Model, Plan, Record
 from devices.identity import Identity
 from devices.operators import Operator
 from devices.prediction import Workload
+from devices.statistics import Summary, summarize
 from devices.transports import Device
+
+#: What has a speed, and how it is called in `not_measured`.
+PLACES = {"prefill": "prefill {}", "decode": "decode after {}"}
 
 
 @dataclass(frozen=True)
@@ -80,22 +84,26 @@ def plan_of(one: Measured) -> Plan:
     depths = [depth for depth in settings.depths if depth + settings.decode_steps <= context]
     for length in settings.prompt_lengths:
         if length not in prompts:
-            one.not_measured[f"prefill {length}"] = f"the context is {context}"
+            one.not_measured[PLACES["prefill"].format(length)] = f"the context is {context}"
     for depth in settings.depths:
         if depth not in depths:
-            one.not_measured[f"decode after {depth}"] = f"the context is {context}"
+            one.not_measured[PLACES["decode"].format(depth)] = f"the context is {context}"
     return Plan(prompts, depths, settings.decode_steps, warmup=3, threads=one.threads)
 
 
-def samples(rounds: Sequence[Sequence[Record]]) -> dict[tuple[str, int], list[list[float]]]:
-    """(phase, tokens or depth) → one list of milliseconds for each round."""
-    found: dict[tuple[str, int], list[list[float]]] = {}
+def summaries(rounds: Sequence[Sequence[Record]]) -> dict[tuple[str, int], Summary]:
+    """(phase, tokens or depth) → milliseconds over all rounds."""
+    samples: dict[tuple[str, int], list[list[float]]] = {}
+    within: dict[tuple[str, int], float] = {}
     for records in rounds:
         for record in records:
             if record["phase"] in ("load", "prefill", "decode", "execute") and record["ms"]:
-                place = int(record.get("tokens", 0) or record.get("depth", 0))
-                found.setdefault((record["phase"], place), []).append(record["ms"])
-    return found
+                place = record["phase"], int(record.get("tokens", 0) or record.get("depth", 0))
+                samples.setdefault(place, []).append(record["ms"])
+                within[place] = max(within.get(place, 0.0), float(record.get("within_ms", 0)))
+    return {
+        place: summarize(repeats).read_within(within[place]) for place, repeats in samples.items()
+    }
 
 
 def hash_of(content: object) -> str:

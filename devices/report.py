@@ -13,16 +13,17 @@ from devices.engines import Record
 from devices.errors import BadDeviceError
 from devices.files import sha256
 from devices.journal import Journal
-from devices.measured import Job, Measured, Progress, Settings, samples
+from devices.measured import PLACES, Job, Measured, Progress, Settings, summaries
 from devices.operators import audit
 from devices.prediction import Speed, predict_on, predict_speed
 from devices.session import profile_device
-from devices.statistics import Summary, summarize
+from devices.statistics import Summary
 from devices.transports import Device
 
 SCHEMA_VERSION = 1
 #: Windows of a sustained run.
 _WINDOWS = 10
+_TOO_SHORT = "as short as the runner's clock is coarse: ask for more tokens"
 
 
 def profile(
@@ -80,7 +81,13 @@ def describe(one: Measured) -> dict[str, Any]:
     paths = {name: model.folder / name for name in model.files}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     files = {name: {"bytes": sizes[name], "sha256": sha256(path)} for name, path in paths.items()}
-    found = {place: summarize(repeats) for place, repeats in samples(one.rounds).items()}
+    found = summaries(one.rounds)
+    speeds = {place: times for place, times in found.items() if times.low > 0}
+    too_short = {
+        PLACES[phase].format(n): _TOO_SHORT
+        for phase, n in sorted(found.keys() - speeds.keys())
+        if phase in PLACES
+    }
     status = "failed" if one.error else "skipped" if one.skipped else "complete"
     return {
         "device": str(one.device),
@@ -97,12 +104,12 @@ def describe(one: Measured) -> dict[str, Any]:
         "first_load_ms": _first_load(one.first),
         "prefill": [
             {"tokens": place, **_times_and_rates(summary, one.settings, place)}
-            for (phase, place), summary in sorted(found.items())
+            for (phase, place), summary in sorted(speeds.items())
             if phase == "prefill"
         ],
         "decode": [
             {"depth": place, **_times_and_rates(summary, one.settings, 1)}
-            for (phase, place), summary in sorted(found.items())
+            for (phase, place), summary in sorted(speeds.items())
             if phase == "decode"
         ],
         "execute": _times(found.get(("execute", 0)), one.settings),
@@ -114,7 +121,7 @@ def describe(one: Measured) -> dict[str, Any]:
         "operators": [asdict(operator) for operator in one.operators],
         "undelegated": audit(one.operators) if _audited(one) else [],
         "predicted": _predicted(one),
-        "not_measured": one.not_measured,
+        "not_measured": {**one.not_measured, **too_short},
         "samples": {"first": one.first, "rounds": one.rounds, "probes": one.probes,
                     "sustained": one.sustained},
     }  # fmt: skip

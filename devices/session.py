@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import platform
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from types import ModuleType
@@ -19,8 +20,8 @@ from devices.errors import BadDeviceError, DeviceError
 from devices.files import cache_folder, sha256
 from devices.identity import Identity
 from devices.journal import Journal
-from devices.measured import Job, Measured, Progress, Settings, hash_of, plan_of, samples
-from devices.statistics import FEWEST, summarize
+from devices.measured import Job, Measured, Progress, Settings, hash_of, plan_of, summaries
+from devices.statistics import FEWEST
 from devices.transports import Device, transport
 
 _SHORT = 120.0
@@ -187,18 +188,18 @@ def _probe_line(stderr: bytes) -> tuple[Record, bytes]:
 
 def _sure(one: Measured) -> bool:
     """Whether every median but the load's, which counts once, is narrow enough."""
-    wanted = [s for (phase, _), s in samples(one.rounds).items() if phase != "load"]
-    return bool(wanted) and all(summarize(s).narrow(one.settings.precision) for s in wanted)
+    wanted = [s for (phase, _), s in summaries(one.rounds).items() if phase != "load"]
+    return bool(wanted) and all(summary.narrow(one.settings.precision) for summary in wanted)
 
 
 def _note(one: Measured) -> str:
     """The latest decode speed, for whoever is watching."""
     if not one.rounds:
         return "warming up"
-    decode = [record for record in one.rounds[-1] if record["phase"] == "decode"]
-    if not decode:
+    decode = [record["ms"] for record in one.rounds[-1] if record["phase"] == "decode"]
+    ms = statistics.median(decode[0]) if decode else 0.0
+    if not ms:
         return ""
-    ms = sorted(decode[0]["ms"])[len(decode[0]["ms"]) // 2]
     mark = "" if one.identity and one.identity.kind == "real" else " (not a real device)"
     return f"{1000 / ms:.1f} tokens/s{mark}"
 

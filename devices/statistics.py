@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: How sure an interval is meant to be, and the fewest values that can be so sure.
 CONFIDENCE = 0.95
@@ -27,8 +27,13 @@ class Summary:
         sure = self.confidence >= CONFIDENCE
         return sure and max(self.high - self.p50, self.p50 - self.low) <= precision * self.p50
 
+    def read_within(self, error: float) -> "Summary":
+        """Of samples that were each read within `error`: so much wider is the interval."""
+        return replace(self, low=max(0.0, self.low - error), high=self.high + error)
+
     def inverse(self, scale: float) -> "Summary":
-        """Of `scale` divided by each sample: a rate. Its p95 is the slow side, as for times."""
+        """Of `scale` divided by each sample: a rate. Its p95 is the slow side, as for times.
+        `low` must be above 0."""
         return Summary(
             scale / self.p50, scale / self.p95, scale / self.high, scale / self.low,
             self.confidence, self.repeats,

@@ -114,9 +114,7 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
         format=target.target,
         folder=artifact.path,
         main=main,
-        files=tuple(
-            f for f in artifact.files if f == main or f.startswith((f"{main}/", f"{main}."))
-        ),
+        files=tuple(name for name in artifact.files if _belongs(name, main)),
         context=context,
         portable=isinstance(target, ExecuTorchTarget) and target.attention == "portable",
         integers=not isinstance(target, OnnxTarget)

@@ -2,7 +2,7 @@
 
 `native` is our C++ runner, `python` its twin for runtimes with a Python package, `official` the
 programs that ExecuTorch and ONNX Runtime ship. All give the same records: one for each phase,
-with its raw samples in milliseconds.
+with its raw samples in milliseconds, and `within_ms` where a coarse clock read them.
 """
 
 import json

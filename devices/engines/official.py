@@ -70,7 +70,8 @@ def _llama_commands(program: str, model: Model, place: str, plan: Plan) -> list[
 
 
 def read_llama(text: str) -> list[Record]:
-    """The line ``PyTorchObserver {json}``, as `TextLLMRunner` gives it too: whole milliseconds."""
+    """The line ``PyTorchObserver {json}``, as `TextLLMRunner` gives it too. Its moments are whole
+    milliseconds, so each time is right within one."""
     found = re.findall(r"PyTorchObserver\s*(\{.*?\})", text)
     if not found:
         raise DeviceError("llama_main", "printed no PyTorchObserver line", "Its build may be old")
@@ -87,11 +88,17 @@ def read_llama(text: str) -> list[Record]:
     if prompt < 1 or generated < 1:
         raise DeviceError("llama_main", f"read {prompt} tokens and wrote {generated}")
     return [
-        {"phase": "load", "ms": [load]},
-        {"phase": "prefill", "tokens": prompt, "ms": [prefill], "first_token_ms": first},
+        {"phase": "load", "ms": [load], "within_ms": 1},
+        {
+            "phase": "prefill", "tokens": prompt, "ms": [prefill], "within_ms": 1,
+            "first_token_ms": first,
+        },
         # One figure for all steps: its mean.
-        {"phase": "decode", "depth": prompt, "ms": [decode / generated], "steps": generated},
-    ]
+        {
+            "phase": "decode", "depth": prompt, "ms": [decode / generated],
+            "within_ms": 1 / generated, "steps": generated,
+        },
+    ]  # fmt: skip
 
 
 # ---- ExecuTorch's executor_runner ----

@@ -31,6 +31,7 @@ def test_llama_main_gives_load_prefill_and_decode() -> None:
     assert (found["prefill"]["tokens"], found["prefill"]["ms"]) == (15, [100])
     assert found["prefill"]["first_token_ms"] == 105
     assert (found["decode"]["depth"], found["decode"]["ms"]) == (15, [25])
+    assert [record["within_ms"] for record in found.values()] == [1, 1, 1 / 20]
 
 
 @pytest.mark.parametrize(

@@ -252,20 +252,44 @@ runner.generate(options["prompt"], config, lambda token: None,
 def test_the_official_runners_own_statistics_become_a_session(
     finished_bundle: Bundle, tmp_path: Path, capsys: Capture
 ) -> None:
+    """Long enough for its clock of whole milliseconds on any machine."""
     program = tmp_path / "llama_main"
     program.write_text(LLAMA_MAIN.format(python=sys.executable))
     program.chmod(0o755)
     options = ["--target", "executorch", "--device", "host", "--runner", program, "--json"]
-    outcome = run(
-        capsys, "profile", finished_bundle.path, *SHORT[:4], "prompt_lengths=[24]", *options
-    )
+    long = ["max_repeats=1", "decode_steps=256", "depths=[0]", "prompt_lengths=[512]"]
+    outcome = run(capsys, "profile", finished_bundle.path, *long, *options)
     assert outcome.code == 0, outcome.err or outcome.out
     (session,) = outcome.json["sessions"]
     assert session["engine"]["name"] == "llama_main"
-    (prefill,) = session["prefill"]
-    assert 12 <= prefill["tokens"] <= 48
-    assert session["decode"][0]["depth"] == prefill["tokens"]
+    (prefill,), (decode,) = session["prefill"], session["decode"]
+    assert 256 <= prefill["tokens"] <= 768
+    assert prefill["ms"]["high"] - prefill["ms"]["low"] == pytest.approx(2)
+    assert decode["depth"] == prefill["tokens"]
+    assert decode["tokens_per_second"]["p50"] > 0
     assert session["not_measured"]["operators"] == "not by this engine"
+
+
+def test_times_that_a_coarse_clock_cannot_tell_are_no_speeds(
+    finished_bundle: Bundle, tmp_path: Path, capsys: Capture
+) -> None:
+    """A model of this size on a fast machine: the prompt is read within the same millisecond."""
+    moments = dict.fromkeys(
+        ("model_load_start", "model_load_end", "inference_start", "prompt_eval_end", "first_token"),
+        1000,
+    ) | {"inference_end": 1001}
+    stats = {f"{name}_ms": value for name, value in moments.items()}
+    stats |= {"prompt_tokens": 4, "generated_tokens": 2}
+    program = tmp_path / "llama_main"
+    program.write_text(f"#!/bin/sh\necho 'PyTorchObserver {json.dumps(stats)}'\n")
+    program.chmod(0o755)
+    options = ["--target", "executorch", "--device", "host", "--runner", program, "--json"]
+    outcome = run(capsys, "profile", finished_bundle.path, *SHORT, *options)
+    assert outcome.code == 0, outcome.err or outcome.out
+    (session,) = outcome.json["sessions"]
+    assert (session["prefill"], session["decode"]) == ([], [])
+    for name in ("prefill 4", "decode after 4"):
+        assert "clock is coarse" in session["not_measured"][name]
 
 
 @pytest.mark.parametrize(
