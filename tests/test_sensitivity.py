@@ -228,6 +228,19 @@ def test_sensitivities_are_measured_once(
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
+def test_tokens_are_weighed_once_for_the_search_and_for_its_result(
+    make_checkpoint: MakeCheckpoint, text: Path, tmp_path: Path
+) -> None:
+    finished = list[str]()
+
+    def seen(stage: str, done: int, total: int, note: str = "") -> None:
+        finished.extend([stage] if done == total else [])
+
+    checkpoint, recipe = small_checkpoint(make_checkpoint), recipe_of("gptq", text, budget="6 bits")
+    quantize(recipe, checkpoint, tmp_path / "out", seen)
+    assert finished[:4] == ["weigh tokens", "gptq", "measure sensitivity", "gptq"]
+
+
 def test_another_budget_needs_no_new_measurement_and_other_text_does(
     make_checkpoint: MakeCheckpoint, text: Path, own_cache: Path, tmp_path: Path
 ) -> None:

@@ -2,9 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,58 @@ Stages = Callable[[str], OnStep]
 
 
 @dataclass(frozen=True)
+class WeightRounding:
+    """How weights are rounded, before distillation where there is one."""
+
+    checkpoint: Checkpoint
+    method: str
+    calibration: Calibration
+    text: CalibrationText
+    precision: torch.dtype
+    stages: Stages
+
+    def __call__(self, schemes: Mapping[str, Scheme]) -> dict[str, Compensated]:
+        """Every weight that `schemes` quantizes."""
+        quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
+        if self.method == "gptq":
+            weights = self._token_weights
+            each = gptq_weights(self.checkpoint, schemes, self.tokens, self.precision, weights)
+            on_step = self.stages("gptq")
+        else:
+            each = self._alone(quantized)
+            on_step = self.stages("round")
+        found = dict[str, Compensated]()
+        for name, one in each:
+            found[name] = one
+            on_step(len(found), len(quantized), name)
+        return found
+
+    def _alone(self, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, Compensated]]:
+        """Each weight without a look at the others or at the text."""
+        for name, scheme in schemes.items():
+            weight = self.checkpoint.float_weight(name)
+            yield name, Compensated(quantize(weight, scheme, self.method), weight)
+
+    @property
+    def tokens(self) -> Tensor:
+        """What GPTQ fits weights to: [sequences, seq]."""
+        return self.text.train(self.calibration.gptq_sequences)
+
+    @cached_property
+    def _token_weights(self) -> dict[str, Tensor]:
+        """They do not depend on schemes: worked out once, also where a search rounds first."""
+        seed, on_step = self.calibration.seed, self.stages("weigh tokens")
+        return token_weights(self.checkpoint, self.tokens, self.precision, seed, on_step)
+
+
+@dataclass(frozen=True)
 class Prepared:
     """All that is known before any weight is rounded: the text, and what sensitive weights
-    become. `rounding` is the method, or what a distillation starts from."""
+    become."""
 
     calibration: Calibration
     method: str
-    rounding: str
+    rounding: WeightRounding
     text: CalibrationText
     precision: torch.dtype
     source: Mapping[str, str]
@@ -114,16 +160,16 @@ def prepare(
             if one.self_generated
         ],
     )
+    method = quantization.method
+    rounded_by = calibration.start if method == "distill" else method
+    rounding = WeightRounding(checkpoint, rounded_by, calibration, text, precision, stages)
     found, wider = tuple[Sensitivity, ...](), tuple[str, ...]()
     if budget:
-        found = _sensitivities(checkpoint, recipe, schemes, source, text, precision, stages)
+        found = _sensitivities(rounding, schemes, source)
         wider = search(found, used, budget, subject)
     if not parallel.rank():
         parallel.wait_for_all()
-    method = quantization.method
-    return Prepared(
-        calibration, method, _rounding(recipe), text, precision, source, teacher, found, wider
-    )
+    return Prepared(calibration, method, rounding, text, precision, source, teacher, found, wider)
 
 
 def _check_length(calibration: Calibration, checkpoint: Checkpoint) -> None:
@@ -146,31 +192,23 @@ def _precision(calibration: Calibration) -> torch.dtype:
 
 
 def _sensitivities(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    schemes: Mapping[str, Scheme],
-    source: Mapping[str, str],
-    text: CalibrationText,
-    precision: torch.dtype,
-    stages: Stages,
+    rounding: WeightRounding, schemes: Mapping[str, Scheme], source: Mapping[str, str]
 ) -> tuple[Sensitivity, ...]:
     """Measured, or as they were measured before."""
-    calibration, method = recipe.calibration, _rounding(recipe)
-    tokens = text.train(calibration.sensitivity_sequences)
-    fitted = text.train(calibration.gptq_sequences).tolist() if method == "gptq" else []
+    calibration, method, precision = rounding.calibration, rounding.method, rounding.precision
+    tokens = rounding.text.train(calibration.sensitivity_sequences)
+    fitted = rounding.tokens.tolist() if method == "gptq" else []
     plan = {name: str(scheme) for name, scheme in schemes.items()}
     parts = source, plan, method, tokens.tolist(), fitted, calibration.seed, str(precision)
     path = cache_folder() / f"{hash_of('sensitivity', *parts)}.json"
     if kept := _kept_sensitivities(path):
         return kept
-    with alone(path):
+    on_step = rounding.stages("measure sensitivity")
+    with alone(path, on_step):
         if kept := _kept_sensitivities(path):
             return kept
-        quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
-        starts = _rounded(checkpoint, method, calibration, text, precision, quantized, stages)
-        rounded = {name: start.rounded for name, start in starts.items()}
-        on_step = stages("measure sensitivity")
-        found = sensitivities(checkpoint, rounded, tokens, precision, on_step)
+        rounded = {name: start.rounded for name, start in rounding(schemes).items()}
+        found = sensitivities(rounding.checkpoint, rounded, tokens, precision, on_step)
         write_json(path, {"sensitivities": [asdict(one) for one in found]})
         return tuple(found)
 
@@ -200,17 +238,12 @@ def calibrate(
     """Round every weight as the recipe says. `folder` keeps what a killed run had reached."""
     quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
     calibration, text, precision = prepared.calibration, prepared.text, prepared.precision
-
-    def rounded() -> dict[str, Compensated]:
-        method = prepared.rounding
-        return _rounded(checkpoint, method, calibration, text, precision, quantized, stages)
-
     journal = None
     if prepared.method == "distill":
         if not parallel.rank():
             _claim(folder, {"source": prepared.source, **prepared.identity()}, quantized)
             if not (folder / START).is_file():
-                _save(folder / START, rounded())
+                _save(folder / START, prepared.rounding(schemes))
         parallel.wait_for_all()
         starts = _load(folder / START, quantized)
         rounding = round_rows_to_int8 if calibration.activations == "int8" else None
@@ -225,7 +258,7 @@ def calibrate(
         )
         weights, journal = distilled.weights, distilled.journal
     else:
-        weights = {name: start.rounded for name, start in rounded().items()}
+        weights = {name: start.rounded for name, start in prepared.rounding(schemes).items()}
     return Calibrated(weights, _reports(prepared, journal))
 
 
@@ -236,41 +269,6 @@ def _answers_folder(prepared: Prepared) -> Path | None:
         return None
     settings = calibration.top_k, calibration.temperature, str(prepared.precision)
     return cache_folder() / hash_of("teacher", source_hashes(prepared.teacher), settings)
-
-
-def _rounding(recipe: Recipe) -> str:
-    """How weights are rounded, before distillation where there is one."""
-    method = recipe.quantization.method
-    return recipe.calibration.start if method == "distill" else method
-
-
-def _rounded(
-    checkpoint: Checkpoint,
-    method: str,
-    calibration: Calibration,
-    text: CalibrationText,
-    precision: torch.dtype,
-    schemes: Mapping[str, Scheme],
-    stages: Stages,
-) -> dict[str, Compensated]:
-    """Every weight without distillation."""
-    found = dict[str, Compensated]()
-    if method == "gptq":
-        tokens = text.train(calibration.gptq_sequences)
-        on_step = stages("weigh tokens")
-        weights = token_weights(checkpoint, tokens, precision, calibration.seed, on_step)
-        all_schemes = {**dict.fromkeys(checkpoint.config.parameter_shapes(), FLOAT), **schemes}
-        on_step = stages("gptq")
-        for name, one in gptq_weights(checkpoint, all_schemes, tokens, precision, weights):
-            found[name] = one
-            on_step(len(found), len(schemes), name)
-        return found
-    on_step = stages("round")
-    for name, scheme in schemes.items():
-        weight = checkpoint.float_weight(name)
-        found[name] = Compensated(quantize(weight, scheme, method), weight)
-        on_step(len(found), len(schemes), name)
-    return found
 
 
 def _claim(folder: Path, identity: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> None:
