@@ -72,20 +72,22 @@ def progress() -> Iterator[Callable[..., None]]:
                 now = time.monotonic()
                 if stage not in said:
                     said[stage] = now
-                    err.print(f"{stage} …")
+                    err.print(f"{stage} … {'' if done else note}".rstrip())
                 elif now - said[stage] >= _SECONDS_BETWEEN_LINES:
                     said[stage] = now
                     err.print(f"{stage}: {done} of {total} {note}")
                 return
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, note=note)
-            bars.update(tasks[stage], completed=done, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
 
         yield show
 
 
 def print_json(content: dict[str, Any]) -> int:
-    print(json.dumps(content, ensure_ascii=False, default=str))
+    """As RFC 8259 has it, which knows neither infinity nor NaN: null, for jq and for JavaScript."""
+    plain = json.loads(json.dumps(content, default=str), parse_constant=lambda _name: None)
+    print(json.dumps(plain, ensure_ascii=False, allow_nan=False))
     return 0
 
 

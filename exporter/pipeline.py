@@ -210,9 +210,9 @@ def quantize(
         from exporter.calibration.parallel import processes, rank
 
         with processes():
-            decided = decide(recipe, checkpoint, progress)
             if rank():
-                return _help(checkpoint, decided, out)
+                return _help(checkpoint, decide(recipe, checkpoint, no_progress), out)
+            decided = decide(recipe, checkpoint, progress)
             return _quantize(checkpoint, decided, out, progress, overwrite, dequantized)
     decided = decide(recipe, checkpoint, progress)
     return _quantize(checkpoint, decided, out, progress, overwrite, dequantized)

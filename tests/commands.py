@@ -19,8 +19,9 @@ class Outcome:
 
     @property
     def json(self) -> dict[str, Any]:
-        """Standard output as one JSON object; anything else there is a failure."""
-        content = json.loads(self.out)
+        """Standard output as one JSON object; anything else there is a failure, and so are NaN
+        and infinity, which only Python reads."""
+        content = json.loads(self.out, parse_constant=pytest.fail)
         assert isinstance(content, dict)
         return content
 

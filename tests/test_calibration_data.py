@@ -1,6 +1,7 @@
 """The text of a calibration: mixtures, what is held out, files, and text the checkpoint writes."""
 
 import json
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,7 @@ from commands import contents
 from conftest import LLAMA, LLAMA4, MakeCheckpoint
 
 from exporter.backends.reference import ReferenceRunner
+from exporter.calibration.cache import alone
 from exporter.calibration.data import CalibrationText, SourceText, read_text
 from exporter.calibration.self_generation import _draw, continue_texts, written_text
 from exporter.checkpoint import Checkpoint
@@ -162,15 +164,17 @@ def test_the_manifest_has_the_hash_and_the_share_of_every_source(
 SHORT = Source(tokens=600)
 
 
-def write(checkpoint: Checkpoint, source: Source = SHORT, seed: int = 0) -> tuple[Path, list[str]]:
+def write(
+    checkpoint: Checkpoint, source: Source = SHORT, seed: int = 0, steps: list[str] | None = None
+) -> tuple[Path, list[str]]:
     """The file, and the steps that were shown while it was written."""
-    steps = list[str]()
+    shown = list[str]() if steps is None else steps
     calibration = Calibration((source,), sequence_length=48, seed=seed)
     path = written_text(
         checkpoint, source, calibration, torch.float32, "this one",
-        lambda done, total, note: steps.append(f"{done} of {total}"),
+        lambda done, total, note: shown.append(f"{done} of {total} {note}".strip()),
     )  # fmt: skip
-    return path, steps
+    return path, shown
 
 
 def texts_of(path: Path) -> list[str]:
@@ -193,11 +197,35 @@ def test_of_two_runs_that_want_the_same_text_one_writes_it_and_the_other_waits(
     make_checkpoint: MakeCheckpoint,
 ) -> None:
     checkpoint = small_checkpoint(make_checkpoint)
-    with ThreadPoolExecutor(2) as pool:
-        (one, steps), (other, others) = pool.map(lambda _: write(checkpoint), range(2))
-    assert one == other
-    assert sorted(map(bool, (steps, others))) == [False, True]
-    assert texts_of(one)
+    path, _ = write(checkpoint)
+    content, said = path.read_bytes(), list[str]()
+    path.unlink()
+    with ThreadPoolExecutor(1) as pool, alone(path):
+        waiting = pool.submit(write, checkpoint, steps=said)
+        while not said:
+            assert not waiting.done()
+            time.sleep(0.01)
+        path.write_bytes(content)
+    assert waiting.result()[0] == path
+    assert said == ["0 of 1 waits for another run that makes it", "1 of 1"]
+    assert path.read_bytes() == content and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_run_whose_forerunner_made_nothing_makes_it_itself(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    """As one that was killed: its lock is gone with it."""
+    checkpoint = small_checkpoint(make_checkpoint)
+    path, steps = write(checkpoint)
+    content, said = path.read_bytes(), list[str]()
+    path.unlink()
+    with ThreadPoolExecutor(1) as pool, alone(path):
+        waiting = pool.submit(write, checkpoint, steps=said)
+        while not said:
+            assert not waiting.done()
+            time.sleep(0.01)
+    assert waiting.result()[0].read_bytes() == content
+    assert said[2:] == steps
 
 
 def test_written_text_is_of_the_wanted_length_and_of_the_model_s_tokens(

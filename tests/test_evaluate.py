@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from calibrating import TEXT, write_tokenizer
 from commands import run
-from conftest import NANO
+from conftest import LLAMA4, NANO, MakeCheckpoint, random_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -238,6 +239,19 @@ def test_chunks_of_logits_are_those_of_the_whole_text(
         chunks = list(next_logits(runner, tokens, 10, rows))
         assert max(map(len, chunks)) <= rows
         torch.testing.assert_close(torch.cat(chunks), expected, atol=1e-3, rtol=0)
+
+
+def test_an_infinite_perplexity_is_no_number_of_json(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: Capture
+) -> None:
+    weights = random_weights(LLAMA4, torch.bfloat16)
+    weights["model.norm.weight"] *= 1e6
+    folder, text = make_checkpoint(LLAMA4, weights=weights), tmp_path / "text.txt"
+    write_tokenizer(folder)
+    text.write_text(TEXT)
+    outcome = run(capsys, "evaluate", folder, "--data", text, "--sequence-length", 32, "--json")
+    assert outcome.code == 0, outcome.err
+    assert (outcome.json["perplexity"], outcome.json["tokens"] > 0) == (None, True)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from exporter.calibration.data import OnStep
+
 
 def cache_folder() -> Path:
     """``MOBILELLM_CACHE``, or a folder of its own where the system keeps caches."""
@@ -17,24 +19,32 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "mobilellm-exporter"
 
 
+def _say_nothing(_done: int, _total: int, _note: str) -> None: ...
+
+
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path, on_step: OnStep = _say_nothing) -> Iterator[None]:
     """Hold `path` of the cache, a file or a folder, to make what is not there. Another run that
-    wants it waits: it must look again whether it still has to."""
+    wants it waits and says so: it must look again whether it still has to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     place = path.with_name(f".{path.name}.lock")
-    with _held(place):
+    with _held(place, on_step):
         try:
             yield
         finally:
             place.unlink()
 
 
-def _held(place: Path) -> TextIO:
+def _held(place: Path, on_step: OnStep) -> TextIO:
     """A lock file, locked. One that its last holder removed meanwhile is a lock no more."""
     while True:
         lock = place.open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_step(0, 1, "waits for another run that makes it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            on_step(1, 1, "")
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), place.stat()):
                 return lock

@@ -46,7 +46,7 @@ def written_text(
     path = cache_folder() / f"{name}.jsonl"
     if path.is_file():
         return path
-    with alone(path):
+    with alone(path, on_step):
         if not path.is_file():
             tokenizer = load_tokenizer(checkpoint.path)
             with replacing(path) as file:

@@ -57,7 +57,8 @@ def test_every_figure_of_the_schema_is_measured_on_this_machine(measured: dict[s
         )
         assert {"start", "load", "prefill", "decode"} <= set(session["memory"]["phases"])
         assert session["memory"]["peak_rss"] > session["memory"]["file_bytes"]
-        assert session["sustained"]["seconds"] == pytest.approx(1, abs=0.3)
+        *steps, _last = session["samples"]["sustained"][0]["ms"]  # the last one began in time
+        assert 700 < sum(steps) < 1000
         assert 0 < session["sustained"]["last_to_best"] <= 1
         assert session["operators"] and session["undelegated"] == []
         assert session["predicted"]["memory"] > 0 and session["bandwidth"] > 0
