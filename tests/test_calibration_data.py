@@ -193,39 +193,25 @@ def test_written_text_is_kept_and_used_again(
     assert (path.stat().st_mtime_ns, contents(own_cache)) == (moment, before)
 
 
-def test_of_two_runs_that_want_the_same_text_one_writes_it_and_the_other_waits(
-    make_checkpoint: MakeCheckpoint,
+@pytest.mark.parametrize("made", [True, False], ids=["made", "killed"])
+def test_of_two_runs_that_want_the_same_text_one_waits_and_writes_it_only_if_the_other_did_not(
+    made: bool, make_checkpoint: MakeCheckpoint
 ) -> None:
-    checkpoint = small_checkpoint(make_checkpoint)
-    path, _ = write(checkpoint)
-    content, said = path.read_bytes(), list[str]()
-    path.unlink()
-    with ThreadPoolExecutor(1) as pool, alone(path):
-        waiting = pool.submit(write, checkpoint, steps=said)
-        while not said:
-            assert not waiting.done()
-            time.sleep(0.01)
-        path.write_bytes(content)
-    assert waiting.result()[0] == path
-    assert said == ["0 of 1 waits for another run that makes it", "1 of 1"]
-    assert path.read_bytes() == content and [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_a_run_whose_forerunner_made_nothing_makes_it_itself(
-    make_checkpoint: MakeCheckpoint,
-) -> None:
-    """As one that was killed: its lock is gone with it."""
-    checkpoint = small_checkpoint(make_checkpoint)
+    checkpoint, said = small_checkpoint(make_checkpoint), list[str]()
     path, steps = write(checkpoint)
-    content, said = path.read_bytes(), list[str]()
+    content = path.read_bytes()
     path.unlink()
     with ThreadPoolExecutor(1) as pool, alone(path):
         waiting = pool.submit(write, checkpoint, steps=said)
         while not said:
             assert not waiting.done()
             time.sleep(0.01)
+        if made:
+            path.write_bytes(content)
     assert waiting.result()[0].read_bytes() == content
-    assert said[2:] == steps
+    assert said[:2] == ["0 of 1 waits for another run that makes it", "1 of 1"]
+    assert said[2:] == ([] if made else steps)
+    assert [place.name for place in path.parent.iterdir()] == [path.name]
 
 
 def test_written_text_is_of_the_wanted_length_and_of_the_model_s_tokens(
