@@ -66,7 +66,7 @@ class WeightRounding:
             each = gptq_weights(self.checkpoint, schemes, self.tokens, self.precision, weights)
             on_step = self.stages("gptq")
         else:
-            each = self._alone(quantized)
+            each = self._one_by_one(quantized)
             on_step = self.stages("round")
         found = dict[str, Compensated]()
         for name, one in each:
@@ -74,7 +74,7 @@ class WeightRounding:
             on_step(len(found), len(quantized), name)
         return found
 
-    def _alone(self, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, Compensated]]:
+    def _one_by_one(self, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, Compensated]]:
         """Each weight without a look at the others or at the text."""
         for name, scheme in schemes.items():
             weight = self.checkpoint.float_weight(name)
