@@ -12,11 +12,11 @@ from devices.catalogue import find
 from devices.engines import Record
 from devices.errors import BadDeviceError
 from devices.files import sha256
-from devices.journal import Journal
-from devices.measured import PLACES, Job, Measured, Progress, Settings, summaries
 from devices.operators import audit
 from devices.prediction import Speed, predict_on, predict_speed
+from devices.resume_log import ResumeLog
 from devices.session import profile_device
+from devices.session_state import PLACES, Job, Progress, SessionState, Settings, summaries
 from devices.statistics import Summary
 from devices.transports import Device
 
@@ -35,11 +35,11 @@ def profile(
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Profile on all devices at the same time; one that fails does not spoil the others. What a
-    stopped run left in the journal is not measured again."""
-    journal = Journal(journal_path)
+    stopped run left in the resume log is not measured again."""
+    resume_log = ResumeLog(journal_path)
     with ThreadPoolExecutor(max_workers=max(1, len(devices))) as pool:
         futures = [
-            pool.submit(profile_device, device, jobs, settings, progress, journal)
+            pool.submit(profile_device, device, jobs, settings, progress, resume_log)
             for device in devices
         ]
         sessions = [describe(one) for future in futures for one in future.result()]
@@ -55,8 +55,8 @@ def profile(
 
 
 def finish(journal_path: Path | None) -> None:
-    """The result is written: the journal is of no more use."""
-    Journal(journal_path).remove()
+    """The result is written: the resume log is of no more use."""
+    ResumeLog(journal_path).remove()
 
 
 def schema() -> dict[str, Any]:
@@ -75,7 +75,7 @@ def validate(report: Mapping[str, Any]) -> None:
         raise BadDeviceError(place, f"does not follow the schema ({error.message})") from error
 
 
-def describe(one: Measured) -> dict[str, Any]:
+def describe(one: SessionState) -> dict[str, Any]:
     """One session as plain data."""
     model, identity = one.job.model, one.identity
     paths = {name: model.folder / name for name in model.files}
@@ -127,7 +127,7 @@ def describe(one: Measured) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _audited(one: Measured) -> bool:
+def _audited(one: SessionState) -> bool:
     return one.job.model.format != "onnx" or one.job.model.integers
 
 
@@ -149,7 +149,7 @@ def _first_load(records: Sequence[Record]) -> float | None:
     return loads[0] if loads else None
 
 
-def _sustained(one: Measured) -> dict[str, Any] | None:
+def _sustained(one: SessionState) -> dict[str, Any] | None:
     """The speed in equal windows of time, and the last in relation to the best."""
     times = [ms for record in one.sustained for ms in record["ms"]]
     if not times:
@@ -168,14 +168,14 @@ def _sustained(one: Measured) -> dict[str, Any] | None:
     }
 
 
-def _energy(one: Measured) -> dict[str, Any] | None:
+def _energy(one: SessionState) -> dict[str, Any] | None:
     tokens = sum(len(record["ms"]) for record in one.sustained)
     if one.energy is None or not tokens:
         return None
     return {**asdict(one.energy), "joules_per_token": one.energy.joules / tokens}
 
 
-def _memory(one: Measured, file_bytes: int) -> dict[str, Any]:
+def _memory(one: SessionState, file_bytes: int) -> dict[str, Any]:
     """The largest peak of each phase over all repeats; bytes, -1 where the system does not tell."""
     phases: dict[str, dict[str, int]] = {}
     for records in one.rounds:
@@ -192,7 +192,7 @@ def _memory(one: Measured, file_bytes: int) -> dict[str, Any]:
     }
 
 
-def _predicted(one: Measured) -> dict[str, Any] | None:
+def _predicted(one: SessionState) -> dict[str, Any] | None:
     """Of the catalogue's device, or else from the bandwidth that was measured."""
     workload = one.job.workload
     if workload is None or one.identity is None:

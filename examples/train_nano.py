@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from exporter.model import Decoder, ModelConfig, StaticCache
+from exporter.model.decoder import Decoder, ModelConfig, StaticCache
 
 BOS, END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN = (
     "<|begin_of_text|>",

@@ -1,4 +1,4 @@
-"""The whole story, straight down: checkpoint → waist → artifacts → proof → bundle."""
+"""The whole pipeline: checkpoint → quantized checkpoint → artifacts → proof → bundle."""
 
 import os
 import shutil
@@ -13,16 +13,16 @@ import torch
 from devices.catalogue import KnownDevice, known_device
 from devices.errors import DeviceError
 from devices.prediction import Speed, predict_on
-from exporter.artifact import MANIFEST as ARTIFACT_MANIFEST
-from exporter.artifact import (
+from exporter.backends import backend
+from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
+from exporter.bundle.artifact import (
     FinishedArtifact,
     artifact_identity,
     artifact_output,
     artifact_versions,
     write_artifact,
 )
-from exporter.backends import backend
-from exporter.bundle import (
+from exporter.bundle.bundle import (
     BUNDLE_OUTPUT,
     SEAL,
     Bundle,
@@ -34,9 +34,8 @@ from exporter.bundle import (
     sealed_files,
     write_seal,
 )
-from exporter.bundle import MANIFEST as BUNDLE_MANIFEST
-from exporter.bundle import WAIST as BUNDLE_WAIST
-from exporter.checkpoint import Checkpoint
+from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
+from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
 from exporter.errors import InputError
 from exporter.files import (
     check_folder,
@@ -45,22 +44,23 @@ from exporter.files import (
     made_from,
     read_json,
 )
-from exporter.quantization.waist import (
+from exporter.model.checkpoint import Checkpoint
+from exporter.quantization.quantized_checkpoint import (
     DEQUANTIZED_OUTPUT,
+    QUANTIZED_OUTPUT,
     REPORTS,
-    WAIST_OUTPUT,
     Plan,
     QuantizedCheckpoint,
-    finished_waist,
-    open_waist,
+    finished_quantized,
+    open_quantized,
     plan_schemes,
+    quantized_identity,
     require_whole,
     source_hashes,
-    waist_identity,
     write_dequantized,
-    write_waist,
+    write_quantized,
 )
-from exporter.quantization.waist import MANIFEST as WAIST_MANIFEST
+from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.recipe import TARGETS, Recipe, Target, check_context
 from exporter.sizes import Prediction, predict, workload
 from exporter.verification import (
@@ -68,7 +68,7 @@ from exporter.verification import (
     Text,
     check_integers,
     check_logits,
-    check_waist,
+    check_quantized,
     verification_text,
 )
 
@@ -122,7 +122,7 @@ def decide(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Decide
     """
     decided = plan(recipe, checkpoint)
     if not recipe.quantization.calibrated:
-        return Decided(decided, None, waist_identity(checkpoint, decided))
+        return Decided(decided, None, quantized_identity(checkpoint, decided))
     from exporter.calibration.calibrate import prepare
     from exporter.calibration.sensitivity import WIDER
 
@@ -130,7 +130,7 @@ def decide(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Decide
     prepared = prepare(checkpoint, recipe, decided.schemes, source, _stages(progress))
     schemes = {**decided.schemes, **dict.fromkeys(prepared.wider, WIDER)}
     decided = replace(decided, schemes=schemes)
-    identity = waist_identity(checkpoint, decided, prepared.identity())
+    identity = quantized_identity(checkpoint, decided, prepared.identity())
     return Decided(decided, prepared, identity)
 
 
@@ -138,13 +138,13 @@ def _stages(progress: Progress) -> Callable[[str], Callable[[int, int, str], Non
     return lambda stage: partial(progress, stage)
 
 
-def _write_waist(
+def _write_quantized(
     checkpoint: Checkpoint, decided: Decided, out: Path, progress: Progress
 ) -> QuantizedCheckpoint:
-    """The waist in `out`: the finished one that is there, or a new one."""
+    """The quantized checkpoint in `out`: the finished one that is there, or a new one."""
     folder = out / f".{REPORTS}.tmp"
-    waist = finished_waist(out, decided.identity)
-    if waist is None:
+    quantized = finished_quantized(out, decided.identity)
+    if quantized is None:
         weights, reports = None, list[str]()
         shutil.rmtree(out / REPORTS, ignore_errors=True)  # of an unfinished run
         if decided.prepared is not None:
@@ -157,11 +157,11 @@ def _write_waist(
             written = write_reports(out / REPORTS, result.reports)
             reports = [path.relative_to(out).as_posix() for path in written]
         counter = _Counter(progress, "quantize", len(decided.plan.schemes))
-        waist = write_waist(
+        quantized = write_quantized(
             checkpoint, decided.plan, decided.identity, out, counter, weights, reports
         )
     shutil.rmtree(folder, ignore_errors=True)  # also what a run left that was killed just here
-    return waist
+    return quantized
 
 
 def check_targets(recipe: Recipe, checkpoint: Checkpoint, decided: Plan) -> None:
@@ -198,20 +198,20 @@ def quantize(
     overwrite: bool = False,
     dequantized: Dequantized | None = None,
 ) -> QuantizedCheckpoint | None:
-    """Checkpoint → waist, and on request → an ordinary Hugging Face folder of its values.
+    """Checkpoint → quantized checkpoint, and on request → a Hugging Face folder of its values.
 
     Started by ``torchrun``, all processes distil together and the first one writes.
     """
-    base = waist_identity(checkpoint, plan(recipe, checkpoint))
+    base = quantized_identity(checkpoint, plan(recipe, checkpoint))
     known = {key: base[key] for key in ("source", "method", "versions")}
-    check_folder(out, WAIST_OUTPUT, _may_be_of(out / WAIST_MANIFEST, known), overwrite)
+    check_folder(out, QUANTIZED_OUTPUT, _may_be_of(out / QUANTIZED_MANIFEST, known), overwrite)
     checkpoint.check_weights()
     if "RANK" in os.environ:
         from exporter.calibration.parallel import processes, rank
 
         with processes():
             if rank():
-                return _help(checkpoint, decide(recipe, checkpoint, no_progress), out)
+                return _join_as_worker(checkpoint, decide(recipe, checkpoint, no_progress), out)
             decided = decide(recipe, checkpoint, progress)
             return _quantize(checkpoint, decided, out, progress, overwrite, dequantized)
     decided = decide(recipe, checkpoint, progress)
@@ -228,12 +228,14 @@ def _may_be_of(manifest: Path, known: Mapping[str, Any]) -> bool:
     return all(found.get(key) == value for key, value in known.items())
 
 
-def _help(checkpoint: Checkpoint, decided: Decided, out: Path) -> QuantizedCheckpoint | None:
+def _join_as_worker(
+    checkpoint: Checkpoint, decided: Decided, out: Path
+) -> QuantizedCheckpoint | None:
     """What a process does that is not the first: its part of a distillation."""
     from exporter.calibration.calibrate import calibrate
 
     prepared = decided.prepared
-    if prepared and prepared.method == "distill" and not finished_waist(out, decided.identity):
+    if prepared and prepared.method == "distill" and not finished_quantized(out, decided.identity):
         folder = out / f".{REPORTS}.tmp"
         calibrate(checkpoint, prepared, decided.plan.schemes, folder, _stages(no_progress))
     return None
@@ -247,45 +249,45 @@ def _quantize(
     overwrite: bool,
     dequantized: Dequantized | None,
 ) -> QuantizedCheckpoint:
-    same = made_from(out / WAIST_MANIFEST, decided.identity)
+    same = made_from(out / QUANTIZED_MANIFEST, decided.identity)
     if dequantized:
         if dequantized.path.resolve() == checkpoint.path.resolve():
             raise InputError(dequantized.path, "is the checkpoint itself", "Give another folder")
         check_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite)
-    with claim_folder(out, WAIST_OUTPUT, same, overwrite):
-        waist = _write_waist(checkpoint, decided, out, progress)
+    with claim_folder(out, QUANTIZED_OUTPUT, same, overwrite):
+        quantized = _write_quantized(checkpoint, decided, out, progress)
     if dequantized:
         with claim_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite):
-            counter = _Counter(progress, "dequantize", len(waist.schemes))
-            write_dequantized(waist, dequantized.dtype, dequantized.path, counter)
-    return waist
+            counter = _Counter(progress, "dequantize", len(quantized.schemes))
+            write_dequantized(quantized, dequantized.dtype, dequantized.path, counter)
+    return quantized
 
 
 def lower(
-    waist: QuantizedCheckpoint,
+    quantized: QuantizedCheckpoint,
     target: Target,
     out: Path,
     progress: Progress,
     overwrite: bool = False,
 ) -> FinishedArtifact:
-    """Waist → one artifact."""
-    backend(target.target).check(waist.config, waist.schemes, target)
-    require_whole(waist)
-    identity = artifact_identity(waist, target)
+    """Quantized checkpoint → one artifact."""
+    backend(target.target).check(quantized.config, quantized.schemes, target)
+    require_whole(quantized)
+    identity = artifact_identity(quantized, target)
     same = made_from(out / ARTIFACT_MANIFEST, identity)
     with claim_folder(out, artifact_output(target), same, overwrite):
-        return _lower(waist, target, identity, out, progress)
+        return _lower(quantized, target, identity, out, progress)
 
 
 def _lower(
-    waist: QuantizedCheckpoint,
+    quantized: QuantizedCheckpoint,
     target: Target,
     identity: dict[str, Any],
     out: Path,
     progress: Progress,
 ) -> FinishedArtifact:
     progress(f"lower {target.target}", 0, 1)
-    finished = write_artifact(waist, target, identity, out)
+    finished = write_artifact(quantized, target, identity, out)
     progress(f"lower {target.target}", 1, 1)
     return finished
 
@@ -295,7 +297,7 @@ class Export:
     """What an export made; `bundle` is None when a check failed and nothing was sealed."""
 
     bundle: Bundle | None
-    waist: QuantizedCheckpoint
+    quantized: QuantizedCheckpoint
     artifacts: Mapping[str, FinishedArtifact]
     checks: list[Check]
 
@@ -327,27 +329,33 @@ def export(
     with claim_folder(out, BUNDLE_OUTPUT, same, overwrite):
         for other in TARGETS.keys() - packages.keys():  # of an unfinished run of another recipe
             shutil.rmtree(out / other, ignore_errors=True)
-        waist = _write_waist(checkpoint, decided, out / BUNDLE_WAIST, progress)
+        quantized = _write_quantized(checkpoint, decided, out / BUNDLE_QUANTIZED, progress)
         artifacts: dict[str, FinishedArtifact] = {
             target.target: _lower(
-                waist, target, artifact_identity(waist, target), out / target.target, progress
+                quantized,
+                target,
+                artifact_identity(quantized, target),
+                out / target.target,
+                progress,
             )
             for target in recipe.targets
         }
-        checks = _verify_models(waist, artifacts, texts, progress)
+        checks = _verify_models(quantized, artifacts, texts, progress)
         if not all(check.passed for check in checks):
-            return Export(None, waist, artifacts, checks)
+            return Export(None, quantized, artifacts, checks)
         if not is_bundle(out) or file_problems(out):
-            write_seal(out, manifest, waist, artifacts)
-        return Export(open_bundle(out), waist, artifacts, checks)
+            write_seal(out, manifest, quantized, artifacts)
+        return Export(open_bundle(out), quantized, artifacts, checks)
 
 
 def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Check]:
-    """Every check of a finished bundle, or of a waist alone."""
-    if (path / WAIST_MANIFEST).is_file() and not is_bundle(path):
-        waist = open_waist(path)
-        problems = differing_files(path, waist.manifest["files"])
-        return _file_checks(tuple(waist.manifest["files"]), problems) + check_waist(waist)
+    """Every check of a finished bundle, or of a quantized checkpoint alone."""
+    if (path / QUANTIZED_MANIFEST).is_file() and not is_bundle(path):
+        quantized = open_quantized(path)
+        problems = differing_files(path, quantized.manifest["files"])
+        return _file_checks(tuple(quantized.manifest["files"]), problems) + check_quantized(
+            quantized
+        )
     files = _verify_files(path)
     try:
         bundle = open_bundle(path)
@@ -360,11 +368,11 @@ def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Che
     for target, finished in bundle.artifacts.items():
         context = finished.artifact.target.max_context
         try:
-            texts[target] = verification_text(bundle.waist, context, text)
+            texts[target] = verification_text(bundle.quantized, context, text)
         except InputError:
             if not damaged:
                 raise
-    return files + _verify_models(bundle.waist, bundle.artifacts, texts, progress, damaged)
+    return files + _verify_models(bundle.quantized, bundle.artifacts, texts, progress, damaged)
 
 
 def _verify_files(path: Path) -> list[Check]:
@@ -386,17 +394,17 @@ def _file_checks(names: tuple[str, ...], problems: Mapping[str, str]) -> list[Ch
 
 
 def _verify_models(
-    waist: QuantizedCheckpoint,
+    quantized: QuantizedCheckpoint,
     artifacts: Mapping[str, FinishedArtifact],
     texts: Mapping[str, Text],
     progress: Progress,
     damaged: Collection[str] = (),
 ) -> list[Check]:
-    """Waist, integers and logits; a `damaged` file never reaches a runtime."""
-    checks = check_waist(waist)
+    """Quantized checkpoint, integers and logits; a `damaged` file never reaches a runtime."""
+    checks = check_quantized(quantized)
     for target, finished in artifacts.items():
-        counter = _Counter(progress, f"verify {target}: integers", len(waist.schemes))
-        checks += check_integers(waist, finished, counter)
+        counter = _Counter(progress, f"verify {target}: integers", len(quantized.schemes))
+        checks += check_integers(quantized, finished, counter)
         stage = f"verify {target}: logits"
         progress(stage, 0, 1)
         needed = [f"{target}/{name}" for name in finished.manifest["files"]]
@@ -406,7 +414,7 @@ def _verify_models(
             note = "not run: the file is damaged"
             checks.append(Check("logits", target, subject, False, 1, 0, note))
             continue
-        checks += check_logits(waist, finished, texts[target])
+        checks += check_logits(quantized, finished, texts[target])
         progress(stage, 1, 1)
     return checks
 
@@ -426,7 +434,7 @@ class Forecast:
 def inspect_package(path: Path) -> Any:
     """What is in a Core ML package, also one that was made elsewhere: `coreml_inspection`."""
     backend("coreml")  # says what to install where coremltools is missing
-    from exporter.backends.coreml_inspection import inspect_package
+    from exporter.backends.coreml.inspection import inspect_package
 
     return inspect_package(path)
 

@@ -11,17 +11,17 @@ from devices.comparison import Comparison, compare
 from devices.engines import Model
 from devices.errors import DeviceError
 from devices.files import write_json
-from devices.measured import Job, Progress, Settings
+from devices.session_state import Job, Progress, Settings
 from devices.transports import parse_device
-from exporter.artifact import FinishedArtifact
-from exporter.bundle import MANIFEST, Bundle, open_bundle
+from exporter.bundle.artifact import FinishedArtifact
+from exporter.bundle.bundle import MANIFEST, Bundle, open_bundle
 from exporter.errors import InputError
 from exporter.files import differing_files, package_versions, read_json
-from exporter.quantization.integers import FLOAT
-from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.schemes import FLOAT
 from exporter.recipe import ExecuTorchTarget, OnnxTarget, Profile, parse_profile
 from exporter.sizes import workload
-from exporter.tokenizer import load_tokenizer
+from exporter.text.tokenizer import load_tokenizer
 from exporter.verification import verification_text
 
 
@@ -64,17 +64,17 @@ def profile(path: Path, request: Request, progress: Progress) -> Profiled:
         if request.baseline is not None:
             baseline = read_json(request.baseline)
             report.validate(baseline)
-        journal = None
+        resume_log = None
         if request.output is not None:
-            journal = request.output.with_name(f"{request.output.name}.rounds")
+            resume_log = request.output.with_name(f"{request.output.name}.rounds")
         versions = package_versions("mobilellm-exporter")
-        made = report.profile(devices, jobs, settings, progress, journal, versions)
+        made = report.profile(devices, jobs, settings, progress, resume_log, versions)
         report.validate(made)
         if all(session["status"] == "skipped" for session in made["sessions"]):
             raise InputError(path, f"runs on none of these: {made['sessions'][0]['problem']}")
         if request.output is not None:
             write_json(request.output, made)
-            report.finish(journal)
+            report.finish(resume_log)
         return Profiled(made, [] if baseline is None else compare(made, baseline))
     except DeviceError as error:
         raise InputError(error.subject, error.problem, error.remedy) from error
@@ -100,13 +100,13 @@ def _chosen(bundle: Bundle, targets: Sequence[str]) -> list[FinishedArtifact]:
 
 def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
     """One artifact of a bundle for a session. Raises InputError where a file is damaged."""
-    artifact, waist = finished.artifact, bundle.waist
+    artifact, quantized = finished.artifact, bundle.quantized
     problems = differing_files(artifact.path, finished.manifest["files"])
     if problems:
         name, problem = next(iter(problems.items()))
         raise InputError(artifact.path / name, problem, "The file is damaged: export again")
     target, context = artifact.target, artifact.target.max_context
-    tokens = verification_text(waist, context, None).tokens
+    tokens = verification_text(quantized, context, None).tokens
     tokenizer = artifact.path / "tokenizer.json"
     lengths = _settings(bundle, request).prompt_lengths if request.runner else ()
     main = _MAIN[target.target]
@@ -118,12 +118,12 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
         context=context,
         portable=isinstance(target, ExecuTorchTarget) and target.attention == "portable",
         integers=not isinstance(target, OnnxTarget)
-        or (target.form == "contrib" and _all_integers(waist)),
+        or (target.form == "contrib" and _all_integers(quantized)),
         tokens=tokens,
         tokenizer=tokenizer if tokenizer.is_file() else None,
-        texts=_texts(waist, tokens, lengths),
+        texts=_texts(quantized, tokens, lengths),
     )
-    return Job(model, workload(waist.config, waist.schemes, target), request.runner)
+    return Job(model, workload(quantized.config, quantized.schemes, target), request.runner)
 
 
 #: What each runtime opens.
@@ -135,22 +135,25 @@ def _belongs(name: str, main: str) -> bool:
     return name == main or name.startswith((f"{main}/", f"{main}."))
 
 
-def _all_integers(waist: QuantizedCheckpoint) -> bool:
-    shapes = waist.config.parameter_shapes()
+def _all_integers(quantized: QuantizedCheckpoint) -> bool:
+    shapes = quantized.config.parameter_shapes()
     return all(
         scheme != FLOAT or len(shapes[name]) == 1
-        for name, scheme in waist.schemes.items()
-        if name != EMBEDDING or waist.config.tie_word_embeddings
+        for name, scheme in quantized.schemes.items()
+        if name != EMBEDDING or quantized.config.tie_word_embeddings
     )
 
 
 def _texts(
-    waist: QuantizedCheckpoint, tokens: Sequence[int], lengths: Sequence[int]
+    quantized: QuantizedCheckpoint, tokens: Sequence[int], lengths: Sequence[int]
 ) -> dict[int, str]:
     """Prompts as text, for runners that read text: about so many tokens."""
-    if not lengths or not (waist.path / "tokenizer.json").is_file():
+    if not lengths or not (quantized.path / "tokenizer.json").is_file():
         return {}
-    tokenizer, content = load_tokenizer(waist.path), [t for t in tokens if t != waist.bos_token_id]
+    tokenizer, content = (
+        load_tokenizer(quantized.path),
+        [t for t in tokens if t != quantized.bos_token_id],
+    )
     return {
         length: tokenizer.decode([content[i % len(content)] for i in range(length)])
         for length in lengths

@@ -17,8 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from exporter.errors import InputError
-from exporter.model import ModelConfig
-from exporter.quantization.integers import Scheme, parse_scheme
+from exporter.model.decoder import ModelConfig
+from exporter.quantization.schemes import Scheme, parse_scheme
 
 
 @dataclass(frozen=True)

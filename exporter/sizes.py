@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from devices.prediction import Workload
-from exporter.model import ModelConfig
-from exporter.quantization.integers import FLOAT, Scheme
-from exporter.quantization.waist import EMBEDDING, OUTPUT
+from exporter.model.decoder import ModelConfig
+from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
+from exporter.quantization.schemes import FLOAT, Scheme
 from exporter.recipe import CoreMLTarget, ExecuTorchTarget, OnnxTarget, Target
 
 #: Program, XNNPACK graphs and padding: for the file as a whole, and for each layer of it.

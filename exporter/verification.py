@@ -1,4 +1,4 @@
-"""Proof that an artifact is the waist: the same integers, and logits as near as they must be.
+"""Proof that an artifact has the same integers and, as near as it must be, the same logits.
 
     mobilellm verify BUNDLE
 
@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporter.artifact import FinishedArtifact
 from exporter.backends import Runner, backend
-from exporter.backends.reference import score
-from exporter.checkpoint import Checkpoint
+from exporter.bundle.artifact import FinishedArtifact
 from exporter.errors import InputError
 from exporter.evaluation.agreement import Agreement, compare_logits
-from exporter.quantization.integers import QuantizedTensor
-from exporter.quantization.waist import QuantizedCheckpoint, damaged_tensors
-from exporter.tokenizer import load_tokenizer
+from exporter.inference.reference import score
+from exporter.model.checkpoint import Checkpoint
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, damaged_tensors
+from exporter.quantization.schemes import QuantizedTensor
+from exporter.text.tokenizer import load_tokenizer
 
 SAMPLE_TEXT = Path(__file__).parent / "evaluation" / "sample.txt"
 #: Prefill is tried at these lengths; from the last of them the text is continued by decoding.
@@ -55,26 +55,26 @@ class Text:
     real: bool
 
 
-def check_waist(waist: QuantizedCheckpoint) -> list[Check]:
+def check_quantized(quantized: QuantizedCheckpoint) -> list[Check]:
     """Codes in range, scales on the portable grid, floats finite; one check a tensor."""
-    problems = damaged_tensors(waist)
+    problems = damaged_tensors(quantized)
     return [
-        Check("waist", None, name, name not in problems, 0.0, None, problems.get(name, ""))
-        for name in waist.schemes
+        Check("quantized", None, name, name not in problems, 0.0, None, problems.get(name, ""))
+        for name in quantized.schemes
     ]
 
 
 def check_integers(
-    waist: QuantizedCheckpoint, finished: FinishedArtifact, on_tensor: Callable[[str], None]
+    quantized: QuantizedCheckpoint, finished: FinishedArtifact, on_tensor: Callable[[str], None]
 ) -> list[Check]:
-    """Codes and scales out of the artifact against the waist, bit for bit, one check a place."""
+    """Codes and scales of the artifact against the quantized checkpoint, bit for bit."""
     artifact = finished.artifact
     target = artifact.target.target
     checks, seen = list[Check](), set[str]()
     try:
-        for name, place, found in backend(target).weights(artifact, waist):
+        for name, place, found in backend(target).weights(artifact, quantized):
             seen.add(name)
-            count, note = _differences(waist.read(name), found)
+            count, note = _differences(quantized.read(name), found)
             subject = f"{name} ({place})"
             checks.append(Check("integers", target, subject, count == 0, count, 0, note))
             on_tensor(name)
@@ -83,7 +83,7 @@ def check_integers(
     except Exception as error:  # a damaged file can break its toolkit's parser in any way
         note = f"cannot be read ({type(error).__name__}: {error})"
         checks.append(Check("integers", target, str(artifact.path), False, 1, 0, note))
-    for name in waist.schemes:
+    for name in quantized.schemes:
         if name not in seen:
             checks.append(Check("integers", target, name, False, 1, 0, "was not found in it"))
     return checks
@@ -110,7 +110,7 @@ def _differences(
             first = tuple(different.nonzero()[0].tolist())
             notes.append(
                 f"{count} {kind}s differ; at {list(first)} it is {got[first].item():g}, "
-                f"the waist has {wanted[first].item():g}"
+                f"the quantized checkpoint has {wanted[first].item():g}"
             )
         total += count
     return total, "; ".join(notes)
@@ -149,7 +149,9 @@ def verification_text(
     return Text(tuple(tokens), str(file or "the built-in sample text"), True)
 
 
-def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: Text) -> list[Check]:
+def check_logits(
+    quantized: QuantizedCheckpoint, finished: FinishedArtifact, text: Text
+) -> list[Check]:
     """The artifact in its own runtime against the torch reference: prefill, then decoding; and
     against the reference interpreter, where there is one of what that runtime runs.
 
@@ -164,20 +166,20 @@ def check_logits(waist: QuantizedCheckpoint, finished: FinishedArtifact, text: T
     lengths = _prefill_lengths(len(text.tokens))
     try:
         logits = run_teacher_forced(module.load(artifact), text.tokens, lengths)
-        interpreter = module.interpret(artifact)
+        interpreter = module.cross_check(artifact)
         opinion = run_teacher_forced(interpreter, text.tokens, lengths) if interpreter else logits
     except Exception as error:  # the runtimes raise what they like
         note = f"the runtime failed ({type(error).__name__}: {error})"
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
     positions = [length - 1 for length in lengths] + list(range(lengths[-1], len(text.tokens)))
     activations = _LargestActivations(partial(module.largest_activation, artifact.target))
-    reference = score(waist, text.tokens, positions, observe=activations)
+    reference = score(quantized, text.tokens, positions, observe=activations)
     activations("lm_head", "output", reference)
     found = compare_logits(reference, logits)
     expected = None
-    rounding = module.rounding(waist.schemes, artifact.target, lengths[-1])
+    rounding = module.rounding(quantized.schemes, artifact.target, lengths[-1])
     if rounding:
-        simulated = score(waist, text.tokens, positions, rounding)
+        simulated = score(quantized, text.tokens, positions, rounding)
         expected = compare_logits(reference, simulated)
     kl, top1, difference = _limits(expected, reference.std().item(), text.real)
     largest = found.max_difference

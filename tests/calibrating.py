@@ -11,10 +11,10 @@ from conftest import LLAMA4, MakeCheckpoint, random_weights
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
-from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.model import FloatWeights, ModelConfig
+from exporter.model.checkpoint import Checkpoint, open_checkpoint
+from exporter.model.decoder import FloatWeights, ModelConfig
 from exporter.pipeline import no_progress, quantize
-from exporter.quantization.waist import QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.recipe import Recipe, parse_recipe
 
 BEGIN, END = "<begin>", "<end>"
@@ -68,14 +68,14 @@ def recipe_of(method: str, data: Path | list[dict[str, Any]], **settings: Any) -
     return parse_recipe(raw, "small.yaml")
 
 
-def quantized(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> QuantizedCheckpoint:
-    waist = quantize(recipe, checkpoint, out, no_progress)
-    assert waist is not None
-    return waist
+def quantize_here(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> QuantizedCheckpoint:
+    quantized = quantize(recipe, checkpoint, out, no_progress)
+    assert quantized is not None
+    return quantized
 
 
-def journal_of(waist: QuantizedCheckpoint) -> dict[str, Any]:
-    content = json.loads((waist.path / "calibration" / "distillation.json").read_text())
+def journal_of(quantized: QuantizedCheckpoint) -> dict[str, Any]:
+    content = json.loads((quantized.path / "calibration" / "distillation.json").read_text())
     assert isinstance(content, dict)
     return content
 
@@ -97,7 +97,7 @@ class Replaced:
 
 def divergence_of(source: FloatWeights, other: FloatWeights, tokens: Tensor) -> float:
     """Mean KL in nats over all positions of tokens [sequences, seq], computed by whole models."""
-    from exporter.model import load_decoder
+    from exporter.model.decoder import load_decoder
 
     with torch.inference_mode():
         log_p, log_q = (

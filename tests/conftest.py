@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from exporter.bundle import Bundle
-from exporter.checkpoint import open_checkpoint, parse_config
+from exporter.bundle.bundle import Bundle
+from exporter.model.checkpoint import open_checkpoint, parse_config
 from exporter.pipeline import export, no_progress
 from exporter.recipe import load_recipe
 

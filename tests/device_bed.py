@@ -16,8 +16,8 @@ import pytest
 from conftest import NANO, ROOT
 
 from devices.transports import Device, parse_device
-from exporter.bundle import Bundle
-from exporter.checkpoint import open_checkpoint
+from exporter.bundle.bundle import Bundle
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import export, no_progress, with_targets
 from exporter.recipe import load_recipe
 

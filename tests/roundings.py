@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter.quantization.integers import CODE_RANGE, QuantizedTensor, Scheme
+from exporter.quantization.schemes import CODE_RANGE, QuantizedTensor, Scheme
 
 SCHEMES = [Scheme(4, 32), Scheme(8, 64), Scheme(4), Scheme(8)]
 EVERY_SCHEME = pytest.mark.parametrize("scheme", SCHEMES, ids=str)

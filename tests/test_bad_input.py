@@ -12,7 +12,7 @@ import torch
 from commands import contents, flip, run
 from conftest import LLAMA4, NANO, MakeCheckpoint, random_weights
 
-from exporter.bundle import Bundle
+from exporter.bundle.bundle import Bundle
 
 RECIPE = "mobilellm-r1-nano-int4"
 TINY = "model: tiny\ntargets: [{target: executorch, max_context: 64}]\n"
@@ -60,7 +60,7 @@ class World:
         return Path(shutil.copytree(self.finished.path, self.root / "bundle"))
 
     def part(self, name: str) -> Path:
-        """The waist or the artifact of the demo bundle, alone."""
+        """The quantized checkpoint or the artifact of the demo bundle, alone."""
         return Path(shutil.copytree(self.finished.path / name, self.root / "part"))
 
     def unfinished(self) -> Path:
@@ -103,8 +103,8 @@ class World:
         settings = ["quantization.method=distill", f"calibration.data=[{{path: {file}}}]"]
         return ["quantize", RECIPE, *settings, *overrides, "--checkpoint", str(NANO), "-o", "out"]
 
-    def lower(self, waist: object, *options: str, target: str = "executorch") -> list[str]:
-        return ["lower", str(waist), *options, "--target", target, "-o", "out"]
+    def lower(self, quantized: object, *options: str, target: str = "executorch") -> list[str]:
+        return ["lower", str(quantized), *options, "--target", target, "-o", "out"]
 
 
 @pytest.fixture
@@ -503,7 +503,7 @@ OUTPUTS: dict[str, tuple[Row, list[str]]] = {
         _finished_elsewhere,
         ["out", "finished result of other inputs", "--overwrite"],
     ),
-    "waist for a folder with a bundle": (
+    "quantized checkpoint for a folder with a bundle": (
         lambda w: ["quantize", RECIPE, "--checkpoint", str(NANO), "-o", str(w.bundle())],
         ["bundle", "holds files of something else", "new or an empty folder"],
     ),
@@ -521,11 +521,14 @@ OUTPUTS: dict[str, tuple[Row, list[str]]] = {
 }  # fmt: skip
 
 LOWERING: dict[str, tuple[Row, list[str]]] = {
-    "no waist": (
+    "no quantized checkpoint": (
         lambda w: w.lower(w.make()),
         ["quantization.json", "no such file", "whole folder"],
     ),
-    "waist that is nowhere": (lambda w: w.lower("nowhere"), ["nowhere", "no such file"]),
+    "quantized checkpoint that is nowhere": (
+        lambda w: w.lower("nowhere"),
+        ["nowhere", "no such file"],
+    ),
     "target without a backend": (
         lambda w: w.lower(w.part("quantized"), target="tflite"),
         ["--target", "'tflite' is not a target", "Known: executorch"],
@@ -554,19 +557,19 @@ LOWERING: dict[str, tuple[Row, list[str]]] = {
         lambda w: w.lower(w.part("quantized"), "max_context=4096"),
         ["max_context", "4096 is more than the model's 2048", "Lower"],
     ),
-    "waist of another version": (
+    "quantized checkpoint of another version": (
         lambda w: w.lower(
             w.edit(w.part("quantized") / "quantization.json", lambda m: m.update(format_version=9))
         ),
         ["format_version", "9 is not known", "quantize the checkpoint again"],
     ),
-    "waist with another list of tensors": (
+    "quantized checkpoint with another list of tensors": (
         lambda w: w.lower(
             w.edit(w.part("quantized") / "quantization.json", lambda m: m["tensors"].pop(Q_PROJ))
         ),
         ["tensors", "does not list the model's tensors", "Quantize again"],
     ),
-    "waist with a tensor without scheme": (
+    "quantized checkpoint with a tensor without scheme": (
         lambda w: w.lower(
             w.edit(
                 w.part("quantized") / "quantization.json",
@@ -575,15 +578,15 @@ LOWERING: dict[str, tuple[Row, list[str]]] = {
         ),
         ["quantization.json", Q_PROJ, "scheme"],
     ),
-    "waist without weights": (
+    "quantized checkpoint without weights": (
         lambda w: w.lower(_without(w.part("quantized"), "quantized.safetensors")),
         ["quantized.safetensors", "not a whole safetensors file", "Quantize the checkpoint again"],
     ),
-    "truncated waist": (
+    "truncated quantized checkpoint": (
         lambda w: w.lower(_truncated(w.part("quantized") / "quantized.safetensors")),
         ["quantized.safetensors", "not a whole safetensors file", "Quantize the checkpoint again"],
     ),
-    "waist with a flipped bit": (
+    "quantized checkpoint with a flipped bit": (
         lambda w: w.lower(_flipped(w.part("quantized") / "quantized.safetensors")),
         ["quantized.safetensors", "sha256"],
     ),
@@ -698,7 +701,7 @@ GENERATING: dict[str, tuple[Row, list[str]]] = {
         ),
         ["artifact.json", "manifest", "ower the model again"],
     ),
-    "flipped waist to generate": (
+    "flipped quantized checkpoint to generate": (
         lambda w: w.generate(_flipped(w.part("quantized") / "quantized.safetensors")),
         ["quantized.safetensors", "sha256"],
     ),

@@ -12,20 +12,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from calibrating import BEGIN, END, TEXT, quantized, recipe_of, small_checkpoint
+from calibrating import BEGIN, END, TEXT, quantize_here, recipe_of, small_checkpoint
 from commands import contents
 from conftest import LLAMA, LLAMA4, MakeCheckpoint
 
-from exporter.backends.reference import ReferenceRunner
-from exporter.calibration.cache import alone
+from exporter.calibration.cache import cache_lock
 from exporter.calibration.data import CalibrationText, SourceText, read_text
 from exporter.calibration.self_generation import _draw, continue_texts, written_text
-from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
 from exporter.files import sha256
-from exporter.model import load_decoder
+from exporter.inference.reference import ReferenceRunner
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.decoder import load_decoder
 from exporter.recipe import Calibration, Source
-from exporter.tokenizer import load_tokenizer
+from exporter.text.tokenizer import load_tokenizer
 
 END_ID = 1
 Text = list[list[int]]
@@ -151,9 +151,9 @@ def test_the_manifest_has_the_hash_and_the_share_of_every_source(
     (tmp_path / "a.txt").write_text(TEXT)
     data = [{"path": str(tmp_path / "a.txt"), "weight": 3.0}, {"tokens": 400}]
     checkpoint = small_checkpoint(make_checkpoint)
-    waist = quantized(recipe_of("gptq", data), checkpoint, tmp_path / "out")
+    quantized = quantize_here(recipe_of("gptq", data), checkpoint, tmp_path / "out")
     [written] = own_cache.glob("*.jsonl")
-    assert waist.manifest["calibration"]["text"] == [
+    assert quantized.manifest["calibration"]["text"] == [
         {"source": "a.txt", "sha256": sha256(tmp_path / "a.txt"), "weight": 3.0},
         {"source": "self-generated", "sha256": sha256(written), "weight": 1.0},
     ]
@@ -201,7 +201,7 @@ def test_of_two_runs_that_want_the_same_text_one_waits_and_writes_it_only_if_the
     path, steps = write(checkpoint)
     content = path.read_bytes()
     path.unlink()
-    with ThreadPoolExecutor(1) as pool, alone(path):
+    with ThreadPoolExecutor(1) as pool, cache_lock(path):
         waiting = pool.submit(write, checkpoint, steps=said)
         while not said:
             assert not waiting.done()
@@ -282,7 +282,7 @@ def test_the_prompts_of_a_file_are_answered_in_turn(
     data = [{"prompts": str(tmp_path / name), "field": field, "tokens": 600}]
     checkpoint = small_checkpoint(make_checkpoint)
     recipe = recipe_of("gptq", data, sequence_length=48)
-    quantized(recipe, checkpoint, tmp_path / "out")
+    quantize_here(recipe, checkpoint, tmp_path / "out")
     [path] = own_cache.glob("*.jsonl")
     texts = texts_of(path)
     for index, text in enumerate(texts):
@@ -309,7 +309,7 @@ def test_texts_are_gone_on_with_after_their_first_tokens_and_as_they_are(
     first = [tokenizer.encode(text)[:5] for text in ("How many eggs?", "Why are there so many?")]
     data = [{"prompts": str(tmp_path / "p.txt"), "continue_after": 5, "tokens": 600}]
     recipe = recipe_of("gptq", data, sequence_length=48)
-    quantized(recipe, checkpoint, tmp_path / "out")
+    quantize_here(recipe, checkpoint, tmp_path / "out")
     [path] = own_cache.glob("*.jsonl")
     written = [tokenizer.encode(text) for text in texts_of(path)]
     assert [ids[:6] for ids in written] == [[0, *first[i % 2]] for i in range(len(written))]

@@ -11,8 +11,8 @@ import torch
 from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 from safetensors.torch import load_file, save_file
 
-from exporter.checkpoint import open_checkpoint
 from exporter.errors import InputError
+from exporter.model.checkpoint import open_checkpoint
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"

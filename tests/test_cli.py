@@ -12,7 +12,7 @@ import pytest
 from commands import contents, run
 from conftest import LLAMA, NANO, MakeCheckpoint
 
-from exporter.bundle import Bundle
+from exporter.bundle.bundle import Bundle
 
 RECIPE = "mobilellm-r1-nano-int4"
 PROBLEM = "Ada has 12 eggs. Ada sells 5. Then 20 eggs are added. How many eggs does Ada have now?"
@@ -79,7 +79,7 @@ def test_inspect_says_why_a_recipe_does_not_fit(
 def test_quantize_as_json_names_every_float_weight_with_its_reason(
     nano: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    out = tmp_path / "waist"
+    out = tmp_path / "quantized"
     found = run(capsys, "quantize", RECIPE, "--checkpoint", nano, "-o", out, "--json").json
     assert set(found) == RESULT_KEYS
     assert found["bytes"] == sum(path.stat().st_size for path in out.iterdir())
@@ -90,7 +90,7 @@ def test_quantize_as_json_names_every_float_weight_with_its_reason(
 def test_quantize_shows_size_and_what_is_left_in_float(
     nano: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    outcome = run(capsys, "quantize", RECIPE, "--checkpoint", nano, "-o", tmp_path / "waist")
+    outcome = run(capsys, "quantize", RECIPE, "--checkpoint", nano, "-o", tmp_path / "quantized")
     assert outcome.code == 0
     assert "1.4 MB in" in outcome.out
     assert "model.layers.N.input_layernorm.weight (6×)" in outcome.out
@@ -99,8 +99,8 @@ def test_quantize_shows_size_and_what_is_left_in_float(
 def test_lower_as_json_has_the_manifest_with_the_hash_of_every_file(
     finished_bundle: Bundle, tmp_path: Path, capsys: Capture
 ) -> None:
-    waist, out = finished_bundle.path / "quantized", tmp_path / "out"
-    found = run(capsys, "lower", waist, "--target", "executorch", "-o", out, "--json").json
+    quantized, out = finished_bundle.path / "quantized", tmp_path / "out"
+    found = run(capsys, "lower", quantized, "--target", "executorch", "-o", out, "--json").json
     assert {"path", "bytes", "target", "files", "versions", "seconds"} <= set(found)
     hashes = {name: digest for name, digest in contents(out).items() if name != "artifact.json"}
     assert found["files"] == hashes
@@ -146,16 +146,18 @@ def test_verify_shows_one_line_for_each_kind_of_check(
     assert re.search(r"all \d+ checks passed\n", outcome.out)
 
 
-def test_verify_takes_a_waist_alone(finished_bundle: Bundle, capsys: Capture) -> None:
+def test_verify_takes_a_quantized_checkpoint_alone(
+    finished_bundle: Bundle, capsys: Capture
+) -> None:
     outcome = run(capsys, "verify", finished_bundle.path / "quantized", "--json")
     assert outcome.code == 0
-    assert {check["check"] for check in outcome.json["checks"]} == {"files", "waist"}
+    assert {check["check"] for check in outcome.json["checks"]} == {"files", "quantized"}
 
 
 Source = Callable[[Bundle], Path]
 SOURCES: dict[str, Source] = {
     "checkpoint": lambda bundle: NANO,
-    "waist": lambda bundle: bundle.path / "quantized",
+    "quantized": lambda bundle: bundle.path / "quantized",
     "artifact": lambda bundle: bundle.path / "executorch",
     "file": lambda bundle: bundle.path / "executorch" / "model.pte",
     "bundle": lambda bundle: bundle.path,

@@ -18,11 +18,10 @@ from commands import contents, flip, run
 from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 
 from exporter import pipeline
-from exporter.artifact import FinishedArtifact, open_artifact
 from exporter.backends import coreml as backend
-from exporter.backends.coreml_graph import DECODE, KEYS, PREFILL, TOKEN, VALUES, mil_name
-from exporter.backends.coreml_interpreter import Interpreter, State
-from exporter.backends.coreml_package import (
+from exporter.backends.coreml.graph import DECODE, KEYS, PREFILL, TOKEN, VALUES, mil_name
+from exporter.backends.coreml.interpreter import Interpreter, State
+from exporter.backends.coreml.package import (
     MANIFEST,
     MODEL,
     WEIGHTS,
@@ -31,17 +30,18 @@ from exporter.backends.coreml_package import (
     open_package,
     place_of,
 )
-from exporter.backends.reference import ReferenceRunner, score
-from exporter.bundle import Bundle
-from exporter.checkpoint import open_checkpoint
+from exporter.bundle.artifact import FinishedArtifact, open_artifact
+from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
-from exporter.generation import Generation, Sampling
+from exporter.inference.generation import Generation, Sampling
+from exporter.inference.reference import ReferenceRunner, score
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import LARGEST_HALF
-from exporter.quantization.integers import Scheme
-from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.schemes import Scheme
 from exporter.recipe import parse_recipe
-from exporter.tokenizer import load_tokenizer
+from exporter.text.tokenizer import load_tokenizer
 from exporter.verification import (
     check_integers,
     check_logits,
@@ -110,11 +110,11 @@ def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
         schemes = {"linear": linear, "embedding": embedding}
         facts = {"target": "coreml", "max_context": CONTEXT, "prefill": CHUNK, **(target or {})}
         recipe = parse_recipe({"name": "t", "quantization": schemes, "targets": [facts]}, "t")
-        waist = pipeline.quantize(
-            recipe, open_checkpoint(folder), tmp_path / f"{name}-waist", no_progress
+        quantized = pipeline.quantize(
+            recipe, open_checkpoint(folder), tmp_path / f"{name}-quantized", no_progress
         )
         out = tmp_path / f"{name}-artifact"
-        return waist, pipeline.lower(waist, recipe.targets[0], out, no_progress)
+        return quantized, pipeline.lower(quantized, recipe.targets[0], out, no_progress)
 
     return run
 
@@ -129,12 +129,12 @@ PROMPTS = (1, 5, CHUNK, CHUNK + 1, 2 * CHUNK + 3, CONTEXT - 4)
 
 
 def errors(
-    waist: QuantizedCheckpoint, lowered: FinishedArtifact, prompts: tuple[int, ...] = PROMPTS
+    quantized: QuantizedCheckpoint, lowered: FinishedArtifact, prompts: tuple[int, ...] = PROMPTS
 ) -> torch.Tensor:
     """Relative L2 error of the logits after each prompt, and of each step to the cache's end."""
     found = run_teacher_forced(backend.load(lowered.artifact), tokens(CONTEXT), prompts)
     positions = [length - 1 for length in prompts] + list(range(prompts[-1], CONTEXT))
-    expected = score(waist, tokens(CONTEXT), positions)
+    expected = score(quantized, tokens(CONTEXT), positions)
     assert expected.std() > 0.5
     return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
 
@@ -159,38 +159,38 @@ def told(tokens: list[int], position: int, length: int | None = None) -> dict[st
 
 @pytest.mark.parametrize(("activations", "limit"), [("float16", 5e-3), ("float32", 2e-3)])
 @pytest.mark.parametrize(("model", "tied", "linear", "embedding"), SCHEMES)
-def test_a_package_gives_the_references_logits_from_the_waists_integers(
+def test_a_package_gives_the_references_logits_from_the_quantized_checkpoints_integers(
     model: str, tied: bool, linear: str, embedding: str, activations: str, limit: float,
     lower: Lower,
 ) -> None:  # fmt: skip
     target = {"activations": activations}
-    waist, lowered = lower(model, linear, embedding, target, tie_word_embeddings=tied)
-    assert errors(waist, lowered).max() < limit
-    checks = check_integers(waist, lowered, lambda name: None)
+    quantized, lowered = lower(model, linear, embedding, target, tie_word_embeddings=tied)
+    assert errors(quantized, lowered).max() < limit
+    checks = check_integers(quantized, lowered, lambda name: None)
     assert [check for check in checks if not check.passed] == []
-    assert len(checks) == 2 * len(waist.schemes)
+    assert len(checks) == 2 * len(quantized.schemes)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_attention_of_every_shape_is_the_references(shape: dict[str, Any], lower: Lower) -> None:
-    waist, lowered = lower(target={"activations": "float32"}, **shape)
-    assert errors(waist, lowered).max() < 2e-3
+    quantized, lowered = lower(target={"activations": "float32"}, **shape)
+    assert errors(quantized, lowered).max() < 2e-3
 
 
 def test_the_demo_answers_as_its_quantized_checkpoint_does_in_torch(
     finished_bundle: Bundle,
 ) -> None:
-    tokenizer = load_tokenizer(finished_bundle.waist.path)
+    tokenizer = load_tokenizer(finished_bundle.quantized.path)
     prompt = tokenizer.encode(
         tokenizer.prompt_text("Ada has 12 eggs. Ada finds 7 more.", raw=False, system=None)
     )
-    waist = finished_bundle.waist
+    quantized = finished_bundle.quantized
     runners = (
         backend.load(finished_bundle.artifacts["coreml"].artifact),
-        ReferenceRunner(waist, 256),
+        ReferenceRunner(quantized, 256),
     )
     answers = [
-        list(Generation(runner, prompt, waist.eos_token_ids, Sampling(max_new_tokens=48)))
+        list(Generation(runner, prompt, quantized.eos_token_ids, Sampling(max_new_tokens=48)))
         for runner in runners
     ]
     assert answers[0] == answers[1]
@@ -258,7 +258,7 @@ def full_context(
     """A package, and the reference's logits at every position of its cache."""
     folder = tmp_path_factory.mktemp("full")
     lowered = Lowering(folder)
-    return lowered.artifact, score(lowered.waist, tokens(CONTEXT), range(CONTEXT))
+    return lowered.artifact, score(lowered.quantized, tokens(CONTEXT), range(CONTEXT))
 
 
 class Lowering:
@@ -274,9 +274,9 @@ class Lowering:
         facts = {"target": "coreml", "max_context": CONTEXT, "prefill": CHUNK}
         recipe = parse_recipe({"name": "t", "targets": [facts]}, "t")
         checkpoint = open_checkpoint(folder / "model")
-        self.waist = pipeline.quantize(recipe, checkpoint, folder / "waist", no_progress)
+        self.quantized = pipeline.quantize(recipe, checkpoint, folder / "quantized", no_progress)
         self.artifact = pipeline.lower(
-            self.waist, recipe.targets[0], folder / "artifact", no_progress
+            self.quantized, recipe.targets[0], folder / "artifact", no_progress
         )
 
 
@@ -309,11 +309,11 @@ def test_a_step_beyond_the_cache_is_refused(
 
 
 def test_the_likeliest_token_can_be_found_inside_the_program(lower: Lower) -> None:
-    waist, lowered = lower(target={"output": "token"})
+    quantized, lowered = lower(target={"output": "token"})
     package = open_package(package_of(lowered))
     interpreter = Interpreter(package)
     state, text = interpreter.new_state(), tokens(CHUNK + 1)
-    expected = score(waist, text, [CHUNK - 1, CHUNK]).argmax(-1)
+    expected = score(quantized, text, [CHUNK - 1, CHUNK]).argmax(-1)
     assert list(package.block(DECODE).outputs) == [TOKEN]
     for function, inputs, wanted in (
         (PREFILL, told(text[:CHUNK], 0, CHUNK), expected[0]),
@@ -321,7 +321,7 @@ def test_the_likeliest_token_can_be_found_inside_the_program(lower: Lower) -> No
     ):
         found = interpreter.run(function, inputs, state)[TOKEN]
         assert (found.kind, found.data.tolist()) == ("int32", [[wanted.item()]])
-    assert errors(waist, lowered).max() < 5e-3  # the runner looks at the logits all the same
+    assert errors(quantized, lowered).max() < 5e-3  # the runner looks at the logits all the same
 
 
 # The package.
@@ -343,16 +343,16 @@ def stored_at(package: Package, function: str) -> dict[str, int]:
 def test_two_functions_share_one_weight_file_and_the_tied_embedding_lies_there_once(
     lower: Lower,
 ) -> None:
-    waist, lowered = lower()
+    quantized, lowered = lower()
     package = open_package(package_of(lowered))
     assert package.functions == (DECODE, PREFILL)
     decode, prefill = (stored_at(package, name) for name in (DECODE, PREFILL))
     shared = {name: place for name, place in decode.items() if "weight" in name}
     assert shared.items() <= prefill.items()
     codes = [name for name in shared if name.endswith(".data")]
-    assert len(codes) == sum(scheme == Scheme(4, 32) for scheme in waist.schemes.values())
+    assert len(codes) == sum(scheme == Scheme(4, 32) for scheme in quantized.schemes.values())
     assert len(set(shared.values())) == len(shared)
-    quantized = waist.read(EMBEDDING)
+    quantized = quantized.read(EMBEDDING)
     assert not isinstance(quantized, torch.Tensor)
     packed = quantized.codes.numpy().astype(np.uint8) & 15
     as_stored = (packed[:, ::2] | packed[:, 1::2] << 4).tobytes()
@@ -370,7 +370,7 @@ def test_the_package_says_what_it_is(finished_bundle: Bundle) -> None:
     assert described.metadata.versionString
     facts = dict(described.metadata.userDefined)
     tokenizer = (folder / "tokenizer.json").read_bytes()
-    manifest = (finished_bundle.waist.path / "quantization.json").read_bytes()
+    manifest = (finished_bundle.quantized.path / "quantization.json").read_bytes()
     assert facts.pop("tokenizer_sha256") == hashlib.sha256(tokenizer).hexdigest()
     assert facts.pop("quantized_sha256") == hashlib.sha256(manifest).hexdigest()
     assert facts == {
@@ -421,13 +421,13 @@ def test_what_the_program_cannot_be_is_refused(
 
 
 def test_three_targets_of_one_recipe_hold_the_same_integers(finished_bundle: Bundle) -> None:
-    waist, proven = finished_bundle.waist, dict[str, set[str]]()
+    quantized, proven = finished_bundle.quantized, dict[str, set[str]]()
     for target, finished in finished_bundle.artifacts.items():
-        checks = check_integers(waist, finished, lambda name: None)
+        checks = check_integers(quantized, finished, lambda name: None)
         assert all(check.passed for check in checks)
-        assert len(checks) >= len(waist.schemes)
+        assert len(checks) >= len(quantized.schemes)
         proven[target] = {check.subject.split(" ")[0] for check in checks}
-    assert proven == {key: set(waist.schemes) for key in ("executorch", "onnx", "coreml")}
+    assert proven == {key: set(quantized.schemes) for key in ("executorch", "onnx", "coreml")}
 
 
 def test_generate_writes_with_the_package(
@@ -446,13 +446,13 @@ def test_generate_writes_with_the_package(
 
 @pytest.fixture
 def damaged(finished_bundle: Bundle, tmp_path: Path) -> tuple[QuantizedCheckpoint, Path]:
-    """The demo's waist, and a copy of its Core ML artifact to damage."""
+    """The demo's quantized checkpoint, and a copy of its Core ML artifact to damage."""
     folder = shutil.copytree(finished_bundle.path / "coreml", tmp_path / "coreml")
-    return finished_bundle.waist, Path(folder)
+    return finished_bundle.quantized, Path(folder)
 
 
-def failed(waist: QuantizedCheckpoint, folder: Path) -> list[tuple[str, str]]:
-    checks = check_integers(waist, open_artifact(folder), lambda name: None)
+def failed(quantized: QuantizedCheckpoint, folder: Path) -> list[tuple[str, str]]:
+    checks = check_integers(quantized, open_artifact(folder), lambda name: None)
     return [(check.subject, check.note) for check in checks if not check.passed]
 
 
@@ -473,10 +473,10 @@ def offset_of(folder: Path, tensor: str, part: str) -> int:
 def test_one_flipped_bit_is_reported_with_its_tensor(
     part: str, called: str, tensor: str, read_by: str, damaged: tuple[QuantizedCheckpoint, Path]
 ) -> None:
-    waist, folder = damaged
-    assert failed(waist, folder) == []
+    quantized, folder = damaged
+    assert failed(quantized, folder) == []
     flip(folder / backend.FILE_NAME / WEIGHTS, offset_of(folder, tensor, part) + 8, bit=1)
-    found = failed(waist, folder)
+    found = failed(quantized, folder)
     assert [subject for subject, _ in found] == [
         f"{tensor} ({function}: {read_by})" for function in (DECODE, PREFILL)
     ]
@@ -486,10 +486,10 @@ def test_one_flipped_bit_is_reported_with_its_tensor(
 def test_a_flipped_bit_of_a_norm_is_reported_too(
     damaged: tuple[QuantizedCheckpoint, Path],
 ) -> None:
-    waist, folder = damaged
+    quantized, folder = damaged
     name = "model.layers.3.post_attention_layernorm.weight"
     flip(folder / backend.FILE_NAME / WEIGHTS, offset_of(folder, name, "val") + 2, bit=4)
-    assert {subject.split(" ")[0] for subject, _ in failed(waist, folder)} == {name}
+    assert {subject.split(" ")[0] for subject, _ in failed(quantized, folder)} == {name}
 
 
 def set_bytes(content: bytes, offset: Callable[[Path], int]) -> Callable[[Path], object]:
@@ -592,12 +592,13 @@ def lose(folder: Path) -> None:
         ),
         "a short program": (truncate(MODEL, 1000), "is not a Core ML model"),
         "no manifest": (lose, "no such file"),
-        "an offset": (edit(add_offset), "has an offset, which the waist has not"),
+        "an offset": (edit(add_offset), "has an offset, which the quantized checkpoint has not"),
         "codes of another type": (edit(become_unsigned), "has uint4 codes, not int4-g32"),
         "another shape": (edit(halve), "do not fill the shape"),
         "a weight that one function lacks": (edit(take_another_name), "is not in the program"),
         "a weight of another format": (
-            edit(become_a_palette), "is made by constexpr_lut_to_dense, which the waist has not",
+            edit(become_a_palette),
+            "is made by constexpr_lut_to_dense, which the quantized checkpoint has not",
         ),
         "a weight that nothing reads": (read_another, "is read by no operator"),
         "a file outside": (edit(point_outside), "names a weight file outside of itself"),
@@ -613,9 +614,9 @@ def lose(folder: Path) -> None:
 def test_a_damaged_package_fails_the_check_and_says_how(
     damage: Callable[[Path], object], said: str, damaged: tuple[QuantizedCheckpoint, Path]
 ) -> None:
-    waist, folder = damaged
+    quantized, folder = damaged
     damage(folder)
-    assert any(said in note for _, note in failed(waist, folder))
+    assert any(said in note for _, note in failed(quantized, folder))
 
 
 # What float16 holds.
@@ -645,8 +646,8 @@ def test_activations_that_float16_cannot_hold_stop_the_export_with_the_layers_na
     changes: dict[str, Any], change: Callable[[Weights], object], layer: str, place: str,
     lower: Lower,
 ) -> None:  # fmt: skip
-    waist, lowered = lower(change=change, **changes)
-    checks = check_logits(waist, lowered, verification_text(waist, CONTEXT, None))
+    quantized, lowered = lower(change=change, **changes)
+    checks = check_logits(quantized, lowered, verification_text(quantized, CONTEXT, None))
     bad = [check for check in checks if check.check == "range" and not check.passed]
     assert layer in [check.subject for check in bad]
     (found,) = (check for check in bad if check.subject == layer)
@@ -656,9 +657,9 @@ def test_activations_that_float16_cannot_hold_stop_the_export_with_the_layers_na
 
 
 def test_the_same_model_is_right_with_float32_activations(lower: Lower) -> None:
-    waist, lowered = lower(target={"activations": "float32"}, change=overflow_mlp)
-    assert errors(waist, lowered).max() < 5e-3
-    checks = check_logits(waist, lowered, verification_text(waist, CONTEXT, None))
+    quantized, lowered = lower(target={"activations": "float32"}, change=overflow_mlp)
+    assert errors(quantized, lowered).max() < 5e-3
+    checks = check_logits(quantized, lowered, verification_text(quantized, CONTEXT, None))
     assert [check for check in checks if not check.passed] == []
 
 
@@ -666,16 +667,16 @@ def test_values_that_the_float16_cache_cannot_hold_are_named_in_float32_too(lowe
     def change(weights: Weights) -> None:
         weights["model.layers.1.self_attn.v_proj.weight"] *= 3e5
 
-    waist, lowered = lower(target={"activations": "float32"}, change=change)
-    checks = check_logits(waist, lowered, verification_text(waist, CONTEXT, None))
+    quantized, lowered = lower(target={"activations": "float32"}, change=change)
+    checks = check_logits(quantized, lowered, verification_text(quantized, CONTEXT, None))
     (found,) = (check for check in checks if check.check == "range" and not check.passed)
     assert found.subject == "model.layers.1"
     assert found.note.startswith("values of self_attn; overflows in the cache, which is float16")
 
 
 def test_every_layers_largest_activation_is_reported(finished_bundle: Bundle) -> None:
-    finished, waist = finished_bundle.artifacts["coreml"], finished_bundle.waist
-    checks = check_logits(waist, finished, verification_text(waist, 64, None))
+    finished, quantized = finished_bundle.artifacts["coreml"], finished_bundle.quantized
+    checks = check_logits(quantized, finished, verification_text(quantized, 64, None))
     ranges = {check.subject: check for check in checks if check.check == "range"}
     assert list(ranges) == [*(f"model.layers.{n}" for n in range(6)), "model.norm", "lm_head"]
     assert all(0 < check.value < LARGEST_HALF for check in ranges.values())
@@ -692,11 +693,11 @@ def test_squares_beyond_float16_are_right_in_a_normalization(lower: Lower) -> No
     def change(weights: Weights) -> None:
         weights[EMBEDDING] *= 3000
 
-    waist, lowered = lower(change=change, tie_word_embeddings=False)
-    score(waist, tokens(CONTEXT), [0], observe=observe)
+    quantized, lowered = lower(change=change, tie_word_embeddings=False)
+    score(quantized, tokens(CONTEXT), [0], observe=observe)
     assert len(largest) == 5
     assert min(largest.values()) > 256
-    assert errors(waist, lowered).max() < 5e-3
+    assert errors(quantized, lowered).max() < 5e-3
 
 
 # A Mac.
@@ -738,8 +739,8 @@ def mac(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 def test_on_a_mac_core_ml_runs_and_is_compared_with_the_interpreter(
     mac: bool, finished_bundle: Bundle
 ) -> None:
-    waist, finished = finished_bundle.waist, finished_bundle.artifacts["coreml"]
-    checks = check_logits(waist, finished, verification_text(waist, 24, None))
+    quantized, finished = finished_bundle.quantized, finished_bundle.artifacts["coreml"]
+    checks = check_logits(quantized, finished, verification_text(quantized, 24, None))
     found = {check.check: check.passed for check in checks if check.check != "range"}
     assert found == dict.fromkeys(
         ("logits.kl", "logits.top1", "logits.max_difference", "logits.interpreter"), mac
@@ -747,7 +748,7 @@ def test_on_a_mac_core_ml_runs_and_is_compared_with_the_interpreter(
 
 
 def test_elsewhere_there_is_no_second_opinion(finished_bundle: Bundle) -> None:
-    assert backend.interpret(finished_bundle.artifacts["coreml"].artifact) is None
+    assert backend.cross_check(finished_bundle.artifacts["coreml"].artifact) is None
 
 
 def test_a_package_that_gives_tokens_is_not_compared_with_itself(
@@ -755,5 +756,5 @@ def test_a_package_that_gives_tokens_is_not_compared_with_itself(
 ) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     _, lowered = lower(target={"output": "token"})
-    assert backend.interpret(lowered.artifact) is None
+    assert backend.cross_check(lowered.artifact) is None
     assert backend.load(lowered.artifact).prefill(tokens(3)).shape == (96,)

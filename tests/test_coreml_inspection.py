@@ -18,8 +18,8 @@ from coremltools.optimize.coreml import (
     palettize_weights,
 )
 
-from exporter.backends.coreml_inspection import Feature, WeightFormat, inspect_package
-from exporter.bundle import Bundle
+from exporter.backends.coreml.inspection import Feature, WeightFormat, inspect_package
+from exporter.bundle.bundle import Bundle
 
 Capture = pytest.CaptureFixture[str]
 

@@ -18,9 +18,9 @@ from coremltools.converters.mil import Builder as mb  # noqa: N813  # its name e
 from coremltools.converters.mil import get_new_symbol
 from coremltools.converters.mil.mil import Function, Program, types
 
-from exporter.backends.coreml_interpreter import STATEFUL, Interpreter, State
-from exporter.backends.coreml_operators import OPERATORS
-from exporter.backends.coreml_package import (
+from exporter.backends.coreml.interpreter import STATEFUL, Interpreter, State
+from exporter.backends.coreml.operators import OPERATORS
+from exporter.backends.coreml.package import (
     MODEL,
     TYPES,
     WEIGHTS,
@@ -30,7 +30,7 @@ from exporter.backends.coreml_package import (
     rounded,
     write_manifest,
 )
-from exporter.backends.coreml_toolkit import load
+from exporter.backends.coreml.toolkit import load
 from exporter.errors import InputError
 
 Array = np.ndarray[Any, Any]

@@ -14,9 +14,9 @@ from commands import contents
 from conftest import NANO, MakeCheckpoint
 
 from exporter import pipeline
-from exporter.bundle import Bundle
-from exporter.checkpoint import open_checkpoint
+from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import export, no_progress
 from exporter.recipe import load_recipe
 
@@ -148,10 +148,10 @@ def test_two_exports_at_once_into_one_folder_do_not_mix(
 KILLED_BEFORE_RENAME = """
 import os, signal, sys
 from pathlib import Path
-from exporter.checkpoint import open_checkpoint
+from exporter.model.decoder.checkpoint import open_checkpoint
 from exporter.pipeline import export, no_progress
 from exporter.recipe import load_recipe
-import exporter.backends.executorch
+import exporter.backends.executorch.lowering
 source, checkpoint, out, points = *sys.argv[1:4], int(sys.argv[4])
 recipe = load_recipe(source)
 for point in range(1, points + 1):

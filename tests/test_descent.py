@@ -13,9 +13,9 @@ from roundings import (
 from torch import Tensor
 
 from exporter.quantization import descent
-from exporter.quantization.descent import descend
+from exporter.quantization.coordinate_descent import coordinate_descent
 from exporter.quantization.gptq import gptq
-from exporter.quantization.integers import (
+from exporter.quantization.schemes import (
     CODE_RANGE,
     QuantizedTensor,
     Scheme,
@@ -32,7 +32,7 @@ def started(weight: Tensor, hessian: Tensor, scheme: Scheme) -> QuantizedTensor:
 def test_it_loses_less_of_the_products_than_gptq(scheme: Scheme) -> None:
     weight, hessian = random_weight(), correlated_hessian()
     start = started(weight, hessian, scheme)
-    found = descend(weight, hessian, start).rounded
+    found = coordinate_descent(weight, hessian, start).rounded
     assert error(weight, found, hessian) < 0.95 * error(weight, start, hessian)
 
 
@@ -48,7 +48,9 @@ def test_no_round_makes_it_worse(
     for rounds in range(1, 5):
         monkeypatch.setattr(descent, "_ROUNDS", rounds)
         # Damping is a part of what is minimized.
-        errors.append(error(weight, descend(weight, hessian, start, 0.0).rounded, hessian))
+        errors.append(
+            error(weight, coordinate_descent(weight, hessian, start, 0.0).rounded, hessian)
+        )
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0]
 
@@ -59,7 +61,7 @@ def test_in_the_end_no_single_code_would_be_better_otherwise(
 ) -> None:
     monkeypatch.setattr(descent, "_ROUNDS", 30)
     weight, hessian = random_weight(6), correlated_hessian()
-    found = descend(weight, hessian, started(weight, hessian, scheme), 0.0).rounded
+    found = coordinate_descent(weight, hessian, started(weight, hessian, scheme), 0.0).rounded
     assert scheme.bits is not None
     lowest, highest = CODE_RANGE[scheme.bits]
     least = error(weight, found, hessian)
@@ -78,7 +80,7 @@ def test_scales_that_fit_exactly_are_found(scheme: Scheme) -> None:
     weight, hessian = exact.dequantize(), correlated_hessian()
     off = QuantizedTensor(exact.codes, to_scale_grid(exact.scales * 1.02), scheme)
     assert not torch.equal(off.scales, exact.scales)
-    found = descend(weight, hessian, off).rounded
+    found = coordinate_descent(weight, hessian, off).rounded
     assert torch.equal(found.scales, exact.scales)
     assert torch.equal(found.codes, exact.codes)
 
@@ -86,14 +88,14 @@ def test_scales_that_fit_exactly_are_found(scheme: Scheme) -> None:
 @EVERY_SCHEME
 def test_inputs_that_do_not_correlate_give_plain_rounding(scheme: Scheme) -> None:
     weight = random_weight()
-    found = descend(weight, torch.eye(FEATURES), quantize(weight, scheme, "absmax"))
+    found = coordinate_descent(weight, torch.eye(FEATURES), quantize(weight, scheme, "absmax"))
     assert torch.equal(found.rounded.codes, plainly_rounded(weight, found.rounded))
 
 
 @EVERY_SCHEME
 def test_codes_are_in_range_and_scales_on_the_portable_grid(scheme: Scheme) -> None:
     weight, hessian = 50 * random_weight(), correlated_hessian()
-    found = descend(weight, hessian, started(weight, hessian, scheme)).rounded
+    found = coordinate_descent(weight, hessian, started(weight, hessian, scheme)).rounded
     assert scheme.bits is not None
     lowest, highest = CODE_RANGE[scheme.bits]
     assert lowest <= found.codes.min() and found.codes.max() <= highest
@@ -104,7 +106,7 @@ def test_codes_are_in_range_and_scales_on_the_portable_grid(scheme: Scheme) -> N
 @EVERY_SCHEME
 def test_the_weight_that_comes_back_rounds_to_the_codes(scheme: Scheme) -> None:
     weight, hessian = random_weight(), correlated_hessian()
-    found = descend(weight, hessian, started(weight, hessian, scheme))
+    found = coordinate_descent(weight, hessian, started(weight, hessian, scheme))
     assert torch.equal(plainly_rounded(found.weight, found.rounded), found.rounded.codes)
     assert not torch.equal(found.weight, weight)
 
@@ -112,7 +114,7 @@ def test_the_weight_that_comes_back_rounds_to_the_codes(scheme: Scheme) -> None:
 @EVERY_SCHEME
 def test_each_value_that_comes_back_is_the_best_for_all_other_codes(scheme: Scheme) -> None:
     weight, hessian = random_weight(4), correlated_hessian()
-    found = descend(weight, hessian, started(weight, hessian, scheme), 0.0)
+    found = coordinate_descent(weight, hessian, started(weight, hessian, scheme), 0.0)
     rounded, best = found.rounded.dequantize().double(), found.weight.double()
     slope = (rounded - weight.double()) @ hessian.double()
     expected = rounded - slope / hessian.diagonal().double()
@@ -127,10 +129,10 @@ def test_each_value_that_comes_back_is_the_best_for_all_other_codes(scheme: Sche
 @EVERY_SCHEME
 def test_a_weight_of_zeros_and_inputs_that_never_occur_change_nothing(scheme: Scheme) -> None:
     zeros = quantize(torch.zeros(8, FEATURES), scheme, "mse")
-    found = descend(torch.zeros(8, FEATURES), correlated_hessian(), zeros).rounded
+    found = coordinate_descent(torch.zeros(8, FEATURES), correlated_hessian(), zeros).rounded
     assert not found.codes.any()
     assert torch.equal(found.scales, zeros.scales)
     weight, nothing = random_weight(), torch.zeros(FEATURES, FEATURES)
     plain = quantize(weight, scheme, "mse")
-    found = descend(weight, nothing, plain).rounded
+    found = coordinate_descent(weight, nothing, plain).rounded
     assert error(weight, found, torch.eye(FEATURES)) <= error(weight, plain, torch.eye(FEATURES))

@@ -18,7 +18,7 @@ from calibrating import (
     TEXT,
     divergence_of,
     journal_of,
-    quantized,
+    quantize_here,
     recipe_of,
     small_checkpoint,
     write_tokenizer,
@@ -28,10 +28,10 @@ from conftest import LLAMA, LLAMA4, MakeCheckpoint
 from safetensors.torch import load_file
 
 from exporter.calibration.data import read_text
-from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.errors import InputError
+from exporter.model.checkpoint import Checkpoint, open_checkpoint
 from exporter.pipeline import quantize
-from exporter.quantization.waist import QuantizedCheckpoint, damaged_tensors
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, damaged_tensors
 from exporter.recipe import Recipe
 
 ABSURD = {"learning_rate": 1.0, "scale_learning_rate": 0.0, "warm_up": 0}
@@ -51,8 +51,8 @@ def checkpoint(make_checkpoint: MakeCheckpoint) -> Checkpoint:
     return small_checkpoint(make_checkpoint)
 
 
-def integers(waist: QuantizedCheckpoint) -> dict[str, torch.Tensor]:
-    return load_file(waist.path / "quantized.safetensors")
+def integers(quantized: QuantizedCheckpoint) -> dict[str, torch.Tensor]:
+    return load_file(quantized.path / "quantized.safetensors")
 
 
 def written_to(path: Path, recipe: Recipe) -> Path:
@@ -61,8 +61,8 @@ def written_to(path: Path, recipe: Recipe) -> Path:
     return path
 
 
-def kls(waist: QuantizedCheckpoint) -> list[float]:
-    return [evaluation["kl"] for evaluation in journal_of(waist)["evaluations"]]
+def kls(quantized: QuantizedCheckpoint) -> list[float]:
+    return [evaluation["kl"] for evaluation in journal_of(quantized)["evaluations"]]
 
 
 # What comes out.
@@ -73,10 +73,10 @@ def test_a_run_that_only_makes_it_worse_leaves_the_start(
     start: str, checkpoint: Checkpoint, text: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_of("distill", text, start=start, **ABSURD)
-    worse = quantized(recipe, checkpoint, tmp_path / "worse")
+    worse = quantize_here(recipe, checkpoint, tmp_path / "worse")
     assert min(kls(worse)[1:]) > kls(worse)[0]
     assert journal_of(worse)["best"]["step"] == 0
-    plain = quantized(recipe_of(start, text), checkpoint, tmp_path / "plain")
+    plain = quantize_here(recipe_of(start, text), checkpoint, tmp_path / "plain")
     for name, tensor in integers(plain).items():
         assert torch.equal(tensor, integers(worse)[name]), name
 
@@ -101,12 +101,14 @@ def test_a_distillation_says_on_text_never_seen_more_of_what_the_teacher_says(
     tmp_path: Path,
 ) -> None:
     checkpoint = small_checkpoint(make_checkpoint, base)
-    waist = quantized(recipe_of("distill", text, **{**SANE, **changes}), checkpoint, tmp_path / "a")
-    journal = journal_of(waist)
-    assert journal["best"]["kl"] == min(kls(waist)) < 0.85 * kls(waist)[0]
-    assert len(journal["losses"]) == 40
-    assert [evaluation["step"] for evaluation in journal["evaluations"]] == [0, 10, 20, 30, 40]
-    assert damaged_tensors(waist) == {}
+    quantized = quantize_here(
+        recipe_of("distill", text, **{**SANE, **changes}), checkpoint, tmp_path / "a"
+    )
+    history = journal_of(quantized)
+    assert history["best"]["kl"] == min(kls(quantized)) < 0.85 * kls(quantized)[0]
+    assert len(history["losses"]) == 40
+    assert [evaluation["step"] for evaluation in history["evaluations"]] == [0, 10, 20, 30, 40]
+    assert damaged_tensors(quantized) == {}
     assert not (tmp_path / "a" / WORKING).exists()
 
 
@@ -117,24 +119,24 @@ def test_what_is_kept_is_what_was_best_on_the_held_out_text_and_not_what_was_las
     became worse, since its rates are high and stay so."""
     high = {"learning_rate": 1e-3, "steps": 400, "evaluate_every": 3, "patience": 1, "start": "mse"}
     recipe = recipe_of("distill", text, **{**SANE, **high})
-    waist = quantized(recipe, checkpoint, tmp_path / "a")
-    best = journal_of(waist)["best"]
-    assert 0 < best["step"] < len(journal_of(waist)["losses"])
+    quantized = quantize_here(recipe, checkpoint, tmp_path / "a")
+    best = journal_of(quantized)["best"]
+    assert 0 < best["step"] < len(journal_of(quantized)["losses"])
     held_out = read_text(checkpoint, recipe.calibration, []).held_out(4)
-    found = divergence_of(checkpoint, waist, held_out)
+    found = divergence_of(checkpoint, quantized, held_out)
     assert found == pytest.approx(best["kl"], rel=1e-3)
-    assert found < 0.99 * kls(waist)[-1]
+    assert found < 0.99 * kls(quantized)[-1]
 
 
 def test_a_run_that_no_longer_improves_stops(
     checkpoint: Checkpoint, text: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_of("distill", text, steps=100, patience=2, **{**ABSURD, "evaluate_every": 3})
-    journal = journal_of(quantized(recipe, checkpoint, tmp_path / "a"))
+    history = journal_of(quantize_here(recipe, checkpoint, tmp_path / "a"))
     # The start does not count: training makes it worse at first while rates are high.
-    trained = [evaluation["kl"] for evaluation in journal["evaluations"]][1:]
+    trained = [evaluation["kl"] for evaluation in history["evaluations"]][1:]
     assert len(trained) - 1 - trained.index(min(trained)) == 2
-    assert len(journal["losses"]) == 3 * len(trained) < 100
+    assert len(history["losses"]) == 3 * len(trained) < 100
 
 
 def test_two_batches_of_one_are_one_batch_of_two(
@@ -142,7 +144,7 @@ def test_two_batches_of_one_are_one_batch_of_two(
 ) -> None:
     curves = [
         journal_of(
-            quantized(
+            quantize_here(
                 recipe_of("distill", text, batch_size=size, accumulate=parts),
                 checkpoint, tmp_path / str(parts),
             )
@@ -158,15 +160,15 @@ def test_kept_answers_of_the_teacher_change_no_byte(
 ) -> None:
     for name, keep in (("without", False), ("first", True), ("again", True)):
         recipe = recipe_of("distill", text, top_k=8, batch_size=3, cache_teacher=keep)
-        quantized(recipe, checkpoint, tmp_path / name)
+        quantize_here(recipe, checkpoint, tmp_path / name)
         if name == "without":
             assert contents(own_cache) == {} if own_cache.exists() else True
         elif name == "first":
             kept = contents(own_cache)
             assert sum(path.endswith(".safetensors") for path in kept) == 18
     assert contents(own_cache) == kept
-    whole = contents(tmp_path / "without")
-    assert contents(tmp_path / "first") == contents(tmp_path / "again") == whole
+    unshard = contents(tmp_path / "without")
+    assert contents(tmp_path / "first") == contents(tmp_path / "again") == unshard
 
 
 def test_kept_answers_are_those_of_their_temperature_and_number(
@@ -174,7 +176,7 @@ def test_kept_answers_are_those_of_their_temperature_and_number(
 ) -> None:
     for index, changes in enumerate(({}, {"temperature": 2.0}, {"top_k": 9})):
         settings = {"top_k": 8, "cache_teacher": True, **changes}
-        quantized(recipe_of("distill", text, **settings), checkpoint, tmp_path / str(index))
+        quantize_here(recipe_of("distill", text, **settings), checkpoint, tmp_path / str(index))
     assert len(list(own_cache.iterdir())) == 3
 
 
@@ -187,13 +189,13 @@ def test_two_runs_in_different_folders_are_equal_to_the_last_byte(
     """With a budget, and text that is written anew for the second one."""
     data = [{"path": str(text)}, {"tokens": 600}]
     recipe = recipe_of("distill", data, budget="6 bits")
-    quantized(recipe, checkpoint, tmp_path / "one")
+    quantize_here(recipe, checkpoint, tmp_path / "one")
     shutil.rmtree(own_cache)
     moved = Path(shutil.copytree(checkpoint.path, tmp_path / "moved"))
-    quantized(recipe, open_checkpoint(moved), tmp_path / "another" / "folder")
-    whole = contents(tmp_path / "one")
-    assert contents(tmp_path / "another" / "folder") == whole
-    reports = {name for name in whole if name.startswith("calibration/")}
+    quantize_here(recipe, open_checkpoint(moved), tmp_path / "another" / "folder")
+    unshard = contents(tmp_path / "one")
+    assert contents(tmp_path / "another" / "folder") == unshard
+    reports = {name for name in unshard if name.startswith("calibration/")}
     assert reports == {
         f"calibration/{name}.{kind}"
         for name in ("distillation", "sensitivity")
@@ -208,7 +210,7 @@ def test_two_runs_in_different_folders_are_equal_to_the_last_byte(
 KILLED_AND_GONE_ON = """
 import os, signal, sys
 from pathlib import Path
-from exporter.checkpoint import open_checkpoint
+from exporter.model.decoder.checkpoint import open_checkpoint
 from exporter.pipeline import quantize
 from exporter.recipe import load_recipe
 from exporter.calibration.distill import Evaluation, Journal
@@ -261,7 +263,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(
 ) -> None:
     """While it rounds, between evaluations, and before each change of a name or of a folder."""
     recipe = recipe_of("distill", text, budget="6 bits")
-    quantized(recipe, checkpoint, tmp_path / "whole")
+    quantize_here(recipe, checkpoint, tmp_path / "whole")
     steps = ["gptq:1", "gptq:7", "distil:1", "distil:3", "distil:6", "quantize:4"]
     fates = killed_at(
         written_to(tmp_path / "small.yaml", recipe), checkpoint, tmp_path / "killed",
@@ -272,17 +274,17 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(
     # Every name was reached: behind the last one nothing is killed any more.
     assert killed == fates[: len(killed)]
     assert len(steps) + 15 <= len(killed) < len(fates), fates
-    whole = contents(tmp_path / "whole")
+    unshard = contents(tmp_path / "whole")
     for fate in fates:
         moment = fate.split(",")[0].replace(":", "-")
-        assert contents(tmp_path / "killed" / moment) == whole, fate
+        assert contents(tmp_path / "killed" / moment) == unshard, fate
 
 
 def test_a_calibration_without_distillation_killed_at_any_moment_ends_in_the_same_bytes(
     checkpoint: Checkpoint, text: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_of("gptq", text, budget="6 bits")
-    quantized(recipe, checkpoint, tmp_path / "whole")
+    quantize_here(recipe, checkpoint, tmp_path / "whole")
     fates = killed_at(
         written_to(tmp_path / "small.yaml", recipe), checkpoint, tmp_path / "killed",
         [f"name:{number}" for number in range(1, 13)],
@@ -319,8 +321,8 @@ def test_other_settings_do_not_go_on_from_what_a_killed_run_left(
         quantize(recipe_of("distill", text), checkpoint, tmp_path / "out", stop_at(5))
     assert (tmp_path / "out" / WORKING / "state.safetensors").is_file()
     recipe = recipe_of("distill", text, **change)
-    quantized(recipe, checkpoint, tmp_path / "out")
-    quantized(recipe, checkpoint, tmp_path / "fresh")
+    quantize_here(recipe, checkpoint, tmp_path / "out")
+    quantize_here(recipe, checkpoint, tmp_path / "fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
@@ -332,8 +334,8 @@ def test_a_run_that_does_not_calibrate_leaves_nothing_of_one_that_was_killed(
         quantize(recipe_of("distill", text), checkpoint, out, stop_at(5))
     (out / "calibration").mkdir()
     (out / "calibration" / "distillation.json").write_text("{}")
-    quantized(recipe_of("mse", text), checkpoint, out)
-    quantized(recipe_of("mse", text), checkpoint, tmp_path / "fresh")
+    quantize_here(recipe_of("mse", text), checkpoint, out)
+    quantize_here(recipe_of("mse", text), checkpoint, tmp_path / "fresh")
     assert contents(out) == contents(tmp_path / "fresh")
 
 
@@ -387,7 +389,7 @@ def test_a_held_out_divergence_that_is_not_finite_is_refused(
     """As weights that overflow float32 give it."""
     monkeypatch.setattr("exporter.calibration.distill.compare", lambda *_: (float("nan"), 0.0))
     with pytest.raises(InputError, match="held-out text: has a KL of nan"):
-        quantized(recipe_of("distill", text), checkpoint, tmp_path / "out")
+        quantize_here(recipe_of("distill", text), checkpoint, tmp_path / "out")
 
 
 # A teacher of one's own.
@@ -404,9 +406,9 @@ def test_a_larger_teacher_of_the_same_tokens_is_learned_from(
         make_checkpoint, hidden_size=128, num_hidden_layers=3, no_rope_layers=[1, 1, 1]
     )
     recipe = recipe_of("distill", text, teacher=str(teacher), **SANE)
-    waist = quantized(recipe, checkpoint, tmp_path / "out")
-    assert journal_of(waist)["best"]["kl"] < 0.9 * kls(waist)[0]
-    assert set(waist.manifest["calibration"]["teacher"]) == {
+    quantized = quantize_here(recipe, checkpoint, tmp_path / "out")
+    assert journal_of(quantized)["best"]["kl"] < 0.9 * kls(quantized)[0]
+    assert set(quantized.manifest["calibration"]["teacher"]) == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
 
@@ -415,8 +417,8 @@ def test_a_copy_of_the_checkpoint_as_a_teacher_is_the_checkpoint(
     checkpoint: Checkpoint, text: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(checkpoint.path, tmp_path / "copy")
-    quantized(recipe_of("distill", text), checkpoint, tmp_path / "one")
-    quantized(recipe_of("distill", text, teacher=str(copy)), checkpoint, tmp_path / "other")
+    quantize_here(recipe_of("distill", text), checkpoint, tmp_path / "one")
+    quantize_here(recipe_of("distill", text, teacher=str(copy)), checkpoint, tmp_path / "other")
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
@@ -469,7 +471,7 @@ def test_a_teacher_that_does_not_match_is_refused_before_anything_is_written(
     recipe = recipe_of("distill", text, teacher=str(make(make_checkpoint)), **settings)
     before = contents(tmp_path)
     with pytest.raises(InputError) as raised:
-        quantized(recipe, checkpoint, tmp_path / "out")
+        quantize_here(recipe, checkpoint, tmp_path / "out")
     assert [part for part in said if part not in str(raised.value)] == [], str(raised.value)
     assert contents(tmp_path) == before
 
@@ -494,7 +496,7 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batch(
     parallel: str, checkpoint: Checkpoint, text: Path, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"budget": "6 bits", "parallel": parallel}
-    one = quantized(
+    one = quantize_here(
         recipe_of("distill", text, batch_size=4, **settings), checkpoint, tmp_path / "one"
     )
     half = recipe_of("distill", text, batch_size=2, **settings)
@@ -517,7 +519,7 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batch(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from exporter.checkpoint import open_checkpoint
+from exporter.model.decoder.checkpoint import open_checkpoint
 from exporter.pipeline import quantize
 from exporter.recipe import load_recipe
 def progress(stage, done, total, note=""):

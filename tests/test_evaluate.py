@@ -16,17 +16,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from exporter.backends import Runner, backend
-from exporter.backends.reference import ReferenceRunner, score
-from exporter.bundle import Bundle
-from exporter.checkpoint import open_checkpoint
+from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
 from exporter.evaluation.generations import Written, compare_texts, write_texts
 from exporter.evaluation.perplexity import bands, next_logits, score_text
 from exporter.evaluation.tasks import find_answer, plain_answer, read_problems, score_problems
+from exporter.inference.loaded_model import LoadedModel, open_model
+from exporter.inference.reference import ReferenceRunner, score
+from exporter.model.checkpoint import open_checkpoint
 from exporter.quantization.activations import round_rows_to_int8
-from exporter.sequences import cut_sequences
-from exporter.speaker import Speaker, open_speaker
-from exporter.tokenizer import TextTokenizer, load_tokenizer
+from exporter.text.sequences import cut_sequences
+from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 from exporter.verification import SAMPLE_TEXT
 
 Capture = pytest.CaptureFixture[str]
@@ -175,12 +175,12 @@ def test_perplexity_is_that_of_transformers(
 def test_kl_and_agreement_are_those_worked_out_by_hand(
     checkpoint: ReferenceRunner, sequences: list[list[int]], finished_bundle: Bundle
 ) -> None:
-    waist = ReferenceRunner(finished_bundle.waist, 256)
-    found = score_text(waist, sequences[:1], quiet, checkpoint)
+    quantized = ReferenceRunner(finished_bundle.quantized, 256)
+    found = score_text(quantized, sequences[:1], quiet, checkpoint)
     tokens = sequences[0]
     positions = range(len(tokens) - 1)
     theirs = score(open_checkpoint(NANO), tokens, positions).double().softmax(-1)
-    ours = score(finished_bundle.waist, tokens, positions).double().softmax(-1)
+    ours = score(finished_bundle.quantized, tokens, positions).double().softmax(-1)
     kl = [
         sum(p * math.log(p / q) for p, q in zip(a, b, strict=True) if p > 0)
         for a, b in zip(theirs.tolist(), ours.tolist(), strict=True)
@@ -273,10 +273,10 @@ def test_simulated_rounding_is_that_of_the_verification(
     finished_bundle: Bundle, sequences: list[list[int]]
 ) -> None:
     tokens = sequences[0]
-    runner = ReferenceRunner(finished_bundle.waist, 256, round_rows_to_int8)
+    runner = ReferenceRunner(finished_bundle.quantized, 256, round_rows_to_int8)
     found = torch.cat(list(runner.score(tokens, 0, 64)))
-    expected = score(finished_bundle.waist, tokens, range(150), round_rows_to_int8)
-    plain = score(finished_bundle.waist, tokens, range(150))
+    expected = score(finished_bundle.quantized, tokens, range(150), round_rows_to_int8)
+    plain = score(finished_bundle.quantized, tokens, range(150))
     assert (found - expected).abs().mean() < 0.1 * (found - plain).abs().mean()
     steps = torch.stack([runner.prefill(tokens[:1]), *map(runner.decode, tokens[1:])])
     assert (steps - expected).abs().mean() < 0.5 * (steps - plain).abs().mean()
@@ -284,18 +284,18 @@ def test_simulated_rounding_is_that_of_the_verification(
 
 @pytest.mark.parametrize("prefill", [1, 40])
 @pytest.mark.parametrize("target", ["executorch", "onnx", "coreml"])
-def test_an_artifact_is_as_far_from_its_waist_as_its_rounding_says(
+def test_an_artifact_is_as_far_from_its_quantized_checkpoint_as_its_rounding_says(
     target: str, prefill: int, finished_bundle: Bundle, sequences: list[list[int]]
 ) -> None:
     """No more than twice as far, as `verify` demands; and a runtime that rounds is not nearer
     than a tenth: then the rounding that explains it would be another."""
     artifact = finished_bundle.artifacts[target].artifact
-    waist = ReferenceRunner(finished_bundle.waist, 256)
+    quantized = ReferenceRunner(finished_bundle.quantized, 256)
     parts = [tokens[:100] for tokens in sequences]
-    rounding = backend(target).rounding(finished_bundle.waist.schemes, artifact.target, prefill)
-    simulated = ReferenceRunner(finished_bundle.waist, 256, rounding)
-    expected = score_text(simulated, parts, quiet, waist, prefill)
-    found = score_text(backend(target).load(artifact), parts, quiet, waist, prefill)
+    rounding = backend(target).rounding(finished_bundle.quantized.schemes, artifact.target, prefill)
+    simulated = ReferenceRunner(finished_bundle.quantized, 256, rounding)
+    expected = score_text(simulated, parts, quiet, quantized, prefill)
+    found = score_text(backend(target).load(artifact), parts, quiet, quantized, prefill)
     assert found.kl is not None and expected.kl is not None
     assert 0.1 * expected.kl < found.kl < 2 * expected.kl + 1e-4
     assert found.perplexity == pytest.approx(expected.perplexity, rel=0.05)
@@ -306,7 +306,7 @@ def paths(bundle: Bundle) -> dict[str, tuple[list[str], str]]:
     folder = bundle.path
     return {
         "checkpoint": ([str(NANO)], "checkpoint in torch"),
-        "waist": ([str(folder / "quantized")], "waist in torch"),
+        "quantized": ([str(folder / "quantized")], "quantized checkpoint in torch"),
         "bundle": ([str(folder)], "executorch"),
         "target": ([str(folder), "--target", "coreml"], "coreml"),
         "simulated": ([str(folder), "--target", "onnx", "--simulate"], "onnx simulated in torch"),
@@ -317,7 +317,7 @@ def paths(bundle: Bundle) -> dict[str, tuple[list[str], str]]:
     }
 
 
-KINDS = "checkpoint waist bundle target simulated folder pte onnx mlpackage".split()
+KINDS = "checkpoint quantized checkpoint bundle target simulated folder pte onnx mlpackage".split()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -442,8 +442,8 @@ def test_a_task_is_scored_by_answers_and_by_texts_that_never_end(
 # Generations.
 
 
-def speaker_of(runner: Runner, ends: tuple[int, ...]) -> Speaker:
-    return Speaker(runner, NANO, 0, ends, "test")
+def speaker_of(runner: Runner, ends: tuple[int, ...]) -> LoadedModel:
+    return LoadedModel(runner, NANO, 0, ends, "test")
 
 
 def test_a_text_that_never_ends_is_cut_off_and_counted() -> None:
@@ -549,13 +549,13 @@ def test_the_table_shows_the_figures_and_how_they_change_along_the_text(
 
 
 def test_the_checkpoint_solves_what_the_torch_reference_solves(tmp_path: Path) -> None:
-    """open_speaker and the speaker's runner are those of `generate`."""
-    speaker = open_speaker(str(NANO), None)
+    """open_model and its runner are those of `generate`."""
+    model = open_model(str(NANO), None)
     prompt = load_tokenizer(NANO).encode(load_tokenizer(NANO).chat_text("What is 12 + 7?"))
-    (written,) = write_texts(speaker, [prompt], 40, quiet)
+    (written,) = write_texts(model, [prompt], 40, quiet)
     model = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
     theirs = model.generate(
         torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=1
     )[0, len(prompt) :].tolist()
-    assert written.ended is (theirs[-1] in speaker.eos_token_ids)
+    assert written.ended is (theirs[-1] in model.eos_token_ids)
     assert list(written.tokens) == (theirs[:-1] if written.ended else theirs)

@@ -12,18 +12,18 @@ from executorch.exir._serialize import _program as pte
 from executorch.extension.pybindings import portable_lib
 
 from exporter import pipeline
-from exporter.artifact import FinishedArtifact
 from exporter.backends import executorch
-from exporter.backends.executorch_graph import decode_filter, filter_bytes, scale_bytes
-from exporter.backends.executorch_layers import exchange_columns
-from exporter.backends.reference import score
-from exporter.bundle import Bundle
-from exporter.checkpoint import open_checkpoint
+from exporter.backends.executorch.graph import decode_filter, filter_bytes, scale_bytes
+from exporter.backends.executorch.layers import exchange_columns
+from exporter.bundle.artifact import FinishedArtifact
+from exporter.bundle.bundle import Bundle
 from exporter.evaluation.agreement import compare_logits
+from exporter.inference.reference import score
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_rows_to_int8
-from exporter.quantization.integers import QuantizedTensor, parse_scheme, quantize
-from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.schemes import QuantizedTensor, parse_scheme, quantize
 from exporter.recipe import parse_recipe
 from exporter.verification import check_integers, run_teacher_forced
 
@@ -73,18 +73,18 @@ def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
         raw = {"name": "test", "quantization": schemes, "targets": [target]}
         recipe = parse_recipe(raw, "test")
         checkpoint = open_checkpoint(folder)
-        waist = pipeline.quantize(recipe, checkpoint, tmp_path / "waist", no_progress)
-        lowered = pipeline.lower(waist, recipe.targets[0], tmp_path / "artifact", no_progress)
-        return waist, lowered
+        quantized = pipeline.quantize(recipe, checkpoint, tmp_path / "quantized", no_progress)
+        lowered = pipeline.lower(quantized, recipe.targets[0], tmp_path / "artifact", no_progress)
+        return quantized, lowered
 
     return run
 
 
-def logits_kl(waist: QuantizedCheckpoint, lowered: FinishedArtifact) -> float:
+def logits_kl(quantized: QuantizedCheckpoint, lowered: FinishedArtifact) -> float:
     """Mean KL in nats over prefills of 1 and 5 tokens and 20 decode steps."""
     text = tokens(25)
     found = run_teacher_forced(executorch.load(lowered.artifact), text, (1, 5))
-    expected = score(waist, text, [0, 4, *range(5, 25)], round_rows_to_int8)
+    expected = score(quantized, text, [0, 4, *range(5, 25)], round_rows_to_int8)
     assert expected.std() > 1
     return compare_logits(expected, found).kl
 
@@ -120,40 +120,40 @@ def operators(lowered: FinishedArtifact) -> set[str]:
         ("llama", False, "int4-g32", "float"),
     ],
 )
-def test_logits_and_integers_are_those_of_the_waist(
+def test_logits_and_integers_are_those_of_the_quantized_checkpoint(
     model: str, tied: bool, linear: str, embedding: str, attention: str, lower: Lower
 ) -> None:
-    waist, lowered = lower(model, linear, embedding, attention, tie_word_embeddings=tied)
-    assert logits_kl(waist, lowered) < 2e-3
-    checks = check_integers(waist, lowered, lambda name: None)
+    quantized, lowered = lower(model, linear, embedding, attention, tie_word_embeddings=tied)
+    assert logits_kl(quantized, lowered) < 2e-3
+    checks = check_integers(quantized, lowered, lambda name: None)
     assert [check for check in checks if not check.passed] == []
 
 
 @pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-def test_logits_are_those_of_the_waist_for_every_shape(
+def test_logits_are_those_of_the_quantized_checkpoint_for_every_shape(
     changes: dict[str, Any], attention: str, lower: Lower
 ) -> None:
-    waist, lowered = lower(attention=attention, **changes)
-    assert logits_kl(waist, lowered) < 2e-3
+    quantized, lowered = lower(attention=attention, **changes)
+    assert logits_kl(quantized, lowered) < 2e-3
 
 
 def test_schemes_may_differ_from_layer_to_layer(lower: Lower) -> None:
     overrides = {"*.0.self_attn.*": "int8", "*.down_proj.weight": "float", "*.1.*.v_*": "int4"}
-    waist, lowered = lower(overrides=overrides)
-    assert {str(scheme) for scheme in waist.schemes.values()} == {
+    quantized, lowered = lower(overrides=overrides)
+    assert {str(scheme) for scheme in quantized.schemes.values()} == {
         "int4-g32", "int8", "float", "int4",
     }  # fmt: skip
-    assert logits_kl(waist, lowered) < 2e-3
+    assert logits_kl(quantized, lowered) < 2e-3
 
 
 def test_both_attention_forms_give_the_same_logits(
     lower: Lower, tmp_path: Path, finished_bundle: Bundle
 ) -> None:
-    waist = finished_bundle.waist
+    quantized = finished_bundle.quantized
     (target,) = (finished_bundle.artifacts["executorch"].artifact.target,)
     portable = type(target)(max_context=target.max_context, attention="portable")
-    other = pipeline.lower(waist, portable, tmp_path / "portable", no_progress)
+    other = pipeline.lower(quantized, portable, tmp_path / "portable", no_progress)
     text = tokens(40)
     runs = [
         run_teacher_forced(executorch.load(artifact), text, (1, 17))
@@ -175,13 +175,13 @@ def test_a_second_prefill_forgets_the_first_text(attention: str, lower: Lower) -
 
 @pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
 def test_the_context_can_be_filled_to_the_last_position(attention: str, lower: Lower) -> None:
-    waist, lowered = lower(attention=attention)
+    quantized, lowered = lower(attention=attention)
     text = tokens(CONTEXT)
     runner = executorch.load(lowered.artifact)
     assert runner.context == CONTEXT
     found = run_teacher_forced(runner, text, (CONTEXT - 1,))
     whole = executorch.load(lowered.artifact).prefill(text)
-    expected = score(waist, text, [CONTEXT - 2, CONTEXT - 1], round_rows_to_int8)
+    expected = score(quantized, text, [CONTEXT - 2, CONTEXT - 1], round_rows_to_int8)
     assert compare_logits(expected, found).kl < 2e-3
     assert compare_logits(expected[1:], whole[None]).kl < 2e-3
 
@@ -256,8 +256,8 @@ def test_between_two_attentions_there_is_one_delegate_call(attention: str, lower
 
 @pytest.mark.parametrize("embedding", ["int4-g32", "int4-g64", "int8"])
 def test_the_tied_embedding_is_in_the_file_once(embedding: str, lower: Lower) -> None:
-    waist, lowered = lower(embedding=embedding)
-    stored = waist.read(EMBEDDING)
+    quantized, lowered = lower(embedding=embedding)
+    stored = quantized.read(EMBEDDING)
     assert isinstance(stored, QuantizedTensor)
     codes = stored.codes if embedding == "int8" else exchange_columns(stored.codes)
     wanted = filter_bytes(QuantizedTensor(codes, stored.scales, stored.scheme))
@@ -271,11 +271,13 @@ def test_the_tied_embedding_is_in_the_file_once(embedding: str, lower: Lower) ->
 def test_every_linear_weight_lies_in_an_xnnpack_delegate(
     model: str, tied: bool, lower: Lower
 ) -> None:
-    waist, lowered = lower(model, tie_word_embeddings=tied)
+    quantized, lowered = lower(model, tie_word_embeddings=tied)
     filters = {
-        n for n, place, _ in executorch.weights(lowered.artifact, waist) if place == "filter"
+        n for n, place, _ in executorch.weights(lowered.artifact, quantized) if place == "filter"
     }
-    linears = {name for name, shape in waist.config.parameter_shapes().items() if len(shape) == 2}
+    linears = {
+        name for name, shape in quantized.config.parameter_shapes().items() if len(shape) == 2
+    }
     assert filters == linears - (set() if tied else {EMBEDDING})
     payloads = delegate_payloads(lowered)
     assert len(payloads) == 3
@@ -302,9 +304,9 @@ def delegate_payloads(lowered: FinishedArtifact) -> list[bytes]:
 
 def test_no_weight_is_left_as_a_float_matrix(lower: Lower) -> None:
     """A dequantized copy anywhere would be larger than the whole file is."""
-    waist, lowered = lower(vocab_size=4096)
+    quantized, lowered = lower(vocab_size=4096)
     size = (lowered.artifact.path / "model.pte").stat().st_size
-    assert size < 4 * 4096 * waist.config.hidden_size
+    assert size < 4 * 4096 * quantized.config.hidden_size
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int4-g32", "int4-g64", "int8"])

@@ -1,4 +1,4 @@
-"""The Core ML delegate inside a .pte: its package is taken out again, and is the waist."""
+"""The Core ML delegate inside a .pte: its package is taken out and decoded."""
 
 import json
 import shutil
@@ -18,19 +18,19 @@ from executorch.extension.pybindings import portable_lib
 from safetensors.torch import save_file
 
 from exporter import pipeline
-from exporter.artifact import FinishedArtifact, open_artifact
 from exporter.backends import executorch as backend
-from exporter.backends.coreml_graph import mil_name
-from exporter.backends.coreml_package import place_of
-from exporter.backends.executorch_coreml import embedded_package, flatten, unflatten
-from exporter.backends.executorch_file import delegate_payload
-from exporter.backends.reference import score
-from exporter.bundle import Bundle
-from exporter.checkpoint import open_checkpoint
+from exporter.backends.coreml.graph import mil_name
+from exporter.backends.coreml.package import place_of
+from exporter.backends.executorch.coreml_delegate import embedded_package, flatten, unflatten
+from exporter.backends.executorch.file import delegate_payload
+from exporter.bundle.artifact import FinishedArtifact, open_artifact
+from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
+from exporter.inference.reference import score
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import LARGEST_HALF
-from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
 from exporter.recipe import parse_recipe
 from exporter.verification import check_integers, run_teacher_forced
 
@@ -60,8 +60,10 @@ def lowered_in(
     facts = {"target": "executorch", "max_context": CONTEXT, "delegate": "coreml", **target}
     schemes = {"linear": linear, "embedding": embedding}
     recipe = parse_recipe({"name": "t", "quantization": schemes, "targets": [facts]}, "t")
-    waist = pipeline.quantize(recipe, open_checkpoint(checkpoint), folder / "waist", no_progress)
-    return waist, pipeline.lower(waist, recipe.targets[0], folder / "artifact", no_progress)
+    quantized = pipeline.quantize(
+        recipe, open_checkpoint(checkpoint), folder / "quantized", no_progress
+    )
+    return quantized, pipeline.lower(quantized, recipe.targets[0], folder / "artifact", no_progress)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
 @pytest.fixture
 def copy(small: Lowered, tmp_path: Path) -> Lowered:
     """One to damage."""
-    waist, lowered = small
+    quantized, lowered = small
     folder = shutil.copytree(lowered.artifact.path, tmp_path / "copy")
-    return waist, open_artifact(Path(folder))
+    return quantized, open_artifact(Path(folder))
 
 
 def tokens(count: int) -> list[int]:
@@ -94,17 +96,17 @@ def program_of(lowered: FinishedArtifact) -> Path:
         ("llama", "int8", "int8-g32", "float32"),
     ],
 )
-def test_the_package_inside_gives_the_references_logits_from_the_waists_integers(
+def test_the_package_inside_gives_the_references_logits_from_the_quantized_checkpoints_integers(
     model: str, linear: str, embedding: str, activations: str, tmp_path: Path
 ) -> None:
     """XNNPACK multiplies no int8 in groups; Core ML does."""
-    waist, lowered = lowered_in(tmp_path, model, linear, embedding, activations=activations)
+    quantized, lowered = lowered_in(tmp_path, model, linear, embedding, activations=activations)
     found = run_teacher_forced(backend.load(lowered.artifact), tokens(CONTEXT), (1, 5))
-    expected = score(waist, tokens(CONTEXT), [0, 4, *range(5, CONTEXT)])
+    expected = score(quantized, tokens(CONTEXT), [0, 4, *range(5, CONTEXT)])
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert errors.max() < 5e-3
-    checks = check_integers(waist, lowered, lambda name: None)
-    assert len(checks) == len(waist.schemes)
+    checks = check_integers(quantized, lowered, lambda name: None)
+    assert len(checks) == len(quantized.schemes)
     assert [check for check in checks if not check.passed] == []
 
 
@@ -257,8 +259,8 @@ def test_a_payload_that_is_none_is_refused(payload: bytes, said: str) -> None:
 # Negative controls.
 
 
-def failed(waist: QuantizedCheckpoint, lowered: FinishedArtifact) -> list[tuple[str, str]]:
-    checks = check_integers(waist, lowered, lambda name: None)
+def failed(quantized: QuantizedCheckpoint, lowered: FinishedArtifact) -> list[tuple[str, str]]:
+    checks = check_integers(quantized, lowered, lambda name: None)
     return [(check.subject, check.note) for check in checks if not check.passed]
 
 
@@ -271,7 +273,7 @@ def failed(waist: QuantizedCheckpoint, lowered: FinishedArtifact) -> list[tuple[
 def test_one_flipped_bit_is_reported_with_its_tensor(
     part: str, called: str, tensor: str, read_by: str, copy: Lowered
 ) -> None:
-    waist, lowered = copy
+    quantized, lowered = copy
     path = program_of(lowered)
     with embedded_package(path) as package:
         (operation,) = (
@@ -284,16 +286,16 @@ def test_one_flipped_bit_is_reported_with_its_tensor(
         weights = (package.weights / "weights" / "weight.bin").read_bytes()
     start = int.from_bytes(weights[place[1] + 16 : place[1] + 24], "little")
     flip(path, path.read_bytes().index(weights) + start + 4, bit=1)
-    ((subject, note),) = failed(waist, lowered)
+    ((subject, note),) = failed(quantized, lowered)
     assert subject == f"{tensor} (main: {read_by})"
     assert note.startswith(f"1 {called}s differ; at [")
 
 
 def test_a_short_file_fails_the_check(copy: Lowered) -> None:
-    waist, lowered = copy
+    quantized, lowered = copy
     path = program_of(lowered)
     path.write_bytes(path.read_bytes()[:-5000])
-    assert any("of its delegate" in note for _, note in failed(waist, lowered))
+    assert any("of its delegate" in note for _, note in failed(quantized, lowered))
 
 
 def test_a_program_without_the_delegate_is_refused(finished_bundle: Bundle) -> None:
@@ -322,7 +324,7 @@ def test_options_that_do_not_go_together_are_refused(
 
 def test_without_coremltools_the_extra_is_named(finished_bundle: Bundle, tmp_path: Path) -> None:
     arguments = [
-        "lower", str(finished_bundle.waist.path), "--target", "executorch", "delegate=coreml",
+        "lower", str(finished_bundle.quantized.path), "--target", "executorch", "delegate=coreml",
         "-o", str(tmp_path / "out"),
     ]  # fmt: skip
     program = (
@@ -346,7 +348,7 @@ def test_on_a_mac_the_runtime_reads_token_by_token(
     """What the runtime does with a call cannot be tried here; which calls it gets can."""
     _, lowered = small
     elsewhere = backend.load(lowered.artifact)
-    assert backend.interpret(lowered.artifact) is None
+    assert backend.cross_check(lowered.artifact) is None
     monkeypatch.setattr(sys, "platform", "darwin")
     calls = []
 
@@ -360,6 +362,6 @@ def test_on_a_mac_the_runtime_reads_token_by_token(
     runner.prefill([4, 5])
     runner.decode(6)
     assert calls == [([4], 0), ([5], 1), ([6], 2)]
-    interpreter = backend.interpret(lowered.artifact)
+    interpreter = backend.cross_check(lowered.artifact)
     assert interpreter is not None
     assert torch.equal(interpreter.prefill([4, 5]), elsewhere.prefill([4, 5]))

@@ -9,11 +9,11 @@ from conftest import NANO
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from exporter.backends.reference import ReferenceRunner
-from exporter.checkpoint import open_checkpoint
 from exporter.errors import InputError
-from exporter.generation import Generation, Sampling
-from exporter.tokenizer import load_tokenizer
+from exporter.inference.generation import Generation, Sampling
+from exporter.inference.reference import ReferenceRunner
+from exporter.model.checkpoint import open_checkpoint
+from exporter.text.tokenizer import load_tokenizer
 
 QUESTIONS = [
     "What is 12 + 7?",

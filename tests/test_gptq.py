@@ -15,9 +15,9 @@ from roundings import (
 from torch import Tensor
 
 from exporter.calibration.gptq import gptq_weights
-from exporter.checkpoint import open_checkpoint
-from exporter.quantization.gptq import Compensated, gptq
-from exporter.quantization.integers import (
+from exporter.model.checkpoint import open_checkpoint
+from exporter.quantization.gptq import GptqResult, gptq
+from exporter.quantization.schemes import (
     CODE_RANGE,
     FLOAT,
     QuantizedTensor,
@@ -25,9 +25,9 @@ from exporter.quantization.integers import (
     quantize,
     to_scale_grid,
 )
-from exporter.sequences import cut_sequences
-from exporter.textdata import read_documents
-from exporter.tokenizer import load_tokenizer
+from exporter.text.documents import read_documents
+from exporter.text.sequences import cut_sequences
+from exporter.text.tokenizer import load_tokenizer
 
 Q_PROJ, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
 
@@ -185,7 +185,7 @@ def test_on_the_demo_checkpoint_gptq_keeps_more_than_mse_and_mse_more_than_absma
     held_out, train = sequences[:6], sequences[6:38]
     shapes = checkpoint.config.parameter_shapes()
     schemes = {name: Scheme(4, 32) if len(shape) == 2 else FLOAT for name, shape in shapes.items()}
-    rounded: dict[str, dict[str, Compensated | QuantizedTensor]] = {
+    rounded: dict[str, dict[str, GptqResult | QuantizedTensor]] = {
         method: {
             name: quantize(checkpoint.float_weight(name), scheme, method)
             for name, scheme in schemes.items()
@@ -200,7 +200,7 @@ def test_on_the_demo_checkpoint_gptq_keeps_more_than_mse_and_mse_more_than_absma
             Replaced(
                 checkpoint,
                 {
-                    name: (one.rounded if isinstance(one, Compensated) else one).dequantize()
+                    name: (one.rounded if isinstance(one, GptqResult) else one).dequantize()
                     for name, one in weights.items()
                 },
             ),

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from exporter.calibration.gptq import gptq_weights
 from exporter.calibration.importance import MOST, token_weights
-from exporter.model import FloatWeights, attend_causal, load_decoder
-from exporter.quantization.integers import FLOAT, Scheme
+from exporter.model.decoder import FloatWeights, attend_causal, load_decoder
+from exporter.quantization.schemes import FLOAT, Scheme
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 DOWN = {"llama4": "model.layers.1.feed_forward.down_proj", "llama": "model.layers.1.mlp.down_proj"}

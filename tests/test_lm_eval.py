@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
-from exporter.bundle import Bundle
+from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
 from exporter.evaluation import lm_eval_plugin
 from exporter.evaluation.lm_eval import MobileLLM
@@ -131,13 +131,13 @@ def test_the_next_choice_of_a_question_is_not_read_again(
         for pair in reversed(PAIRS)
     ]
     reads = list[int]()
-    score = type(ours._speaker.runner).score
+    score = type(ours._loaded.runner).score
 
     def counted(runner: Any, tokens: Sequence[int], first: int, rows: int) -> Any:
         reads.append(len(tokens))
         return score(runner, tokens, first, rows)
 
-    monkeypatch.setattr(type(ours._speaker.runner), "score", counted)
+    monkeypatch.setattr(type(ours._loaded.runner), "score", counted)
     together = ours.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True)
     assert together == alone[::-1]
     assert len(reads) == len(PAIRS) - 1
@@ -232,12 +232,12 @@ def measured(model: Any, arguments: str, names: list[str], folder: Path) -> dict
     return dict(found)
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "waist", "executorch", "onnx", "coreml"])
+@pytest.mark.parametrize("kind", ["checkpoint", "quantized", "executorch", "onnx", "coreml"])
 def test_every_kind_of_request_runs_on_every_kind_of_model(
     kind: str, finished_bundle: Bundle, theirs: HFLM, tmp_path: Path
 ) -> None:
     bundle = finished_bundle.path
-    path = {"checkpoint": str(NANO), "waist": f"{bundle / 'quantized'}"}.get(
+    path = {"checkpoint": str(NANO), "quantized": f"{bundle / 'quantized'}"}.get(
         kind, f"{bundle},target={kind}"
     )
     lm_eval_plugin.register()

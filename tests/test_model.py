@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from exporter.checkpoint import open_checkpoint, parse_config
 from exporter.errors import InputError
-from exporter.model import (
+from exporter.model.checkpoint import open_checkpoint, parse_config
+from exporter.model.decoder import (
     Decoder,
     StaticCache,
     load_decoder,
@@ -27,7 +27,7 @@ from exporter.model import (
     rope_tables,
     rotate,
 )
-from exporter.tokenizer import load_tokenizer
+from exporter.text.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-4
 

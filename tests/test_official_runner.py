@@ -10,14 +10,14 @@ import pytest
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
 from exporter import pipeline
-from exporter.artifact import FinishedArtifact
 from exporter.backends import executorch
-from exporter.bundle import Bundle
+from exporter.bundle.artifact import FinishedArtifact
+from exporter.bundle.bundle import Bundle
 from exporter.files import sha256
-from exporter.generation import Generation, Sampling
+from exporter.inference.generation import Generation, Sampling
 from exporter.pipeline import no_progress
-from exporter.quantization.waist import open_waist
-from exporter.tokenizer import TextTokenizer, load_tokenizer
+from exporter.quantization.quantized_checkpoint import open_quantized
+from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 
 PROMPTS = (
     "Ada has 12 eggs. Ada sells 5. Then 20 eggs are added. How many eggs does Ada have now?",
@@ -84,15 +84,15 @@ def endless(demo: Official, tmp_path_factory: pytest.TempPathFactory) -> Officia
     never = next(token for token in range(512) if token not in said)
     folder = tmp_path_factory.mktemp("endless")
     source = demo.artifact.artifact.path.parent / "quantized"
-    shutil.copytree(source, folder / "waist")
+    shutil.copytree(source, folder / "quantized")
     for name in ("config.json", "generation_config.json"):
-        content = json.loads((folder / "waist" / name).read_text())
-        (folder / "waist" / name).write_text(json.dumps({**content, "eos_token_id": never}))
-    manifest = json.loads((folder / "waist" / "quantization.json").read_text())
-    manifest["files"] = {name: sha256(folder / "waist" / name) for name in manifest["files"]}
-    (folder / "waist" / "quantization.json").write_text(json.dumps(manifest))
-    waist, target = open_waist(folder / "waist"), demo.artifact.artifact.target
-    return official(pipeline.lower(waist, target, folder / "artifact", no_progress), folder)
+        content = json.loads((folder / "quantized" / name).read_text())
+        (folder / "quantized" / name).write_text(json.dumps({**content, "eos_token_id": never}))
+    manifest = json.loads((folder / "quantized" / "quantization.json").read_text())
+    manifest["files"] = {name: sha256(folder / "quantized" / name) for name in manifest["files"]}
+    (folder / "quantized" / "quantization.json").write_text(json.dumps(manifest))
+    quantized, target = open_quantized(folder / "quantized"), demo.artifact.artifact.target
+    return official(pipeline.lower(quantized, target, folder / "artifact", no_progress), folder)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -15,22 +15,22 @@ from commands import run
 from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 
 from exporter import pipeline
-from exporter.artifact import FinishedArtifact, open_artifact
 from exporter.backends import executorch
 from exporter.backends import onnx as backend
-from exporter.backends.reference import score
-from exporter.bundle import Bundle
-from exporter.checkpoint import open_checkpoint
+from exporter.bundle.artifact import FinishedArtifact, open_artifact
+from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
 from exporter.evaluation.agreement import compare_logits
-from exporter.generation import Generation, Sampling
+from exporter.inference.generation import Generation, Sampling
+from exporter.inference.loaded_model import open_model
+from exporter.inference.reference import score
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_blocks_to_int8
-from exporter.quantization.integers import QuantizedTensor
-from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import OnnxTarget, parse_recipe, parse_target
-from exporter.speaker import open_speaker
-from exporter.tokenizer import load_tokenizer
+from exporter.text.tokenizer import load_tokenizer
 from exporter.verification import check_integers, run_teacher_forced
 
 CONTEXT = 64
@@ -80,16 +80,18 @@ def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
         schemes = {"linear": linear, "embedding": embedding, "overrides": overrides or {}}
         targets = [{"target": "onnx", "max_context": CONTEXT, **(target or {})}]
         recipe = parse_recipe({"name": "t", "quantization": schemes, "targets": targets}, "t")
-        waist = pipeline.quantize(recipe, open_checkpoint(folder), tmp_path / "waist", no_progress)
-        lowered = pipeline.lower(waist, recipe.targets[0], tmp_path / "artifact", no_progress)
-        return waist, lowered
+        quantized = pipeline.quantize(
+            recipe, open_checkpoint(folder), tmp_path / "quantized", no_progress
+        )
+        lowered = pipeline.lower(quantized, recipe.targets[0], tmp_path / "artifact", no_progress)
+        return quantized, lowered
 
     return run
 
 
 def lower_nano(bundle: Bundle, out: Path, **target: Any) -> FinishedArtifact:
     parsed = parse_target({"target": "onnx", "max_context": 512, **target}, "test")
-    return pipeline.lower(bundle.waist, parsed, out, no_progress)
+    return pipeline.lower(bundle.quantized, parsed, out, no_progress)
 
 
 def tokens(count: int) -> list[int]:
@@ -106,20 +108,20 @@ def logits(lowered: FinishedArtifact) -> torch.Tensor:
     return run_teacher_forced(backend.load(lowered.artifact), tokens(25), (1, 5))
 
 
-def reference(waist: QuantizedCheckpoint, **rounding: Any) -> torch.Tensor:
-    return score(waist, tokens(25), [0, 4, *range(5, 25)], rounding.get("rounding"))
+def reference(quantized: QuantizedCheckpoint, **rounding: Any) -> torch.Tensor:
+    return score(quantized, tokens(25), [0, 4, *range(5, 25)], rounding.get("rounding"))
 
 
 @pytest.mark.parametrize("target", FLOAT_FORMS, ids=["contrib", "portable"])
 @pytest.mark.parametrize(("model", "tied", "linear", "embedding"), SCHEMES)
-def test_float_products_give_the_references_logits_from_the_waists_integers(
+def test_float_products_give_the_references_logits_from_the_quantized_checkpoints_integers(
     model: str, tied: bool, linear: str, embedding: str, target: dict[str, Any], lower: Lower
 ) -> None:
-    waist, lowered = lower(model, linear, embedding, target, tie_word_embeddings=tied)
-    expected = reference(waist)
+    quantized, lowered = lower(model, linear, embedding, target, tie_word_embeddings=tied)
+    expected = reference(quantized)
     assert expected.std() > 1
     assert (logits(lowered) - expected).abs().max() < 2e-3
-    checks = check_integers(waist, lowered, lambda name: None)
+    checks = check_integers(quantized, lowered, lambda name: None)
     assert [check for check in checks if not check.passed] == []
 
 
@@ -127,52 +129,52 @@ def test_float_products_give_the_references_logits_from_the_waists_integers(
 def test_int8_products_stay_near_the_reference_and_keep_the_integers(
     model: str, tied: bool, linear: str, embedding: str, lower: Lower
 ) -> None:
-    waist, lowered = lower(model, linear, embedding, tie_word_embeddings=tied)
-    assert compare_logits(reference(waist), logits(lowered)).kl < 2e-2
-    checks = check_integers(waist, lowered, lambda name: None)
+    quantized, lowered = lower(model, linear, embedding, tie_word_embeddings=tied)
+    assert compare_logits(reference(quantized), logits(lowered)).kl < 2e-2
+    checks = check_integers(quantized, lowered, lambda name: None)
     assert [check for check in checks if not check.passed] == []
 
 
 def test_the_simulated_block_rounding_is_what_the_runtime_does(lower: Lower) -> None:
     """On one token: on longer texts the two sums' last bits round some value apart."""
-    waist, lowered = lower()
+    quantized, lowered = lower()
     found = backend.load(lowered.artifact).prefill([7])
-    simulated = score(waist, [7], [0], partial(round_blocks_to_int8, block=32))[0]
-    exact = score(waist, [7], [0], None)[0]
+    simulated = score(quantized, [7], [0], partial(round_blocks_to_int8, block=32))[0]
+    exact = score(quantized, [7], [0], None)[0]
     assert (found - simulated).norm() < 1e-4 * exact.norm() < (found - exact).norm()
 
 
 @pytest.mark.parametrize("form", ["contrib", "portable"])
 def test_half_precision_activations_keep_the_integers(form: str, lower: Lower) -> None:
     target = {"activations": "float16", "products": "float", "form": form}
-    waist, lowered = lower(target=target)
-    assert compare_logits(reference(waist), logits(lowered)).kl < 1e-4
-    checks = check_integers(waist, lowered, lambda name: None)
+    quantized, lowered = lower(target=target)
+    assert compare_logits(reference(quantized), logits(lowered)).kl < 1e-4
+    checks = check_integers(quantized, lowered, lambda name: None)
     assert [check for check in checks if not check.passed] == []
 
 
 def test_schemes_may_differ_from_layer_to_layer(lower: Lower) -> None:
     overrides = {"*.0.self_attn.*": "int8", "*.1.*.v_*": "int4", "*.down_proj.weight": "float"}
-    waist, lowered = lower(target={"products": "float"}, overrides=overrides)
-    assert (logits(lowered) - reference(waist)).abs().max() < 2e-3
-    checks = check_integers(waist, lowered, lambda name: None)
+    quantized, lowered = lower(target={"products": "float"}, overrides=overrides)
+    assert (logits(lowered) - reference(quantized)).abs().max() < 2e-3
+    checks = check_integers(quantized, lowered, lambda name: None)
     assert [check for check in checks if not check.passed] == []
 
 
-def test_the_integers_of_the_onnx_and_of_the_pte_of_one_waist_are_equal(
+def test_the_integers_of_the_onnx_and_of_the_pte_of_one_quantized_checkpoint_are_equal(
     finished_bundle: Bundle, tmp_path: Path
 ) -> None:
-    waist = finished_bundle.waist
+    quantized = finished_bundle.quantized
     ours = {
         name: weight
         for name, place, weight in backend.weights(
-            lower_nano(finished_bundle, tmp_path / "onnx").artifact, waist
+            lower_nano(finished_bundle, tmp_path / "onnx").artifact, quantized
         )
         if place == "filter"
     }
     compared = 0
     pte = finished_bundle.artifacts["executorch"].artifact
-    for name, place, weight in executorch.weights(pte, waist):
+    for name, place, weight in executorch.weights(pte, quantized):
         if place == "filter" and isinstance(weight, QuantizedTensor):
             other = ours[name]
             assert isinstance(other, QuantizedTensor)
@@ -187,7 +189,7 @@ def test_the_tied_embedding_is_in_the_files_once(
     form: str, finished_bundle: Bundle, tmp_path: Path
 ) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx", form=form, products="float")
-    stored = finished_bundle.waist.read(EMBEDDING)
+    stored = finished_bundle.quantized.read(EMBEDDING)
     assert isinstance(stored, QuantizedTensor)
     model = onnx.load(str(lowered.artifact.path / "model.onnx"), load_external_data=False)
     places = Counter(
@@ -229,12 +231,12 @@ def test_onnx_s_own_reference_evaluator_computes_the_portable_form(
 
     path = lowered.artifact.path / "model.onnx"
     evaluator = ReferenceEvaluator(onnx.load(str(path)))
-    config = finished_bundle.waist.config
+    config = finished_bundle.quantized.config
     empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)
     feeds = {value: empty for value in evaluator.input_names if value.startswith("past")}
     text = [0, 50, 60, 70]
     found = evaluator.run(["logits"], {"input_ids": np.array([text]), **feeds})[0][0, -1]
-    expected = score(finished_bundle.waist, text, [len(text) - 1], None)[0]
+    expected = score(finished_bundle.quantized, text, [len(text) - 1], None)[0]
     assert np.abs(found - expected.numpy()).max() < 1e-3
 
 
@@ -311,7 +313,7 @@ def test_a_flipped_bit_in_the_data_file_is_reported_with_its_tensor(
         raw[5] ^= 4
         tensor.raw_data = bytes(raw)
         (folder / "model.onnx").write_bytes(model.SerializeToString())
-    checks = check_integers(finished_bundle.waist, lowered, lambda name: None)
+    checks = check_integers(finished_bundle.quantized, lowered, lambda name: None)
     failed = [check for check in checks if not check.passed]
     assert [(check.subject, check.value) for check in failed] == [(f"{name} (filter)", 1)]
     assert f"1 {part} differ" in failed[0].note
@@ -324,8 +326,8 @@ def test_a_truncated_data_file_is_found_before_the_runtime_opens_it(
     data = lowered.artifact.path / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-5000])
     with pytest.raises(InputError, match=r"model\.onnx\.data.*sha256"):
-        open_speaker(str(lowered.artifact.path), None)
-    checks = check_integers(finished_bundle.waist, lowered, lambda name: None)
+        open_model(str(lowered.artifact.path), None)
+    checks = check_integers(finished_bundle.quantized, lowered, lambda name: None)
     assert any("ends beyond the end" in check.note for check in checks)
 
 

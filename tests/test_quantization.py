@@ -1,4 +1,4 @@
-"""Integers on the portable scale grid, the waist on disk, and the folder with its float values."""
+"""Integers on the portable scale grid, the quantized checkpoint, the folder of its float values."""
 
 import json
 import shutil
@@ -16,11 +16,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from exporter.backends.reference import score
-from exporter.checkpoint import COMPANION_FILES, Checkpoint, open_checkpoint, parse_config
 from exporter.errors import InputError
 from exporter.files import differing_files, sha256
-from exporter.quantization.integers import (
+from exporter.inference.reference import score
+from exporter.model.checkpoint import COMPANION_FILES, Checkpoint, open_checkpoint, parse_config
+from exporter.quantization.quantized_checkpoint import (
+    MANIFEST,
+    WEIGHTS,
+    Plan,
+    QuantizedCheckpoint,
+    damaged_tensors,
+    finished_quantized,
+    open_quantized,
+    plan_schemes,
+    quantized_identity,
+    write_dequantized,
+    write_quantized,
+)
+from exporter.quantization.schemes import (
     CODE_RANGE,
     FLOAT,
     GROUP_SIZES,
@@ -33,19 +46,6 @@ from exporter.quantization.integers import (
     quantize,
     to_scale_grid,
     unpack_int4,
-)
-from exporter.quantization.waist import (
-    MANIFEST,
-    WEIGHTS,
-    Plan,
-    QuantizedCheckpoint,
-    damaged_tensors,
-    finished_waist,
-    open_waist,
-    plan_schemes,
-    waist_identity,
-    write_dequantized,
-    write_waist,
 )
 
 INT4, INT8 = Scheme(4, 32), Scheme(8)
@@ -381,7 +381,7 @@ def test_a_norm_in_integers_is_refused() -> None:
         planned({"model.norm.weight": INT8})
 
 
-# The waist.
+# The quantized checkpoint.
 
 
 def no_tensor(name: str) -> None:
@@ -393,9 +393,9 @@ def write(checkpoint: Checkpoint, out: Path, **overrides: Scheme) -> QuantizedCh
     patterns = {V_PROJ: FLOAT, **overrides}
     shapes = checkpoint.config.parameter_shapes()
     plan = plan_schemes(shapes, INT4, INT8, patterns, "mse")
-    identity = waist_identity(checkpoint, plan)
-    done = finished_waist(out, identity)
-    return done or write_waist(checkpoint, plan, identity, out, no_tensor)
+    identity = quantized_identity(checkpoint, plan)
+    done = finished_quantized(out, identity)
+    return done or write_quantized(checkpoint, plan, identity, out, no_tensor)
 
 
 def small(make: MakeCheckpoint, **options: Any) -> Checkpoint:
@@ -421,13 +421,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def finished(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> QuantizedCheckpoint:
-    """The waist of `source`, made once. Read it only; `waist_copy` may be changed."""
-    return write(source, tmp_path_factory.mktemp("finished") / "waist")
+    """The quantized checkpoint of `source`, made once. Read only: `quantized_copy` may change."""
+    return write(source, tmp_path_factory.mktemp("finished") / "quantized")
 
 
 @pytest.fixture
-def waist_copy(finished: QuantizedCheckpoint, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished.path, tmp_path / "waist"))
+def quantized_copy(finished: QuantizedCheckpoint, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished.path, tmp_path / "quantized"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -467,10 +467,10 @@ def test_the_file_holds_what_its_readme_says(
     dtype: torch.dtype, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     checkpoint = small(make_checkpoint, dtype=dtype)
-    waist = write(checkpoint, tmp_path / "waist")
-    stored = safetensors_by_hand(tmp_path / "waist" / "quantized.safetensors")
+    quantized = write(checkpoint, tmp_path / "quantized")
+    stored = safetensors_by_hand(tmp_path / "quantized" / "quantized.safetensors")
     for name in checkpoint.tensors:
-        weight, scheme = checkpoint.read(name), waist.schemes[name]
+        weight, scheme = checkpoint.read(name), quantized.schemes[name]
         if scheme == FLOAT:
             assert np.array_equal(stored.pop(name), weight.float().numpy()), name
             continue
@@ -481,7 +481,7 @@ def test_the_file_holds_what_its_readme_says(
         assert np.array_equal(codes, expected.codes.numpy()), name
         assert np.array_equal(scales.astype(np.float32), expected.scales.numpy()), name
         groups = np.repeat(scales.astype(np.float32), codes.shape[1] // scales.shape[1], 1)
-        assert np.array_equal(codes * groups, waist.float_weight(name).numpy()), name
+        assert np.array_equal(codes * groups, quantized.float_weight(name).numpy()), name
     assert not stored, "nothing else is in the file"
 
 
@@ -503,8 +503,8 @@ def test_a_tied_output_layer_is_stored_once(
 ) -> None:
     weights = random_weights(LLAMA4, torch.bfloat16)
     checkpoint = small(make_checkpoint, weights={**weights, HEAD: weights[EMBEDDING].clone()})
-    write(checkpoint, tmp_path / "waist")
-    stored = safetensors_by_hand(tmp_path / "waist" / WEIGHTS)
+    write(checkpoint, tmp_path / "quantized")
+    stored = safetensors_by_hand(tmp_path / "quantized" / WEIGHTS)
     assert not [name for name in stored if name.startswith("lm_head")]
     assert f"{EMBEDDING}.codes" in stored
 
@@ -512,8 +512,8 @@ def test_a_tied_output_layer_is_stored_once(
 def test_an_untied_output_layer_is_stored_beside_the_embedding(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    write(small(make_checkpoint, base=LLAMA), tmp_path / "waist")
-    stored = safetensors_by_hand(tmp_path / "waist" / WEIGHTS)
+    write(small(make_checkpoint, base=LLAMA), tmp_path / "quantized")
+    stored = safetensors_by_hand(tmp_path / "quantized" / WEIGHTS)
     assert {f"{HEAD}.codes", f"{EMBEDDING}.codes"} <= set(stored)
 
 
@@ -549,8 +549,10 @@ def test_the_manifest_says_what_was_done_to_what(
         assert manifest[key] == {name: sha256(path) for name, path in present.items()}
 
 
-def test_a_waist_opened_again_is_the_one_written(finished: QuantizedCheckpoint) -> None:
-    again = open_waist(finished.path)
+def test_a_quantized_checkpoint_opened_again_is_the_one_written(
+    finished: QuantizedCheckpoint,
+) -> None:
+    again = open_quantized(finished.path)
     assert again == finished
     assert (again.bos_token_id, again.eos_token_ids) == (0, (5,))
 
@@ -562,7 +564,7 @@ def test_two_writes_are_equal_to_the_last_byte(
     assert contents(tmp_path / "again") == contents(finished.path)
 
 
-def test_a_waist_does_not_depend_on_how_the_checkpoint_is_sharded(
+def test_a_quantized_checkpoint_does_not_depend_on_how_the_checkpoint_is_sharded(
     source: Checkpoint, finished: QuantizedCheckpoint, tmp_path: Path
 ) -> None:
     two = Path(shutil.copytree(source.path, tmp_path / "sharded"))
@@ -574,59 +576,63 @@ def test_a_waist_does_not_depend_on_how_the_checkpoint_is_sharded(
         save_file({name: weights[name] for name in part}, two / file)
     weight_map = {name: file for file, part in shards.items() for name in part}
     (two / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    write(open_checkpoint(two), tmp_path / "waist")
-    assert sha256(tmp_path / "waist" / WEIGHTS) == sha256(finished.path / WEIGHTS)
+    write(open_checkpoint(two), tmp_path / "quantized")
+    assert sha256(tmp_path / "quantized" / WEIGHTS) == sha256(finished.path / WEIGHTS)
 
 
-def test_a_finished_waist_is_left_as_it_is(source: Checkpoint, waist_copy: Path) -> None:
-    before = {path.name: path.stat().st_ino for path in waist_copy.iterdir()}
-    write(source, waist_copy)
-    assert {path.name: path.stat().st_ino for path in waist_copy.iterdir()} == before
+def test_a_finished_quantized_checkpoint_is_left_as_it_is(
+    source: Checkpoint, quantized_copy: Path
+) -> None:
+    before = {path.name: path.stat().st_ino for path in quantized_copy.iterdir()}
+    write(source, quantized_copy)
+    assert {path.name: path.stat().st_ino for path in quantized_copy.iterdir()} == before
 
 
-def _unfinish(waist: Path) -> None:
-    (waist / MANIFEST).unlink()
-    (waist / WEIGHTS).write_bytes((waist / WEIGHTS).read_bytes()[:1000])
+def _unfinish(quantized: Path) -> None:
+    (quantized / MANIFEST).unlink()
+    (quantized / WEIGHTS).write_bytes((quantized / WEIGHTS).read_bytes()[:1000])
 
 
-def _flip(waist: Path) -> None:
-    data = bytearray((waist / WEIGHTS).read_bytes())
+def _flip(quantized: Path) -> None:
+    data = bytearray((quantized / WEIGHTS).read_bytes())
     data[-100] ^= 1
-    (waist / WEIGHTS).write_bytes(data)
+    (quantized / WEIGHTS).write_bytes(data)
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "manifest deleted": lambda waist: (waist / MANIFEST).unlink(),
+    "manifest deleted": lambda quantized: (quantized / MANIFEST).unlink(),
     "killed while writing": _unfinish,
-    "only a temporary file": lambda waist: [
-        (waist / WEIGHTS).rename(waist / f".{WEIGHTS}.tmp"),
-        (waist / MANIFEST).unlink(),
+    "only a temporary file": lambda quantized: [
+        (quantized / WEIGHTS).rename(quantized / f".{WEIGHTS}.tmp"),
+        (quantized / MANIFEST).unlink(),
     ],
     "one bit of the weights": _flip,
-    "another tokenizer": lambda waist: (waist / "tokenizer.json").write_text("{}"),
-    "a tokenizer deleted": lambda waist: (waist / "tokenizer.json").unlink(),
-    "a file that the source does not have": lambda waist: [
-        (waist / "vocab.json").write_text("{}"),
-        (waist / MANIFEST).unlink(),
+    "another tokenizer": lambda quantized: (quantized / "tokenizer.json").write_text("{}"),
+    "a tokenizer deleted": lambda quantized: (quantized / "tokenizer.json").unlink(),
+    "a file that the source does not have": lambda quantized: [
+        (quantized / "vocab.json").write_text("{}"),
+        (quantized / MANIFEST).unlink(),
     ],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_waist_that_is_not_whole_is_written_again_equal(
-    damage: Callable[[Path], object], source: Checkpoint, waist_copy: Path
+def test_a_quantized_checkpoint_that_is_not_whole_is_written_again_equal(
+    damage: Callable[[Path], object], source: Checkpoint, quantized_copy: Path
 ) -> None:
-    whole = contents(waist_copy)
-    damage(waist_copy)
-    assert contents(waist_copy) != whole
-    write(source, waist_copy)
-    assert contents(waist_copy) == whole
+    whole = contents(quantized_copy)
+    damage(quantized_copy)
+    assert contents(quantized_copy) != whole
+    write(source, quantized_copy)
+    assert contents(quantized_copy) == whole
 
 
-def test_a_waist_of_another_plan_is_written_anew(source: Checkpoint, waist_copy: Path) -> None:
-    other = write(source, waist_copy, **{Q_PROJ: INT8})
+def test_a_quantized_checkpoint_of_another_plan_is_written_anew(
+    source: Checkpoint, quantized_copy: Path
+) -> None:
+    other = write(source, quantized_copy, **{Q_PROJ: INT8})
     assert other.schemes[Q_PROJ] == INT8
-    assert not differing_files(waist_copy, other.manifest["files"])
+    assert not differing_files(quantized_copy, other.manifest["files"])
 
 
 def test_weights_too_large_for_the_grid_are_refused_by_name(
@@ -636,24 +642,26 @@ def test_weights_too_large_for_the_grid_are_refused_by_name(
     weights[Q_PROJ][0, 0] = 1e6
     checkpoint = small(make_checkpoint, weights=weights)
     with pytest.raises(InputError) as raised:
-        write(checkpoint, tmp_path / "waist")
+        write(checkpoint, tmp_path / "quantized")
     assert raised.value.subject == Q_PROJ
     assert "float16 cannot hold" in raised.value.problem
     assert "override" in raised.value.remedy
-    assert not (tmp_path / "waist" / MANIFEST).exists()
+    assert not (tmp_path / "quantized" / MANIFEST).exists()
 
 
 # Damage that is found.
 
 
-def rewrite(waist: Path, change: Callable[[dict[str, Tensor]], object]) -> QuantizedCheckpoint:
-    weights = load_file(waist / WEIGHTS)
+def rewrite(quantized: Path, change: Callable[[dict[str, Tensor]], object]) -> QuantizedCheckpoint:
+    weights = load_file(quantized / WEIGHTS)
     change(weights)
-    save_file(weights, waist / WEIGHTS)
-    return open_waist(waist)
+    save_file(weights, quantized / WEIGHTS)
+    return open_quantized(quantized)
 
 
-def test_a_waist_as_written_has_no_damaged_tensors(finished: QuantizedCheckpoint) -> None:
+def test_a_quantized_checkpoint_as_written_has_no_damaged_tensors(
+    finished: QuantizedCheckpoint,
+) -> None:
     assert damaged_tensors(finished) == {}
 
 
@@ -679,39 +687,41 @@ BROKEN: dict[str, tuple[str, str, float, str]] = {
 
 @pytest.mark.parametrize(("name", "part", "value", "problem"), BROKEN.values(), ids=BROKEN)
 def test_a_tensor_that_breaks_the_format_is_named(
-    name: str, part: str, value: float, problem: str, waist_copy: Path
+    name: str, part: str, value: float, problem: str, quantized_copy: Path
 ) -> None:
-    problems = damaged_tensors(rewrite(waist_copy, _set(f"{name}{part}", value)))
+    problems = damaged_tensors(rewrite(quantized_copy, _set(f"{name}{part}", value)))
     assert list(problems) == [name]
     assert problem in problems[name]
 
 
-# What is no waist.
+# What is no quantized checkpoint.
 
 
 def manifest_with(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    def damage(waist: Path) -> None:
-        manifest = json.loads((waist / MANIFEST).read_text())
+    def damage(quantized: Path) -> None:
+        manifest = json.loads((quantized / MANIFEST).read_text())
         change(manifest)
-        (waist / MANIFEST).write_text(json.dumps(manifest))
+        (quantized / MANIFEST).write_text(json.dumps(manifest))
 
     return damage
 
 
 def weights_with(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    def damage(waist: Path) -> None:
-        weights = load_file(waist / WEIGHTS)
+    def damage(quantized: Path) -> None:
+        weights = load_file(quantized / WEIGHTS)
         change(weights)
-        save_file(weights, waist / WEIGHTS)
+        save_file(weights, quantized / WEIGHTS)
 
     return damage
 
 
 def cut(size: int) -> Callable[[Path], object]:
-    return lambda waist: (waist / WEIGHTS).write_bytes((waist / WEIGHTS).read_bytes()[:size])
+    return lambda quantized: (quantized / WEIGHTS).write_bytes(
+        (quantized / WEIGHTS).read_bytes()[:size]
+    )
 
 
-NO_WAIST: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+NO_QUANTIZED_CHECKPOINT: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no manifest": (lambda w: (w / MANIFEST).unlink(), [MANIFEST, "no such file"]),
     "manifest cut": (lambda w: (w / MANIFEST).write_text("{"), [MANIFEST, "not valid JSON"]),
     "another version": (
@@ -791,13 +801,15 @@ NO_WAIST: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "parts"), NO_WAIST.values(), ids=NO_WAIST)
-def test_what_is_no_whole_waist_is_refused_with_the_entry(
-    damage: Callable[[Path], object], parts: list[str], waist_copy: Path
+@pytest.mark.parametrize(
+    ("damage", "parts"), NO_QUANTIZED_CHECKPOINT.values(), ids=NO_QUANTIZED_CHECKPOINT
+)
+def test_what_is_no_whole_quantized_checkpoint_is_refused_with_the_entry(
+    damage: Callable[[Path], object], parts: list[str], quantized_copy: Path
 ) -> None:
-    damage(waist_copy)
+    damage(quantized_copy)
     with pytest.raises(InputError) as raised:
-        open_waist(waist_copy)
+        open_quantized(quantized_copy)
     missing = [part for part in parts if part not in str(raised.value)]
     assert not missing, f"{missing} not in: {raised.value}"
 
@@ -806,25 +818,25 @@ def test_what_is_no_whole_waist_is_refused_with_the_entry(
 
 
 @pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4_text", "llama"])
-def test_the_dequantized_folder_in_float32_has_exactly_the_waists_weights(
+def test_the_dequantized_folder_in_float32_has_exactly_the_quantized_checkpoints_weights(
     base: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    waist = write(small(make_checkpoint, base=base), tmp_path / "waist")
-    write_dequantized(waist, torch.float32, tmp_path / "plain", no_tensor)
+    quantized = write(small(make_checkpoint, base=base), tmp_path / "quantized")
+    write_dequantized(quantized, torch.float32, tmp_path / "plain", no_tensor)
     plain = open_checkpoint(tmp_path / "plain")
-    assert plain.config == waist.config
-    assert list(plain.tensors) == list(waist.schemes)
+    assert plain.config == quantized.config
+    assert list(plain.tensors) == list(quantized.schemes)
     for name in plain.tensors:
         assert plain.tensors[name].dtype == torch.float32
-        assert torch.equal(plain.read(name), waist.float_weight(name)), name
+        assert torch.equal(plain.read(name), quantized.float_weight(name)), name
 
 
 def test_the_dequantized_folder_in_float16_is_exact_for_int4(tmp_path: Path) -> None:
-    waist = write_nano(tmp_path)
-    write_dequantized(waist, torch.float16, tmp_path / "plain", no_tensor)
+    quantized = write_nano(tmp_path)
+    write_dequantized(quantized, torch.float16, tmp_path / "plain", no_tensor)
     plain, compared = open_checkpoint(tmp_path / "plain"), 0
-    for name, scheme in waist.schemes.items():
-        ours, theirs = waist.float_weight(name), plain.float_weight(name)
+    for name, scheme in quantized.schemes.items():
+        ours, theirs = quantized.float_weight(name), plain.float_weight(name)
         if scheme.bits == 4:
             exact = (ours == 0) | (ours.abs() >= 2**-14)
             assert torch.equal(ours[exact], theirs[exact]), name
@@ -854,17 +866,21 @@ def test_the_dequantized_folder_has_the_sources_other_files(
 def write_nano(out: Path) -> QuantizedCheckpoint:
     checkpoint = open_checkpoint(NANO)
     plan = plan_schemes(checkpoint.config.parameter_shapes(), INT4, INT4, {}, "absmax")
-    return write_waist(checkpoint, plan, waist_identity(checkpoint, plan), out / "nano", no_tensor)
+    return write_quantized(
+        checkpoint, plan, quantized_identity(checkpoint, plan), out / "nano", no_tensor
+    )
 
 
-def test_the_dequantized_demo_in_transformers_has_the_logits_of_the_waist(tmp_path: Path) -> None:
-    waist = write_nano(tmp_path)
-    write_dequantized(waist, torch.float32, tmp_path / "plain", no_tensor)
+def test_the_dequantized_demo_in_transformers_has_the_logits_of_the_quantized_checkpoint(
+    tmp_path: Path,
+) -> None:
+    quantized = write_nano(tmp_path)
+    write_dequantized(quantized, torch.float32, tmp_path / "plain", no_tensor)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     tokens = torch.randint(512, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.inference_mode():
         expected = theirs(torch.tensor([tokens])).logits[0]
-    ours = score(waist, tokens, range(40), None)
+    ours = score(quantized, tokens, range(40), None)
     assert torch.allclose(ours, expected, atol=1e-4, rtol=0)
     float_logits = score(open_checkpoint(NANO), tokens, range(40), None)
     assert not torch.allclose(ours, float_logits, atol=1e-2), "int4 must show in the logits"

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from exporter.errors import InputError
-from exporter.quantization.integers import Scheme
+from exporter.quantization.schemes import Scheme
 from exporter.recipe import (
     ExecuTorchTarget,
     OnnxTarget,

@@ -9,17 +9,17 @@ import torch
 from conftest import LLAMA, LLAMA4, MakeCheckpoint
 from torch import Tensor
 
-from exporter.backends.reference import ReferenceRunner, score
-from exporter.bundle import Bundle
-from exporter.checkpoint import open_checkpoint
-from exporter.model import load_decoder
+from exporter.bundle.bundle import Bundle
+from exporter.inference.reference import ReferenceRunner, score
+from exporter.model.checkpoint import open_checkpoint
+from exporter.model.decoder import load_decoder
 from exporter.quantization.activations import (
     round_blocks_to_int8,
     round_prompt_to_int8,
     round_rows_to_int8,
 )
-from exporter.quantization.waist import EMBEDDING
-from exporter.tokenizer import load_tokenizer
+from exporter.quantization.quantized_checkpoint import EMBEDDING
+from exporter.text.tokenizer import load_tokenizer
 
 KINDS: list[tuple[dict[str, Any], bool]] = [
     (LLAMA4, True), (LLAMA4, False), (LLAMA, True), (LLAMA, False)
@@ -68,10 +68,12 @@ def test_score_gives_the_positions_asked_for_in_their_order(nano: Path) -> None:
     assert not torch.allclose(whole[7], whole[19], atol=1)
 
 
-def test_score_of_a_waist_is_that_of_its_integers(finished_bundle: Bundle, nano: Path) -> None:
-    waist, tokens = finished_bundle.waist, tokens_of(20)
-    runner = ReferenceRunner(waist, 20)
-    scored = score(waist, tokens, [19], None)[0]
+def test_score_of_a_quantized_checkpoint_is_that_of_its_integers(
+    finished_bundle: Bundle, nano: Path
+) -> None:
+    quantized, tokens = finished_bundle.quantized, tokens_of(20)
+    runner = ReferenceRunner(quantized, 20)
+    scored = score(quantized, tokens, [19], None)[0]
     assert torch.allclose(runner.prefill(tokens), scored, atol=1e-4, rtol=0)
     assert not torch.allclose(score(open_checkpoint(nano), tokens, [19], None)[0], scored, atol=0.1)
 

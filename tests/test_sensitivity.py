@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrating import TEXT, Replaced, divergence_of, quantized, recipe_of, small_checkpoint
+from calibrating import TEXT, Replaced, divergence_of, quantize_here, recipe_of, small_checkpoint
 from commands import contents
 from conftest import LLAMA, LLAMA4, MakeCheckpoint
 from safetensors.torch import load_file
@@ -21,11 +21,11 @@ from exporter.calibration.sensitivity import (
     search,
     sensitivities,
 )
-from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
+from exporter.model.checkpoint import Checkpoint
 from exporter.pipeline import quantize
-from exporter.quantization.integers import FLOAT, QuantizedTensor, Scheme
-from exporter.quantization.integers import quantize as quantize_weight
+from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
+from exporter.quantization.schemes import quantize as quantize_weight
 
 V_PROJ, EMBEDDING = "model.layers.1.self_attn.v_proj.weight", "model.embed_tokens.weight"
 SUBJECT = "quantization.budget"
@@ -191,21 +191,23 @@ def test_what_is_no_budget_is_refused(written: str, make_checkpoint: MakeCheckpo
 
 
 @pytest.mark.parametrize("method", ["absmax", "mse", "gptq"])
-def test_a_recipe_with_a_budget_gives_a_waist_within_it(
+def test_a_recipe_with_a_budget_gives_a_quantized_checkpoint_within_it(
     method: str, make_checkpoint: MakeCheckpoint, text: Path, tmp_path: Path
 ) -> None:
     checkpoint = small_checkpoint(make_checkpoint)
-    waist = quantized(recipe_of(method, text, budget="6 bits"), checkpoint, tmp_path / "out")
-    stored = load_file(waist.path / "quantized.safetensors").values()
+    quantized = quantize_here(
+        recipe_of(method, text, budget="6 bits"), checkpoint, tmp_path / "out"
+    )
+    stored = load_file(quantized.path / "quantized.safetensors").values()
     size = 8 * sum(tensor.numel() * tensor.dtype.itemsize for tensor in stored)
     budget = 6 * checkpoint.parameter_count
     assert 0.95 * budget < size <= budget
-    assert size == model_bits(waist.schemes, waist.config)
-    report = json.loads((waist.path / "calibration" / "sensitivity.json").read_text())
+    assert size == model_bits(quantized.schemes, quantized.config)
+    report = json.loads((quantized.path / "calibration" / "sensitivity.json").read_text())
     rows = {row["name"]: row for row in report["sensitivities"]}
     wider = [name for name, row in rows.items() if row["wider"]]
-    assert wider == [name for name, scheme in waist.schemes.items() if scheme == Scheme(8)]
-    assert sorted(waist.manifest["calibration"]["wider"]) == sorted(wider)
+    assert wider == [name for name, scheme in quantized.schemes.items() if scheme == Scheme(8)]
+    assert sorted(quantized.manifest["calibration"]["wider"]) == sorted(wider)
     assert 0 < len(wider) < len(rows)
 
 
@@ -249,7 +251,7 @@ def test_another_budget_needs_no_new_measurement_and_other_text_does(
         [({"budget": "6 bits"}, 1), ({"budget": "5.5 bits"}, 1), ({"seed": 1}, 2)]
     ):
         recipe = recipe_of("mse", text, **{"budget": "6 bits", **changes})
-        quantized(recipe, checkpoint, tmp_path / str(index))
+        quantize_here(recipe, checkpoint, tmp_path / str(index))
         assert len(list(own_cache.iterdir())) == kept
 
 
@@ -257,11 +259,11 @@ def test_a_damaged_measurement_is_made_again(
     make_checkpoint: MakeCheckpoint, text: Path, own_cache: Path, tmp_path: Path
 ) -> None:
     checkpoint, recipe = small_checkpoint(make_checkpoint), recipe_of("mse", text, budget="6 bits")
-    quantized(recipe, checkpoint, tmp_path / "one")
+    quantize_here(recipe, checkpoint, tmp_path / "one")
     kept = contents(own_cache)
     [path] = own_cache.iterdir()
     path.write_text('{"sensitivities": [{"name": "x"}]}')
-    quantized(recipe, checkpoint, tmp_path / "other")
+    quantize_here(recipe, checkpoint, tmp_path / "other")
     assert contents(own_cache) == kept
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
@@ -272,5 +274,5 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_measured(
     checkpoint = small_checkpoint(make_checkpoint)
     recipe = recipe_of("mse", [{"tokens": 400}], budget="4 bits")
     with pytest.raises(InputError, match=r"quantization\.budget: holds .* MB at the least"):
-        quantized(recipe, checkpoint, tmp_path / "out")
+        quantize_here(recipe, checkpoint, tmp_path / "out")
     assert not own_cache.exists() and not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import torch
 from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 
 from exporter import pipeline
-from exporter.checkpoint import Checkpoint, open_checkpoint, parse_config
+from exporter.model.checkpoint import Checkpoint, open_checkpoint, parse_config
 from exporter.pipeline import no_progress
 from exporter.recipe import CoreMLTarget, Recipe, parse_recipe
 from exporter.sizes import predict
@@ -49,12 +49,12 @@ def recipe_of(linear: str, embedding: str, context: int, attention: str) -> Reci
 
 def error_of_prediction(recipe: Recipe, checkpoint: Checkpoint, folder: Path) -> float:
     """(predicted - real) / real."""
-    waist = pipeline.quantize(recipe, checkpoint, folder / "waist", no_progress)
-    pipeline.lower(waist, recipe.targets[0], folder / "artifact", no_progress)
+    quantized = pipeline.quantize(recipe, checkpoint, folder / "quantized", no_progress)
+    pipeline.lower(quantized, recipe.targets[0], folder / "artifact", no_progress)
     made = (folder / "artifact").rglob("model.*")
     model = [path for top in made for path in (top, *top.rglob("*")) if path.is_file()]
     real = sum(path.stat().st_size for path in set(model))
-    return predict(checkpoint.config, waist.schemes, recipe.targets[0]).file / real - 1
+    return predict(checkpoint.config, quantized.schemes, recipe.targets[0]).file / real - 1
 
 
 SCHEMES = pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from conftest import LLAMA, LLAMA4, MakeCheckpoint
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.backends.reference import score
 from exporter.calibration.loss import TeacherLogits, compare, divergence, teacher_logits
 from exporter.calibration.student import RoundedLinear, RoundedWeight, Student
-from exporter.checkpoint import Checkpoint
-from exporter.model import attend_causal, load_decoder
+from exporter.inference.reference import score
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.decoder import attend_causal, load_decoder
 from exporter.quantization.activations import round_rows_to_int8
-from exporter.quantization.gptq import Compensated
-from exporter.quantization.integers import (
+from exporter.quantization.gptq import GptqResult
+from exporter.quantization.schemes import (
     CODE_RANGE,
     FLOAT,
     SMALLEST_SCALE,
@@ -36,7 +36,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def starts_of(
     checkpoint: Checkpoint, scheme: Scheme, floats: tuple[str, ...] = ()
-) -> dict[str, Compensated]:
+) -> dict[str, GptqResult]:
     shapes = checkpoint.config.parameter_shapes()
     weights = {
         name: checkpoint.float_weight(name)
@@ -44,24 +44,24 @@ def starts_of(
         if len(shape) == 2 and name not in floats
     }
     return {
-        name: Compensated(quantize(weight, scheme, "mse"), weight)
+        name: GptqResult(quantize(weight, scheme, "mse"), weight)
         for name, weight in weights.items()
     }
 
 
-def with_integers(checkpoint: Checkpoint, starts: dict[str, Compensated]) -> Replaced:
+def with_integers(checkpoint: Checkpoint, starts: dict[str, GptqResult]) -> Replaced:
     return Replaced(checkpoint, {name: one.rounded.dequantize() for name, one in starts.items()})
 
 
 # One rounded weight.
 
 
-def clipping(scheme: Scheme, rows: int = 40, columns: int = 128) -> Compensated:
+def clipping(scheme: Scheme, rows: int = 40, columns: int = 128) -> GptqResult:
     """A weight with scales so small that some of it lies outside of the codes."""
     weight = random(rows, columns)
     rounded = quantize(weight, scheme, "absmax")
     scales = to_scale_grid(rounded.scales * 0.4)
-    return Compensated(QuantizedTensor(rounded.codes, scales, scheme), weight)
+    return GptqResult(QuantizedTensor(rounded.codes, scales, scheme), weight)
 
 
 def by_autograd(codes: Tensor, log_scales: Tensor, bits: int) -> Tensor:
@@ -120,14 +120,14 @@ def test_a_rounded_weight_is_what_it_would_be_stored_as(scheme: Scheme) -> None:
 def test_a_start_that_is_not_trained_comes_back_with_its_own_codes(scheme: Scheme) -> None:
     weight = random(40, 128)
     rounded = quantize(weight, scheme, "mse")
-    stored = RoundedWeight(Compensated(rounded, weight)).quantized()
+    stored = RoundedWeight(GptqResult(rounded, weight)).quantized()
     assert torch.equal(stored.codes, rounded.codes)
     assert torch.equal(stored.scales, rounded.scales)
 
 
 def test_the_smallest_scale_survives_being_learned_as_a_logarithm() -> None:
     rounded = quantize(torch.zeros(2, 32), Scheme(4, 32), "mse")
-    stored = RoundedWeight(Compensated(rounded, torch.zeros(2, 32))).quantized()
+    stored = RoundedWeight(GptqResult(rounded, torch.zeros(2, 32))).quantized()
     assert (stored.scales == SMALLEST_SCALE).all()
 
 
@@ -225,7 +225,7 @@ def test_a_student_with_int8_activations_computes_what_the_reference_simulates(
 
 def test_rounded_activations_pass_their_gradient_straight_through() -> None:
     weight = random(16, 32)
-    start = Compensated(quantize(weight, Scheme(4, 32), "mse"), weight)
+    start = GptqResult(quantize(weight, Scheme(4, 32), "mse"), weight)
     layer = RoundedLinear(start, round_rows_to_int8)
     x, arriving = random(5, 32, seed=2).requires_grad_(), random(5, 16, seed=3)
     found = layer(x)

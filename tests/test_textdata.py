@@ -11,8 +11,8 @@ from conftest import NANO
 from pyarrow import parquet
 
 from exporter.errors import InputError
-from exporter.textdata import Document, Message, read_documents
-from exporter.tokenizer import load_tokenizer
+from exporter.text.documents import Document, Message, read_documents
+from exporter.text.tokenizer import load_tokenizer
 
 PAIR = (Message("user", "2 + 2?"), Message("assistant", "4"))
 

@@ -11,7 +11,7 @@ from conftest import NANO
 from transformers import AutoTokenizer
 
 from exporter.errors import InputError
-from exporter.tokenizer import TextTokenizer, load_tokenizer
+from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 
 USER = "<|start_header_id|>user<|end_header_id|>\n\n"
 ANSWER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"

@@ -15,13 +15,17 @@ from executorch.exir._serialize import _program as pte
 from safetensors.torch import load_file, save_file
 
 from exporter import pipeline
-from exporter.artifact import FinishedArtifact, open_artifact
-from exporter.bundle import SEAL, Bundle, file_problems
-from exporter.checkpoint import open_checkpoint, parse_config
+from exporter.bundle.artifact import FinishedArtifact, open_artifact
+from exporter.bundle.bundle import SEAL, Bundle, file_problems
 from exporter.files import sha256
+from exporter.model.checkpoint import open_checkpoint, parse_config
 from exporter.pipeline import no_progress
-from exporter.quantization.integers import QuantizedTensor
-from exporter.quantization.waist import EMBEDDING, QuantizedCheckpoint, open_waist
+from exporter.quantization.quantized_checkpoint import (
+    EMBEDDING,
+    QuantizedCheckpoint,
+    open_quantized,
+)
+from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import load_recipe
 from exporter.verification import (
     Check,
@@ -40,7 +44,7 @@ PTE = "executorch/model.pte"
 
 @dataclass(frozen=True)
 class Lowered:
-    waist: QuantizedCheckpoint
+    quantized: QuantizedCheckpoint
     folder: Path
 
     def copy(self, to: Path) -> FinishedArtifact:
@@ -49,15 +53,15 @@ class Lowered:
 
 @pytest.fixture(scope="module")
 def int4(finished_bundle: Bundle) -> Lowered:
-    return Lowered(finished_bundle.waist, finished_bundle.path / "executorch")
+    return Lowered(finished_bundle.quantized, finished_bundle.path / "executorch")
 
 
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     folder, recipe = tmp_path_factory.mktemp("int8"), load_recipe("mobilellm-r1-nano-int8")
-    waist = pipeline.quantize(recipe, open_checkpoint(NANO), folder / "waist", no_progress)
-    pipeline.lower(waist, recipe.targets[0], folder / "artifact", no_progress)
-    return Lowered(waist, folder / "artifact")
+    quantized = pipeline.quantize(recipe, open_checkpoint(NANO), folder / "quantized", no_progress)
+    pipeline.lower(quantized, recipe.targets[0], folder / "artifact", no_progress)
+    return Lowered(quantized, folder / "artifact")
 
 
 def named_data(program: Path) -> dict[str, tuple[int, int]]:
@@ -73,9 +77,9 @@ def named_data(program: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def offset_of_table_scales(program: Path, waist: QuantizedCheckpoint) -> int:
+def offset_of_table_scales(program: Path, quantized: QuantizedCheckpoint) -> int:
     """The lookup table's float32 scales, which are no segment of their own."""
-    embedding = waist.read(EMBEDDING)
+    embedding = quantized.read(EMBEDDING)
     assert isinstance(embedding, QuantizedTensor)
     wanted, data = embedding.scales.numpy().tobytes(), program.read_bytes()
     filter_scales, _ = named_data(program)[f"{EMBEDDING}.scales"]
@@ -85,7 +89,7 @@ def offset_of_table_scales(program: Path, waist: QuantizedCheckpoint) -> int:
 
 
 def failed(lowered: Lowered, artifact: FinishedArtifact) -> list[Check]:
-    return list(failures(check_integers(lowered.waist, artifact, lambda name: None)))
+    return list(failures(check_integers(lowered.quantized, artifact, lambda name: None)))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_a_flipped_scale_of_the_lookup_table_is_reported_as_the_table(
     lowered: Lowered = request.getfixturevalue(recipe)
     artifact = lowered.copy(tmp_path / "artifact")
     program = artifact.artifact.path / "model.pte"
-    flip(program, offset_of_table_scales(program, lowered.waist) + 40)
+    flip(program, offset_of_table_scales(program, lowered.quantized) + 40)
     (check,) = failed(lowered, artifact)
     assert check.subject == f"{EMBEDDING} (table)"
     assert check.note.startswith("1 scales differ; at [")
@@ -157,29 +161,32 @@ def test_the_first_difference_is_given_with_both_values(int4: Lowered, tmp_path:
     program = artifact.artifact.path / "model.pte"
     offset, _ = named_data(program)[Q_PROJ]
     flip(program, offset, bit=3)  # code plus 8 in the low nibble: its highest bit is worth 8
-    weight = int4.waist.read(Q_PROJ)
+    weight = int4.quantized.read(Q_PROJ)
     assert isinstance(weight, QuantizedTensor)
     code = int(weight.codes[0, 0])
     (check,) = failed(int4, artifact)
     wrong = code - 8 if code >= 0 else code + 8
-    assert check.note == f"1 codes differ; at [0, 0] it is {wrong}, the waist has {code}"
+    assert (
+        check.note
+        == f"1 codes differ; at [0, 0] it is {wrong}, the quantized checkpoint has {code}"
+    )
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int8"])
-def test_an_untouched_artifact_has_every_weight_of_the_waist(
+def test_an_untouched_artifact_has_every_weight_of_the_quantized_checkpoint(
     recipe: str, request: pytest.FixtureRequest
 ) -> None:
     lowered: Lowered = request.getfixturevalue(recipe)
-    checks = check_integers(lowered.waist, open_artifact(lowered.folder), lambda name: None)
+    checks = check_integers(lowered.quantized, open_artifact(lowered.folder), lambda name: None)
     assert all(check.passed for check in checks)
     names = {check.subject.split(" ")[0] for check in checks}
-    assert names == set(lowered.waist.schemes)
+    assert names == set(lowered.quantized.schemes)
 
 
 def test_no_quantized_weight_of_another_scheme_passes(int4: Lowered, int8: Lowered) -> None:
-    checks = check_integers(int4.waist, open_artifact(int8.folder), lambda name: None)
+    checks = check_integers(int4.quantized, open_artifact(int8.folder), lambda name: None)
     passed = {check.subject.split(" ")[0] for check in checks if check.passed}
-    quantized = {name for name, scheme in int4.waist.schemes.items() if scheme.bits}
+    quantized = {name for name, scheme in int4.quantized.schemes.items() if scheme.bits}
     assert passed & quantized == set()
     assert any(not check.passed for check in checks)
 
@@ -242,16 +249,20 @@ def test_a_model_of_another_seed_fails_the_logits_with_the_values(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     recipe = load_recipe("mobilellm-r1-nano-int4", ["targets.0.max_context=128"])
-    waists = []
+    quantized_checkpoints = []
     for seed in (1, 2):
         folder = make_checkpoint(name=f"seed{seed}", weights=other_weights(seed), **HEADS)
-        out = tmp_path / f"waist{seed}"
-        waists.append(pipeline.quantize(recipe, open_checkpoint(folder), out, no_progress))
-    artifact = pipeline.lower(waists[1], recipe.targets[0], tmp_path / "artifact", no_progress)
-    text = verification_text(waists[0], 128, None)
+        out = tmp_path / f"quantized{seed}"
+        quantized_checkpoints.append(
+            pipeline.quantize(recipe, open_checkpoint(folder), out, no_progress)
+        )
+    artifact = pipeline.lower(
+        quantized_checkpoints[1], recipe.targets[0], tmp_path / "artifact", no_progress
+    )
+    text = verification_text(quantized_checkpoints[0], 128, None)
     own, foreign = (
-        {check.check: check for check in check_logits(waist, artifact, text)}
-        for waist in (waists[1], waists[0])
+        {check.check: check for check in check_logits(quantized, artifact, text)}
+        for quantized in (quantized_checkpoints[1], quantized_checkpoints[0])
     )
     assert all(check.passed for check in own.values())
     kl = foreign["logits.kl"]
@@ -283,10 +294,12 @@ def test_verify_exits_with_1_and_names_the_damaged_file(
     assert "checks failed" in outcome.out
 
 
-def test_a_flipped_bit_in_the_waist_shows_in_its_file_and_its_tensor(bundle_copy: Path) -> None:
+def test_a_flipped_bit_in_the_quantized_checkpoint_shows_in_its_file_and_its_tensor(
+    bundle_copy: Path,
+) -> None:
     file = bundle_copy / "quantized" / "quantized.safetensors"
-    waist = open_waist(bundle_copy / "quantized")
-    weight = waist.read(Q_PROJ)
+    quantized = open_quantized(bundle_copy / "quantized")
+    weight = quantized.read(Q_PROJ)
     assert isinstance(weight, QuantizedTensor)
     packed = weight.codes & 0x0F
     wanted = (packed[:, 0::2] | packed[:, 1::2] << 4).numpy().tobytes()
@@ -299,21 +312,21 @@ def test_a_flipped_bit_in_the_waist_shows_in_its_file_and_its_tensor(bundle_copy
     ]
 
 
-def test_a_waist_alone_is_verified_by_its_own_hashes(
+def test_a_quantized_checkpoint_alone_is_verified_by_its_own_hashes(
     finished_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    waist = Path(shutil.copytree(finished_bundle.path / "quantized", tmp_path / "waist"))
-    flip(waist / "quantized.safetensors", 500_000)
-    outcome = run(capsys, "verify", waist, "--json")
+    quantized = Path(shutil.copytree(finished_bundle.path / "quantized", tmp_path / "quantized"))
+    flip(quantized / "quantized.safetensors", 500_000)
+    outcome = run(capsys, "verify", quantized, "--json")
     assert outcome.code == 1
     wrong = [c["subject"] for c in outcome.json["checks"] if not c["passed"]]
     assert wrong == ["quantized.safetensors"]
 
 
 def test_a_code_out_of_range_and_a_scale_off_the_grid_are_named(int8: Lowered) -> None:
-    """In the waist itself, where no hash would tell: -128 is no code of int8."""
+    """In the quantized checkpoint itself, where no hash would tell: -128 is no code of int8."""
     folder = int8.folder.parent / "damaged"
-    shutil.copytree(int8.waist.path, folder)
+    shutil.copytree(int8.quantized.path, folder)
     tensors = load_file(folder / "quantized.safetensors")
     tensors[f"{Q_PROJ}.codes"][1, 2] = -128
     tensors[f"{DOWN_PROJ}.scales"][4, 0] = 0.001  # 11 significant bits
@@ -463,8 +476,8 @@ def test_an_untouched_bundle_passes_every_check(finished_bundle: Bundle) -> None
     files = {name for name, digest in contents(finished_bundle.path).items() if digest != "folder"}
     assert {check.subject for check in checks if check.check == "files"} == files - {SEAL}
     own = [check.check for check in checks if check.target in (None, "executorch")]
-    assert own.count("waist") == len(finished_bundle.waist.schemes) == 56
+    assert own.count("quantized") == len(finished_bundle.quantized.schemes) == 56
     assert own.count("integers") == 57
-    assert set(own) - {"files", "waist", "integers"} == {
+    assert set(own) - {"files", "quantized", "integers"} == {
         "logits.kl", "logits.top1", "logits.max_difference",
     }  # fmt: skip

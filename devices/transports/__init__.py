@@ -57,6 +57,6 @@ def parse_device(text: str) -> Device:
     return Device(kind, address)
 
 
-def transport(device: Device) -> ModuleType:
+def transport_of(device: Device) -> ModuleType:
     """The module that reaches the device."""
     return importlib.import_module(TRANSPORTS[device.transport])

@@ -1,9 +1,9 @@
 """One module for each mobile format, all with the same functions; see `backend`.
 
 - ``check(config, schemes, target)``: refuse what the format cannot hold, before any work.
-- ``lower(waist, target, out) -> Artifact``: repack codes and scales; choose nothing again.
+- ``lower(quantized, target, out) -> Artifact``: repack codes and scales; choose nothing again.
 - ``load(artifact) -> Runner``: the artifact in its own runtime on this machine.
-- ``weights(artifact, waist)``: codes and scales decoded out of the artifact, tensor by tensor.
+- ``weights(artifact, quantized)``: codes and scales decoded out of the artifact, tensor by tensor.
 
 - ``rounding(schemes, target, prompt)``: how its runtime rounds activations where the first
   `prompt` tokens are read at once, or None.
@@ -32,9 +32,9 @@ from exporter.recipe import Target
 
 #: Target → the module that owns its toolkit, and the extra that installs the toolkit.
 BACKENDS = {
-    "executorch": ("exporter.backends.executorch", "executorch"),
-    "onnx": ("exporter.backends.onnx", "onnx"),
-    "coreml": ("exporter.backends.coreml", "coreml"),
+    "executorch": ("exporter.backends.executorch.lowering", "executorch"),
+    "onnx": ("exporter.backends.onnx.lowering", "onnx"),
+    "coreml": ("exporter.backends.coreml.lowering", "coreml"),
 }
 
 

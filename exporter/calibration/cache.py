@@ -23,7 +23,7 @@ def _say_nothing(_done: int, _total: int, _note: str) -> None: ...
 
 
 @contextmanager
-def alone(path: Path, on_step: OnStep = _say_nothing) -> Iterator[None]:
+def cache_lock(path: Path, on_step: OnStep = _say_nothing) -> Iterator[None]:
     """Hold `path` of the cache, a file or a folder, to make what is not there. Another run that
     wants it waits and says so: it must look again whether it still has to."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,13 +14,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from exporter.calibration import parallel
-from exporter.calibration.cache import alone, cache_folder
+from exporter.calibration.cache import cache_folder, cache_lock
 from exporter.calibration.data import CalibrationText, OnStep, check_sources, hash_of, read_text
-from exporter.calibration.distill import Journal, distill
+from exporter.calibration.distill import TrainingHistory, distill
 from exporter.calibration.gptq import gptq_weights
 from exporter.calibration.importance import token_weights
 from exporter.calibration.memory import keep_freed_memory
-from exporter.calibration.plots import plot_journal, plot_sensitivities
+from exporter.calibration.plots import plot_history, plot_sensitivities
 from exporter.calibration.self_generation import read_prompts, written_text
 from exporter.calibration.sensitivity import (
     Sensitivity,
@@ -32,13 +32,13 @@ from exporter.calibration.sensitivity import (
 )
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher, open_teacher
-from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
 from exporter.files import read_json, replacing, write_json, write_tensors
+from exporter.model.checkpoint import Checkpoint
 from exporter.quantization.activations import round_rows_to_int8
-from exporter.quantization.gptq import Compensated
-from exporter.quantization.integers import FLOAT, QuantizedTensor, Scheme, quantize
-from exporter.quantization.waist import source_hashes
+from exporter.quantization.gptq import GptqResult
+from exporter.quantization.quantized_checkpoint import source_hashes
+from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme, quantize
 from exporter.recipe import Calibration, Recipe
 
 START, IDENTITY = "start.safetensors", "identity.json"
@@ -58,7 +58,7 @@ class WeightRounding:
     precision: torch.dtype
     stages: Stages
 
-    def __call__(self, schemes: Mapping[str, Scheme]) -> dict[str, Compensated]:
+    def __call__(self, schemes: Mapping[str, Scheme]) -> dict[str, GptqResult]:
         """Every weight that `schemes` quantizes."""
         quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
         if self.method == "gptq":
@@ -68,17 +68,17 @@ class WeightRounding:
         else:
             each = self._one_by_one(quantized)
             on_step = self.stages("round")
-        found = dict[str, Compensated]()
+        found = dict[str, GptqResult]()
         for name, one in each:
             found[name] = one
             on_step(len(found), len(quantized), name)
         return found
 
-    def _one_by_one(self, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, Compensated]]:
+    def _one_by_one(self, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, GptqResult]]:
         """Each weight without a look at the others or at the text."""
         for name, scheme in schemes.items():
             weight = self.checkpoint.float_weight(name)
-            yield name, Compensated(quantize(weight, scheme, self.method), weight)
+            yield name, GptqResult(quantize(weight, scheme, self.method), weight)
 
     @property
     def tokens(self) -> Tensor:
@@ -204,7 +204,7 @@ def _sensitivities(
     if kept := _kept_sensitivities(path):
         return kept
     on_step = rounding.stages("measure sensitivity")
-    with alone(path, on_step):
+    with cache_lock(path, on_step):
         if kept := _kept_sensitivities(path):
             return kept
         rounded = {name: start.rounded for name, start in rounding(schemes).items()}
@@ -238,7 +238,7 @@ def calibrate(
     """Round every weight as the recipe says. `folder` keeps what a killed run had reached."""
     quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
     calibration, text, precision = prepared.calibration, prepared.text, prepared.precision
-    journal = None
+    history = None
     if prepared.method == "distill":
         if not parallel.rank():
             _claim(folder, {"source": prepared.source, **prepared.identity()}, quantized)
@@ -256,10 +256,10 @@ def calibrate(
             precision,
             stages("distil"),
         )
-        weights, journal = distilled.weights, distilled.journal
+        weights, history = distilled.weights, distilled.history
     else:
         weights = {name: start.rounded for name, start in prepared.rounding(schemes).items()}
-    return Calibrated(weights, _reports(prepared, journal))
+    return Calibrated(weights, _reports(prepared, history))
 
 
 def _answers_folder(prepared: Prepared) -> Path | None:
@@ -283,7 +283,7 @@ def _claim(folder: Path, identity: Mapping[str, Any], schemes: Mapping[str, Sche
     write_json(folder / IDENTITY, plain)
 
 
-def _save(path: Path, starts: Mapping[str, Compensated]) -> None:
+def _save(path: Path, starts: Mapping[str, GptqResult]) -> None:
     entries = dict[str, Tensor]()
     for name, start in starts.items():
         codes, scales = start.rounded.codes, start.rounded.scales
@@ -292,10 +292,10 @@ def _save(path: Path, starts: Mapping[str, Compensated]) -> None:
     write_tensors(path, entries)
 
 
-def _load(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, Compensated]:
+def _load(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, GptqResult]:
     with safe_open(path, framework="pt") as file:
         return {
-            name: Compensated(
+            name: GptqResult(
                 QuantizedTensor(
                     file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), scheme
                 ),
@@ -305,12 +305,12 @@ def _load(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, Compensated]:
         }
 
 
-def _reports(prepared: Prepared, journal: Journal | None) -> dict[str, bytes]:
+def _reports(prepared: Prepared, history: TrainingHistory | None) -> dict[str, bytes]:
     """What was measured, as tables and plots."""
     reports = dict[str, bytes]()
-    if journal is not None:
-        reports["distillation.json"] = _json(asdict(journal) | {"best": asdict(journal.best)})
-        reports["distillation.png"] = plot_journal(journal)
+    if history is not None:
+        reports["distillation.json"] = _json(asdict(history) | {"best": asdict(history.best)})
+        reports["distillation.png"] = plot_history(history)
     if prepared.found:
         rows = [asdict(one) | {"wider": one.name in prepared.wider} for one in prepared.found]
         reports["sensitivity.json"] = _json({"sensitivities": rows})

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
 from exporter.files import sha256
+from exporter.model.checkpoint import Checkpoint
 from exporter.recipe import Calibration, Source
-from exporter.sequences import cut_sequences
-from exporter.textdata import read_documents
-from exporter.tokenizer import load_tokenizer
+from exporter.text.documents import read_documents
+from exporter.text.sequences import cut_sequences
+from exporter.text.tokenizer import load_tokenizer
 
 #: Told of each step: how many are done, of how many, and what is worth showing.
 OnStep = Callable[[int, int, str], None]

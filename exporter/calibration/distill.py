@@ -1,6 +1,6 @@
 """Distillation: the quantized model learns to say what the float checkpoint says.
 
-    mobilellm quantize mobilellm-r1-140m-int4-distill --checkpoint DIR -o build/waist
+    mobilellm quantize mobilellm-r1-140m-int4-distill --checkpoint DIR -o build/quantized checkpoint
 
 Weights and scales are trained together against the teacher's logits (compare LLM-QAT, arXiv
 2305.17888). Text that nothing is learned from decides which step is kept, so that the result is
@@ -26,7 +26,7 @@ from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher
 from exporter.errors import InputError
 from exporter.files import write_tensors
-from exporter.quantization.integers import QuantizedTensor, Scheme
+from exporter.quantization.schemes import QuantizedTensor, Scheme
 from exporter.recipe import Calibration
 
 STATE, BEST = "state.safetensors", "best.safetensors"
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 @dataclass
-class Journal:
+class TrainingHistory:
     """What a distillation has done so far: the loss of each step, and every evaluation."""
 
     losses: list[float] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Distilled:
     """The best integers that were found, and how it went."""
 
     weights: Mapping[str, QuantizedTensor]
-    journal: Journal
+    history: TrainingHistory
 
 
 def distill(
@@ -84,26 +84,26 @@ def distill(
     what was reached stays on disk.
     """
     run = _Run(student, teacher, calibration, text, folder, precision)
-    journal = run.resume()
-    if not journal.evaluations:
-        run.evaluate(journal)
-    while len(journal.losses) < calibration.steps and journal.stalled < calibration.patience:
-        step = len(journal.losses)
+    history = run.resume()
+    if not history.evaluations:
+        run.evaluate(history)
+    while len(history.losses) < calibration.steps and history.stalled < calibration.patience:
+        step = len(history.losses)
         if step == 0 or step % calibration.evaluate_every == 0:
-            on_step(step, calibration.steps, _note(journal))
-        journal.losses.append(run.step(step))
-        on_step(step + 1, calibration.steps, _note(journal))
+            on_step(step, calibration.steps, _note(history))
+        history.losses.append(run.step(step))
+        on_step(step + 1, calibration.steps, _note(history))
         if (step + 1) % calibration.evaluate_every == 0 or step + 1 == calibration.steps:
-            run.evaluate(journal)
+            run.evaluate(history)
     parallel.wait_for_all()
-    return Distilled(dict(_read_integers(folder / BEST, student.schemes())), journal)
+    return Distilled(dict(_read_integers(folder / BEST, student.schemes())), history)
 
 
-def _note(journal: Journal) -> str:
+def _note(history: TrainingHistory) -> str:
     """What a progress bar shows: the loss of late, and the best of the held-out text."""
-    late = journal.losses[-10:]
+    late = history.losses[-10:]
     loss = f"loss {sum(late) / len(late):.4f}, " if late else ""
-    return f"{loss}held out KL {journal.best.kl:.4f}, top-1 {journal.best.top1:.1%}"
+    return f"{loss}held out KL {history.best.kl:.4f}, top-1 {history.best.top1:.1%}"
 
 
 class _Run:
@@ -183,7 +183,7 @@ class _Run:
         return torch.autocast("cpu", self.precision, enabled=self.precision != torch.float32)
 
     @torch.no_grad()
-    def evaluate(self, journal: Journal) -> None:
+    def evaluate(self, history: TrainingHistory) -> None:
         """Measure the held-out text, and keep on disk what has been reached."""
         kl = top1 = 0.0
         with self._products():
@@ -193,15 +193,15 @@ class _Run:
                 found = compare(theirs, self.teacher.output_weight, states.flatten(0, 1), weight)
                 kl, top1 = kl + found[0], top1 + found[1]
         count = self.held_out.numel()
-        journal.evaluations.append(Evaluation(len(journal.losses), kl / count, top1 / count))
+        history.evaluations.append(Evaluation(len(history.losses), kl / count, top1 / count))
         if not math.isfinite(kl):
             raise InputError("the held-out text", f"has a KL of {kl}", "Lower the learning rates")
-        self._save(journal)
+        self._save(history)
 
-    def _save(self, journal: Journal) -> None:
-        """The best integers, then the state that goes with the journal, which names the step."""
+    def _save(self, history: TrainingHistory) -> None:
+        """The best integers, then the state that goes with the history, which names the step."""
         state = parallel.training_state(self.student, self.optimizer)
-        new_best = journal.best is journal.evaluations[-1]
+        new_best = history.best is history.evaluations[-1]
         integers = self.student.quantized() if new_best else {}
         if parallel.rank():
             return
@@ -210,21 +210,21 @@ class _Run:
             for name, stored in integers.items():
                 entries |= {f"{name}.codes": stored.codes, f"{name}.scales": stored.scales}
             write_tensors(self.folder / BEST, entries)
-        step = str(len(journal.losses))
-        metadata = {"step": step, "journal": json.dumps(asdict(journal))}
+        step = str(len(history.losses))
+        metadata = {"step": step, "history": json.dumps(asdict(history))}
         write_tensors(self.folder / STATE, state, metadata)
 
-    def resume(self) -> Journal:
-        """What a killed run left, or an empty journal."""
+    def resume(self) -> TrainingHistory:
+        """What a killed run left, or an empty history."""
         path = self.folder / STATE
         if not path.is_file():
-            return Journal()
+            return TrainingHistory()
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
-            saved: dict[str, Any] = json.loads(file.metadata()["journal"])
+            saved: dict[str, Any] = json.loads(file.metadata()["history"])
         parallel.restore(self.student, self.optimizer, state)
         evaluations = [Evaluation(**entry) for entry in saved["evaluations"]]
-        return Journal(saved["losses"], evaluations)
+        return TrainingHistory(saved["losses"], evaluations)
 
 
 def _share_of_rate(calibration: Calibration, step: int) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter.model import (
+from exporter.model.decoder import (
     DecoderLayer,
     FloatWeights,
     RMSNorm,
@@ -18,10 +18,10 @@ from exporter.model import (
     fill_weights,
     rope_tables,
 )
-from exporter.quantization.descent import descend
-from exporter.quantization.gptq import Compensated, gptq
-from exporter.quantization.integers import FLOAT, Scheme, quantize
-from exporter.quantization.waist import EMBEDDING, OUTPUT
+from exporter.quantization.coordinate_descent import coordinate_descent
+from exporter.quantization.gptq import GptqResult, gptq
+from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
+from exporter.quantization.schemes import FLOAT, Scheme, quantize
 
 #: Share of a Hessian's mean diagonal that is added to it.
 DAMPING = 0.01
@@ -36,7 +36,7 @@ def gptq_weights(
     tokens: Tensor,
     products: torch.dtype,
     token_weights: Mapping[str, Tensor],
-) -> Iterator[tuple[str, Compensated]]:
+) -> Iterator[tuple[str, GptqResult]]:
     """Every quantized weight, in the order of computation, the tied embedding last.
 
     `tokens` [sequences, seq] is the calibration text; `products` is the type of matrix products.
@@ -51,7 +51,7 @@ def gptq_weights(
         quantized = quantize(embedding, schemes[EMBEDDING], "mse")
         rounded = quantized.dequantize()
         if not config.tie_word_embeddings:
-            yield EMBEDDING, Compensated(quantized, embedding)
+            yield EMBEDDING, GptqResult(quantized, embedding)
     x = F.embedding(tokens, rounded)
     with torch.autocast("cpu", products, enabled=products != torch.float32):
         for index in range(config.num_hidden_layers):
@@ -59,7 +59,7 @@ def gptq_weights(
                 layer = DecoderLayer(config, index)
             prefix = f"model.layers.{index}."
             fill_weights(layer, source, prefix)
-            done = dict[str, Compensated]()
+            done = dict[str, GptqResult]()
             _round_on_arrival(layer, prefix, schemes, token_weights, done)
             x = layer(x, cos, sin, attend_causal)
             yield from done.items()
@@ -73,9 +73,11 @@ def gptq_weights(
         yield output, _rounded(source.float_weight(output), hessian, schemes[output], damping)
 
 
-def _rounded(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float) -> Compensated:
+def _rounded(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float) -> GptqResult:
     with torch.autocast("cpu", enabled=False):
-        return descend(weight, hessian, gptq(weight, hessian, scheme, damping).rounded, damping)
+        return coordinate_descent(
+            weight, hessian, gptq(weight, hessian, scheme, damping).rounded, damping
+        )
 
 
 def _round_on_arrival(
@@ -83,7 +85,7 @@ def _round_on_arrival(
     prefix: str,
     schemes: Mapping[str, Scheme],
     token_weights: Mapping[str, Tensor],
-    done: dict[str, Compensated],
+    done: dict[str, GptqResult],
 ) -> None:
     """Replace each linear weight just before its first product, knowing all of its inputs."""
 

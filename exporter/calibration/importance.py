@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exporter.calibration.data import OnStep
-from exporter.model import FloatWeights, attend_causal, load_decoder
+from exporter.model.decoder import FloatWeights, attend_causal, load_decoder
 
 #: A single draw is a rough estimate: no token counts more than this many average ones.
 MOST = 10.0

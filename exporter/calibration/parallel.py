@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from exporter.calibration.student import Student, whole
+from exporter.calibration.student import Student, unshard
 
 _PATIENCE = timedelta(hours=12)  # one process may round a whole model while the others wait
 
@@ -75,9 +75,9 @@ def training_state(student: Student, optimizer: torch.optim.Optimizer) -> dict[s
         student.reshard()  # after an evaluation the root is still whole, and not what is optimized
     state = dict[str, Tensor]()
     for name, parameter in _learned(student):
-        state[f"learned.{name}"] = whole(parameter.detach())
+        state[f"learned.{name}"] = unshard(parameter.detach())
         for key, value in optimizer.state[parameter].items():
-            state[f"optimizer.{key}.{name}"] = whole(value)
+            state[f"optimizer.{key}.{name}"] = unshard(value)
     return state
 
 

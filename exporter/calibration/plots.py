@@ -4,7 +4,7 @@ import io
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from exporter.calibration.distill import Journal
+from exporter.calibration.distill import TrainingHistory
 from exporter.calibration.sensitivity import Sensitivity
 
 _BLUE, _ORANGE, _GREY = "#1f77b4", "#ff7f0e", "#999999"
@@ -16,20 +16,20 @@ def _png(figure: Any) -> bytes:
     return file.getvalue()
 
 
-def plot_journal(journal: Journal) -> bytes:
+def plot_history(history: TrainingHistory) -> bytes:
     """The loss of each step, and the held-out text's KL and top-1 agreement."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     left = figure.subplots()
     right = left.twinx()
-    steps = [evaluation.step for evaluation in journal.evaluations]
-    left.plot(range(1, len(journal.losses) + 1), journal.losses, color=_GREY, lw=0.7, label="loss")
-    kl = [evaluation.kl for evaluation in journal.evaluations]
+    steps = [evaluation.step for evaluation in history.evaluations]
+    left.plot(range(1, len(history.losses) + 1), history.losses, color=_GREY, lw=0.7, label="loss")
+    kl = [evaluation.kl for evaluation in history.evaluations]
     left.plot(steps, kl, "o-", color=_BLUE, label="held-out KL")
-    top1 = [100 * evaluation.top1 for evaluation in journal.evaluations]
+    top1 = [100 * evaluation.top1 for evaluation in history.evaluations]
     right.plot(steps, top1, "s-", color=_ORANGE, label="held-out top-1 agreement")
-    left.axvline(journal.best.step, color=_GREY, ls=":", lw=1)
+    left.axvline(history.best.step, color=_GREY, ls=":", lw=1)
     left.set(xlabel="step", ylabel="KL to the float checkpoint (nats)", ylim=(0, None))
     right.set(ylabel="same most likely token (%)")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)

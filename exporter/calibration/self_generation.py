@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.calibration.cache import alone, cache_folder
+from exporter.calibration.cache import cache_folder, cache_lock
 from exporter.calibration.data import OnStep, hash_of
-from exporter.checkpoint import Checkpoint
 from exporter.errors import InputError
 from exporter.files import replacing, sha256
-from exporter.model import Decoder, StaticCache, load_decoder
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.decoder import Decoder, StaticCache, load_decoder
 from exporter.recipe import Calibration, Source
-from exporter.textdata import is_table, read_documents, read_rows, text_field
-from exporter.tokenizer import TextTokenizer, load_tokenizer
+from exporter.text.documents import is_table, read_documents, read_rows, text_field
+from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 
 #: So many texts are written at once.
 _BATCH = 128
@@ -46,7 +46,7 @@ def written_text(
     path = cache_folder() / f"{name}.jsonl"
     if path.is_file():
         return path
-    with alone(path, on_step):
+    with cache_lock(path, on_step):
         if not path.is_file():
             tokenizer = load_tokenizer(checkpoint.path)
             with replacing(path) as file:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from exporter.calibration.data import OnStep
 from exporter.calibration.loss import compare
 from exporter.errors import InputError
-from exporter.model import (
+from exporter.model.decoder import (
     DecoderLayer,
     FloatWeights,
     ModelConfig,
@@ -24,8 +24,8 @@ from exporter.model import (
     fill_weights,
     rope_tables,
 )
-from exporter.quantization.integers import FLOAT, QuantizedTensor, Scheme, quantize
-from exporter.quantization.waist import EMBEDDING, OUTPUT
+from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
+from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme, quantize
 
 #: What a sensitive weight is stored as instead.
 WIDER = Scheme(8)

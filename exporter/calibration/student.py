@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from exporter.model import Decoder, FloatWeights, attend_causal, fill_weights
+from exporter.model.decoder import Decoder, FloatWeights, attend_causal, fill_weights
 from exporter.quantization.activations import Rounding
-from exporter.quantization.gptq import Compensated
-from exporter.quantization.integers import (
+from exporter.quantization.gptq import GptqResult
+from exporter.quantization.quantized_checkpoint import EMBEDDING
+from exporter.quantization.schemes import (
     CODE_RANGE,
     QuantizedTensor,
     Scheme,
     row_blocks,
     to_scale_grid,
 )
-from exporter.quantization.waist import EMBEDDING
 
 
 class _Rounded(torch.autograd.Function):
@@ -69,7 +69,7 @@ def _grouped(values: Tensor, log_scales: Tensor) -> Tensor:
     return values.view(len(values), log_scales.shape[1], -1)
 
 
-def whole(parameter: Tensor) -> Tensor:
+def unshard(parameter: Tensor) -> Tensor:
     """A parameter, also where its rows are spread over processes."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
@@ -78,7 +78,7 @@ class RoundedWeight(nn.Module):
     """A weight that is being learned, as real codes and scales; `forward` gives it as it is now,
     rounded."""
 
-    def __init__(self, start: Compensated) -> None:
+    def __init__(self, start: GptqResult) -> None:
         super().__init__()
         scheme = start.rounded.scheme
         assert scheme.bits is not None
@@ -96,14 +96,14 @@ class RoundedWeight(nn.Module):
     @torch.no_grad()
     def quantized(self) -> QuantizedTensor:
         """What would be stored now."""
-        codes = whole(self.codes).round().clamp_(*CODE_RANGE[self.bits]).to(torch.int8)
-        return QuantizedTensor(codes, to_scale_grid(whole(self.log_scales).exp()), self.scheme)
+        codes = unshard(self.codes).round().clamp_(*CODE_RANGE[self.bits]).to(torch.int8)
+        return QuantizedTensor(codes, to_scale_grid(unshard(self.log_scales).exp()), self.scheme)
 
 
 class RoundedLinear(nn.Module):
     """A linear layer without bias whose weight is a `RoundedWeight`."""
 
-    def __init__(self, start: Compensated, rounding: Rounding | None) -> None:
+    def __init__(self, start: GptqResult, rounding: Rounding | None) -> None:
         super().__init__()
         self.rounded, self.rounding = RoundedWeight(start), rounding
 
@@ -116,7 +116,7 @@ class RoundedLinear(nn.Module):
 class RoundedEmbedding(nn.Module):
     """An embedding; where it is the output layer too, that uses what the last lookup rounded."""
 
-    def __init__(self, start: Compensated) -> None:
+    def __init__(self, start: GptqResult) -> None:
         super().__init__()
         self.rounded = RoundedWeight(start)
         self.table: Tensor | None = None
@@ -136,7 +136,7 @@ class Student(nn.Module):
     def __init__(
         self,
         source: FloatWeights,
-        starts: Mapping[str, Compensated],
+        starts: Mapping[str, GptqResult],
         context: int,
         rounding: Rounding | None = None,
     ) -> None:

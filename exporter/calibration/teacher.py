@@ -7,13 +7,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.calibration.cache import alone
+from exporter.calibration.cache import cache_lock
 from exporter.calibration.data import hash_of
 from exporter.calibration.loss import TeacherLogits, teacher_logits
-from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.errors import InputError
 from exporter.files import sha256, write_tensors
-from exporter.model import FloatWeights, attend_causal, load_decoder
+from exporter.model.checkpoint import Checkpoint, open_checkpoint
+from exporter.model.decoder import FloatWeights, attend_causal, load_decoder
 from exporter.recipe import Calibration
 
 
@@ -80,7 +80,7 @@ class Teacher:
     def _cached(self, sequence: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
         path = folder / f"{hash_of(sequence.tolist())}.safetensors"
         if not path.is_file():
-            with alone(path):
+            with cache_lock(path):
                 if not path.is_file():
                     self._keep(sequence, path)
         with safe_open(path, framework="pt") as file:

@@ -9,8 +9,8 @@ from statistics import median
 
 from exporter.errors import InputError
 from exporter.evaluation.perplexity import OnStep, bands
-from exporter.generation import Generation, Sampling
-from exporter.speaker import Speaker
+from exporter.inference.generation import Generation, Sampling
+from exporter.inference.loaded_model import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,27 @@ class GenerationScore:
     generation_agreement_by_position: tuple[SameTokens, ...]
 
 
-def check_prompts(speaker: Speaker, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> None:
     """Refuse what the model cannot read before the first generation. Raises InputError."""
     for number, prompt in enumerate(prompts, 1):
         try:
-            Generation(speaker.runner, prompt, (), Sampling())
+            Generation(model.runner, prompt, (), Sampling())
         except InputError as error:
             subject = f"problem {number}: {error.subject}"
             raise InputError(subject, error.problem, error.remedy) from error
 
 
 def write_texts(
-    speaker: Speaker, prompts: Sequence[Sequence[int]], max_new_tokens: int, on_step: OnStep
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    on_step: OnStep,
 ) -> list[Written]:
     """Continue every prompt greedily, up to its end or `max_new_tokens`."""
     written, unended = list[Written](), 0
     for index, prompt in enumerate(prompts):
         on_step(index, len(prompts), f"{unended} never ended" if unended else "")
-        generation = Generation(
-            speaker.runner, prompt, speaker.eos_token_ids, Sampling(max_new_tokens)
-        )
+        generation = Generation(model.runner, prompt, model.eos_token_ids, Sampling(max_new_tokens))
         tokens = tuple(generation)
         written.append(Written(tokens, generation.finish_reason == "stop"))
         unended += not written[-1].ended

@@ -2,9 +2,9 @@
 
     lm_eval --model mobilellm --model_args path=build/nano,target=onnx --tasks FILE.yaml
 
-`path` is a checkpoint, a waist, an artifact or a bundle, each in its own runtime; `max_length`
-limits its context. Texts become tokens as in lm-eval's own `hf` model. Without an installed
-package: python -m exporter.evaluation.lm_eval --model mobilellm …
+`path` is a checkpoint, a quantized checkpoint, an artifact or a bundle, each in its own runtime;
+`max_length` limits its context. Texts become tokens as in lm-eval's own `hf` model. Without an
+installed package: python -m exporter.evaluation.lm_eval --model mobilellm …
 """
 
 import logging
@@ -28,10 +28,10 @@ from exporter.errors import InputError
 from exporter.evaluation.agreement import log_probabilities
 from exporter.evaluation.lm_eval_plugin import register
 from exporter.evaluation.perplexity import next_logits
-from exporter.generation import Generation, Sampling
-from exporter.speaker import open_speaker
-from exporter.textdata import Message
-from exporter.tokenizer import load_tokenizer
+from exporter.inference.generation import Generation, Sampling
+from exporter.inference.loaded_model import open_model
+from exporter.text.documents import Message
+from exporter.text.tokenizer import load_tokenizer
 
 #: What lm-eval's `hf` model allows a task that names no limit.
 MAX_GEN_TOKS = 256
@@ -53,10 +53,10 @@ class MobileLLM(TemplateLM):
         super().__init__()
         if batch_size not in (None, 1, "1"):
             logging.getLogger(__name__).warning("batch_size %s: runs one by one", batch_size)
-        self._speaker = open_speaker(str(path), target)
+        self._loaded = open_model(str(path), target)
         self._path, self.max_gen_toks = str(path), max_gen_toks
-        self.tokenizer = load_tokenizer(self._speaker.tokenizer_folder)
-        context = self._speaker.runner.context
+        self.tokenizer = load_tokenizer(self._loaded.tokenizer_folder)
+        context = self._loaded.runner.context
         if max_length is not None and not 2 <= max_length <= context:
             raise InputError(
                 f"max_length={max_length}", f"is not within 2..{context}", "Leave it out"
@@ -65,25 +65,25 @@ class MobileLLM(TemplateLM):
         self._seeds = count()
         #: What was read last, and the logits after it.
         self._last: tuple[list[int], Tensor] = [], torch.empty(0)
-        if not self._speaker.eos_token_ids:
+        if not self._loaded.eos_token_ids:
             raise InputError(path, "names no token that ends a text", "Give it an eos_token_id")
 
     @property
     def eot_token_id(self) -> int:
-        return self._speaker.eos_token_ids[0]
+        return self._loaded.eos_token_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        begin = self._speaker.bos_token_id
+        begin = self._loaded.bos_token_id
         return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
-        return str(self._speaker.tokenizer_folder).replace("/", "__")
+        return str(self._loaded.tokenizer_folder).replace("/", "__")
 
     def get_model_info(self) -> dict[str, str]:
         """What lm-eval writes beside its results."""
-        return {"model_path": self._path, "model_kind": self._speaker.kind}
+        return {"model_path": self._path, "model_kind": self._loaded.kind}
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
@@ -136,7 +136,7 @@ class MobileLLM(TemplateLM):
         if len(continuation) == 1 and whole[:read] == last_read:
             parts = iter([last_logits])  # the next choice of the same question
         else:
-            parts = next_logits(self._speaker.runner, whole[:-1], read)
+            parts = next_logits(self._loaded.runner, whole[:-1], read)
         total, greedy = 0.0, True
         for logits in parts if continuation else ():
             if place == 0:
@@ -188,8 +188,8 @@ class MobileLLM(TemplateLM):
     def _pieces(self, prompt: list[int], stops: Sequence[str], sampling: Sampling) -> Iterator[str]:
         """Text as it is written, up to the piece that completes a stop string."""
         ids = (self.tokenizer.tokenizer.token_to_id(stop) for stop in stops)
-        ends = {*self._speaker.eos_token_ids, *(token for token in ids if token is not None)}
-        generation = Generation(self._speaker.runner, prompt, tuple(ends), sampling)
+        ends = {*self._loaded.eos_token_ids, *(token for token in ids if token is not None)}
+        generation = Generation(self._loaded.runner, prompt, tuple(ends), sampling)
         longest = max(map(len, stops), default=0)
         tail = ""
         for _, piece in self.tokenizer.stream(generation):

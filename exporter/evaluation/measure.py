@@ -15,10 +15,10 @@ from exporter.evaluation.generations import (
 )
 from exporter.evaluation.perplexity import TextScore, score_text
 from exporter.evaluation.tasks import TaskScore, read_problems, score_problems
-from exporter.sequences import cut_sequences
-from exporter.speaker import Speaker, open_simulated, open_speaker
-from exporter.textdata import Document, read_documents
-from exporter.tokenizer import TextTokenizer, load_tokenizer
+from exporter.inference.loaded_model import LoadedModel, open_model, open_simulated
+from exporter.text.documents import Document, read_documents
+from exporter.text.sequences import cut_sequences
+from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 
 #: Told of each step: the stage, how many of its steps are done, of how many, what to show.
 Progress = Callable[[str, int, int, str], None]
@@ -95,23 +95,23 @@ class Evaluation:
 
 
 def evaluate(source: str, target: str | None, asked: Measures, progress: Progress) -> Evaluation:
-    """Measure a checkpoint, a waist, an artifact or a bundle (`target` picks its artifact), each
-    in its own runtime. Raises InputError before any long work."""
+    """Measure a checkpoint, a quantized checkpoint, an artifact or a bundle (`target` picks its
+    artifact), each in its own runtime. Raises InputError before any long work."""
     documents = read_documents(asked.data, asked.field) if asked.data else []
     problems = read_problems(asked.task, asked.limit) if asked.task else []
     if asked.simulate:
-        speaker = open_simulated(source, target, asked.prefill)
+        model = open_simulated(source, target, asked.prefill)
     else:
-        speaker = open_speaker(source, target)
-    reference = open_speaker(asked.reference, None) if asked.reference else None
-    tokenizer = load_tokenizer(speaker.tokenizer_folder)
+        model = open_model(source, target)
+    reference = open_model(asked.reference, None) if asked.reference else None
+    tokenizer = load_tokenizer(model.tokenizer_folder)
     if reference:
-        _check_same_tokens(reference, speaker, tokenizer)
-    sequences = _sequences(documents, speaker, reference, tokenizer, asked) if documents else []
+        _check_same_tokens(reference, model, tokenizer)
+    sequences = _sequences(documents, model, reference, tokenizer, asked) if documents else []
     prompts = [
         tokenizer.encode(tokenizer.prompt_text(problem.prompt, raw=False)) for problem in problems
     ]
-    check_prompts(speaker, prompts)
+    check_prompts(model, prompts)
     compared = prompts[: asked.generations]
     if reference:
         check_prompts(reference, compared)
@@ -119,7 +119,7 @@ def evaluate(source: str, target: str | None, asked: Measures, progress: Progres
     text = None
     if sequences:
         text = score_text(
-            speaker.runner,
+            model.runner,
             sequences,
             partial(progress, "text"),
             reference.runner if reference else None,
@@ -127,33 +127,33 @@ def evaluate(source: str, target: str | None, asked: Measures, progress: Progres
         )
     task, generations = None, None
     if problems:
-        written = _write(speaker, prompts, asked, "task", progress)
+        written = _write(model, prompts, asked, "task", progress)
         task = score_problems(problems, written, tokenizer)
         if reference and compared:
             expected = _write(reference, compared, asked, "reference", progress)
             generations = compare_texts(expected, written[: len(compared)])
-    return Evaluation(speaker.kind, text, task, generations)
+    return Evaluation(model.kind, text, task, generations)
 
 
 def _write(
-    speaker: Speaker,
+    model: LoadedModel,
     prompts: Sequence[list[int]],
     asked: Measures,
     stage: str,
     progress: Progress,
 ) -> list[Written]:
-    return write_texts(speaker, prompts, asked.max_new_tokens, partial(progress, stage))
+    return write_texts(model, prompts, asked.max_new_tokens, partial(progress, stage))
 
 
 def _sequences(
     documents: Sequence[Document],
-    speaker: Speaker,
-    reference: Speaker | None,
+    model: LoadedModel,
+    reference: LoadedModel | None,
     tokenizer: TextTokenizer,
     asked: Measures,
 ) -> list[list[int]]:
     length = asked.sequence_length
-    for one in (speaker, reference) if reference else (speaker,):
+    for one in (model, reference) if reference else (model,):
         if length - 1 > one.runner.context:  # the last token is only predicted
             raise InputError(
                 f"--sequence-length {length}",
@@ -163,22 +163,24 @@ def _sequences(
             )
     texts = map(tokenizer.document_text, documents)
     sequences = cut_sequences(
-        texts, tokenizer, speaker.bos_token_id, length, asked.max_tokens,
+        texts, tokenizer, model.bos_token_id, length, asked.max_tokens,
         "--data", "--sequence-length",
     )  # fmt: skip
     largest = max(max(tokens) for tokens in sequences)
-    if largest >= speaker.runner.vocab_size:
+    if largest >= model.runner.vocab_size:
         raise InputError(
-            speaker.tokenizer_folder / "tokenizer.json",
-            f"gives token {largest}, outside the model's vocabulary of {speaker.runner.vocab_size}",
+            model.tokenizer_folder / "tokenizer.json",
+            f"gives token {largest}, outside the model's vocabulary of {model.runner.vocab_size}",
             "The tokenizer does not belong to this model",
         )
     return sequences
 
 
-def _check_same_tokens(reference: Speaker, speaker: Speaker, tokenizer: TextTokenizer) -> None:
+def _check_same_tokens(
+    reference: LoadedModel, model: LoadedModel, tokenizer: TextTokenizer
+) -> None:
     """A token must mean the same to both, or their logits cannot be compared."""
-    theirs, ours = reference.runner.vocab_size, speaker.runner.vocab_size
+    theirs, ours = reference.runner.vocab_size, model.runner.vocab_size
     if theirs != ours:
         raise InputError(
             f"--reference {reference.tokenizer_folder}",

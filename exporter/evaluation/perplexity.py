@@ -2,7 +2,7 @@
 
     mobilellm evaluate build/nano --data problems.jsonl --reference examples/mobilellm-r1-nano
 
-Every kind of model is given the same sequences, those of `exporter.sequences`.
+Every kind of model is given the same sequences, those of `exporter.text.sequences`.
 """
 
 import math
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from exporter.backends import Runner
-from exporter.backends.reference import ReferenceRunner
 from exporter.errors import InputError
 from exporter.evaluation.agreement import divergence, log_probabilities, same_choice
+from exporter.inference.reference import ReferenceRunner
 
 #: Told how many of how many steps are done, and what is worth showing.
 OnStep = Callable[[int, int, str], None]

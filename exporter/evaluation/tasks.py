@@ -15,8 +15,8 @@ from pathlib import Path
 
 from exporter.errors import InputError
 from exporter.evaluation.generations import Written
-from exporter.textdata import Row, read_rows, text_field
-from exporter.tokenizer import TextTokenizer
+from exporter.text.documents import Row, read_rows, text_field
+from exporter.text.tokenizer import TextTokenizer
 
 PROMPT_FIELDS, ANSWER_FIELD = ("prompt", "question"), "answer"
 _MARK = re.compile(r"\\boxed\s*\{|####")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exporter.quantization.integers import (
+from exporter.quantization.schemes import (
     CODE_RANGE,
     QuantizedTensor,
     Scheme,
@@ -20,14 +20,14 @@ COLUMNS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
-class Compensated:
+class GptqResult:
     """`rounded` is the result; `weight` float32 is what was rounded, errors of others included."""
 
     rounded: QuantizedTensor
     weight: Tensor
 
 
-def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = 0.01) -> Compensated:
+def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = 0.01) -> GptqResult:
     """Round `weight` [out_features, in_features] so that its products change least.
 
     `hessian` [in_features, in_features] is the sum of x xᵀ over calibration inputs x; `damping` is
@@ -57,7 +57,7 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = 0.01)
         rest[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
     back = order.argsort()
     rounded = QuantizedTensor(codes[back].t().to(torch.int8).contiguous(), scales, scheme)
-    return Compensated(rounded, rest[back].t().contiguous())
+    return GptqResult(rounded, rest[back].t().contiguous())
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from exporter.backends.coreml import interpreted
-from exporter.backends.reference import score
-from exporter.bundle import open_bundle
-from exporter.tokenizer import load_tokenizer
+from exporter.backends.coreml.lowering import interpreted
+from exporter.bundle.bundle import open_bundle
+from exporter.inference.reference import score
+from exporter.text.tokenizer import load_tokenizer
 from exporter.verification import DECODE_STEPS
 
 LARGEST_ERROR, LEAST_AGREEMENT = 5e-3, 0.99
@@ -33,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     bundle = open_bundle(args.bundle)
     text = args.text.read_text(encoding="utf-8")[: 20 * args.positions]
-    tokens = load_tokenizer(bundle.waist.path).encode(text)[: args.positions]
+    tokens = load_tokenizer(bundle.quantized.path).encode(text)[: args.positions]
     runner = interpreted(bundle.artifacts["coreml"].artifact)
     started, rows = time.process_time(), list[torch.Tensor]()
     while len(rows) < len(tokens):
@@ -41,7 +41,7 @@ def main() -> None:
         rows.append(runner.prefill(tokens[:prompt]))
         rows += [runner.decode(token) for token in tokens[prompt : prompt + DECODE_STEPS]]
     seconds = time.process_time() - started
-    found, reference = torch.stack(rows), score(bundle.waist, tokens, range(len(tokens)))
+    found, reference = torch.stack(rows), score(bundle.quantized, tokens, range(len(tokens)))
     errors = (found - reference).norm(dim=-1) / reference.norm(dim=-1)
     error = ((found - reference).norm() / reference.norm()).item()
     agreement = (found.argmax(-1) == reference.argmax(-1)).double().mean().item()

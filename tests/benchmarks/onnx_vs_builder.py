@@ -30,13 +30,13 @@ ONE_THREAD = {"model": {"decoder": {"session_options": {"intra_op_num_threads": 
 
 def build_ours(checkpoint: Path, out: Path) -> float:
     """Seconds of quantizing and lowering, each a command with its own start-up."""
-    waist, artifact = out / "quantized", out / "onnx"
+    quantized, artifact = out / "quantized", out / "onnx"
     started = time.perf_counter()
     run = [sys.executable, "-m", "exporter"]
     # The builder takes the absolute maximum too; our default, mse, takes some 3 s more.
     recipe = ["smollm2-135m-int4", "quantization.method=absmax"]
-    quantize = ["quantize", *recipe, "--checkpoint", str(checkpoint), "-o", str(waist)]
-    lower = ["lower", str(waist), "--target", "onnx", "max_context=2048", "-o", str(artifact)]
+    quantize = ["quantize", *recipe, "--checkpoint", str(checkpoint), "-o", str(quantized)]
+    lower = ["lower", str(quantized), "--target", "onnx", "max_context=2048", "-o", str(artifact)]
     for command in (quantize, lower):
         subprocess.run([*run, *command], check=True, capture_output=True)
     return time.perf_counter() - started

@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from exporter import display
 from exporter.calibration.sensitivity import model_bits, parameter_count
-from exporter.checkpoint import open_checkpoint
+from exporter.cli import display
 from exporter.evaluation.measure import Measures, evaluate
 from exporter.evaluation.perplexity import TextScore
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import quantize
 from exporter.recipe import load_recipe
 
@@ -80,9 +80,11 @@ def main() -> None:
         for name, overrides in rows.items():
             recipe = load_recipe(args.recipe, [f"calibration.data={data}", *args.set, *overrides])
             out, started = args.output / name.replace(", ", "-").replace(" ", ""), time.monotonic()
-            waist = quantize(recipe, checkpoint, out, progress)
-            assert waist is not None
-            bits = model_bits(waist.schemes, waist.config) / parameter_count(waist.config)
+            quantized = quantize(recipe, checkpoint, out, progress)
+            assert quantized is not None
+            bits = model_bits(quantized.schemes, quantized.config) / parameter_count(
+                quantized.config
+            )
             minutes = (time.monotonic() - started) / 60
             scores = list[TextScore]()
             for _, held_out in parts:

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from exporter.artifact import open_artifact
 from exporter.backends import Runner, backend
+from exporter.bundle.artifact import open_artifact
 
 PROMPT_LENGTHS = (64, 128, 512)
 DECODE_STEPS = 64

@@ -16,15 +16,15 @@ from devices import report
 from devices.comparison import compare
 from devices.engines import Model, Plan
 from devices.errors import BadDeviceError, CommandFailedError
-from devices.measured import Job, Measured, Settings
 from devices.operators import audit, read_trace
 from devices.session import place_of, prepare_engine, run_plan
-from devices.transports import Device, parse_device, transport
+from devices.session_state import Job, SessionState, Settings
+from devices.transports import Device, parse_device, transport_of
 from exporter import profiling
-from exporter.backends.reference import score
-from exporter.bundle import Bundle
+from exporter.bundle.bundle import Bundle
+from exporter.inference.reference import score
 from exporter.quantization.activations import round_rows_to_int8
-from exporter.tokenizer import load_tokenizer
+from exporter.text.tokenizer import load_tokenizer
 
 STEPS = 8
 #: Of logits, between the kernels of two architectures.
@@ -53,27 +53,27 @@ def model_of(bundle: Bundle, name: str) -> Model:
 def problem(bundle: Bundle, name: str) -> Model:
     """With a text that the demo checkpoint was made for: its answers leave no near ties."""
     text = "Ada has 12 eggs. Ada finds 7 more. Ada sells 5. How many eggs does Ada have now?"
-    tokenizer = load_tokenizer(bundle.waist.path)
+    tokenizer = load_tokenizer(bundle.quantized.path)
     tokens = tokenizer.encode(tokenizer.prompt_text(text, raw=False))
     return replace(model_of(bundle, name), tokens=tuple(tokens))
 
 
-def measured(device: Device, model: Model) -> tuple[Measured, ModuleType]:
+def measured(device: Device, model: Model) -> tuple[SessionState, ModuleType]:
     """A model on a device, ready to run."""
-    reach = transport(device)
-    one = Measured(Job(model), device, Settings(timeout=300.0))
-    one.identity, one.threads = reach.identify(device), 1
-    one.engine = prepare_engine(one, reach)
-    return one, reach
+    transport = transport_of(device)
+    one = SessionState(Job(model), device, Settings(timeout=300.0))
+    one.identity, one.threads = transport.identify(device), 1
+    one.engine = prepare_engine(one, transport)
+    return one, transport
 
 
 def generated(device: Device, model: Model, out: Path) -> tuple[list[int], np.ndarray]:
     """Greedy tokens, and the logits behind them [steps, vocab]."""
-    one, reach = measured(device, model)
-    remote = f"{place_of(reach, device, model)}/logits"
+    one, transport = measured(device, model)
+    remote = f"{place_of(transport, device, model)}/logits"
     plan = Plan(generate=STEPS, logits=remote)
-    records, _ = run_plan(one, reach, plan)
-    reach.pull(device, remote, out)
+    records, _ = run_plan(one, transport, plan)
+    transport.pull(device, remote, out)
     (tokens,) = (record["tokens"] for record in records if record["phase"] == "generate")
     return tokens, np.fromfile(out, np.float32).reshape(STEPS, -1)
 
@@ -108,13 +108,13 @@ def test_int4_in_onnx_runtime_on_arm_rounds_activations_by_rows(
     there, logits = generated(adb_arm.device, model, tmp_path / "there")
     text = [*model.tokens, *tokens[:-1]]
     positions = range(len(model.tokens) - 1, len(text))
-    simulated = score(portable_bundle.waist, text, positions, round_rows_to_int8)
+    simulated = score(portable_bundle.quantized, text, positions, round_rows_to_int8)
     assert there == tokens == simulated.argmax(1).tolist()
     assert np.abs(logits - simulated.numpy()).max() < TOLERANCE
 
 
 def test_the_arm_machine_knows_itself_and_is_marked_emulated(adb_arm: Daemon) -> None:
-    identity = transport(adb_arm.device).identify(adb_arm.device)
+    identity = transport_of(adb_arm.device).identify(adb_arm.device)
     assert (identity.machine, identity.name) == ("aarch64", "Testbed arm64")
     assert [core.name for core in identity.cores] == ["Cortex-A76"]
     assert "asimddp" in identity.features
@@ -126,10 +126,10 @@ def test_an_etdump_of_the_device_is_pulled_and_read(
     adb_arm: Daemon, portable_bundle: Bundle, tmp_path: Path
 ) -> None:
     model = model_of(portable_bundle, "executorch")
-    one, reach = measured(adb_arm.device, model)
-    remote = f"{place_of(reach, adb_arm.device, model)}/trace"
-    run_plan(one, reach, Plan(depths=[0], steps=2, trace=remote))
-    reach.pull(adb_arm.device, remote, tmp_path / "trace")
+    one, transport = measured(adb_arm.device, model)
+    remote = f"{place_of(transport, adb_arm.device, model)}/trace"
+    run_plan(one, transport, Plan(depths=[0], steps=2, trace=remote))
+    transport.pull(adb_arm.device, remote, tmp_path / "trace")
     operators = read_trace("executorch", tmp_path / "trace")
     products = [row for row in operators if "QB4W" in row.name]
     assert products and all(row.delegate == "XnnpackBackend" for row in products)
@@ -142,9 +142,9 @@ def test_an_old_processor_that_lacks_an_instruction_is_reported_as_such(
 ) -> None:
     """Its /proc/cpuinfo tells of dot products that it does not have, as a wrong kernel may."""
     with arm64_adbd(arm64, "cortex-a53", cpuinfo="cpuinfo_a76") as daemon:
-        one, reach = measured(daemon.device, model_of(portable_bundle, "executorch"))
+        one, transport = measured(daemon.device, model_of(portable_bundle, "executorch"))
         with pytest.raises(CommandFailedError, match="code 132, SIGILL: the CPU lacks an instr"):
-            run_plan(one, reach, Plan(prompts=[4]))
+            run_plan(one, transport, Plan(prompts=[4]))
 
 
 def test_a_session_on_it_says_emulated_everywhere_and_is_never_compared(

@@ -15,7 +15,7 @@ from devices.engines import read_records
 from devices.errors import BadDeviceError, CommandFailedError, DeviceError
 from devices.transports.supervised import Completed
 from exporter.backends import backend
-from exporter.bundle import Bundle
+from exporter.bundle.bundle import Bundle
 
 TOKENS = [7, 11, 300, 2, 45, 99, 101, 12]
 

@@ -18,9 +18,9 @@ from device_bed import Daemon, Keys, free_port
 from devices import report
 from devices.comparison import compare
 from devices.errors import BadDeviceError
-from devices.journal import Journal
+from devices.resume_log import ResumeLog
 from exporter import profiling
-from exporter.bundle import Bundle
+from exporter.bundle.bundle import Bundle
 
 Capture = pytest.CaptureFixture[str]
 SHORT = ["max_repeats=1", "sustained_seconds=0", "decode_steps=2", "depths=[0]",
@@ -182,7 +182,7 @@ def test_a_session_that_was_killed_goes_on_where_it_was(
     portable_bundle: Bundle, tmp_path: Path
 ) -> None:
     output = tmp_path / "report.json"
-    journal = tmp_path / "report.json.rounds"
+    resume_log = tmp_path / "report.json.rounds"
     command = [
         sys.executable, "-m", "exporter", "profile", str(portable_bundle.path), "--device", "host",
         "--target", "executorch", "--threads", "1", "precision=0.000001", "max_repeats=12",
@@ -190,28 +190,28 @@ def test_a_session_that_was_killed_goes_on_where_it_was(
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while not journal.is_file() or journal.read_text().count("\n") < 3:
+    while not resume_log.is_file() or resume_log.read_text().count("\n") < 3:
         assert first.poll() is None
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    done = [json.loads(line)["content"] for line in journal.read_text().splitlines()[:3]]
+    done = [json.loads(line)["content"] for line in resume_log.read_text().splitlines()[:3]]
     assert not output.exists()
-    journal.write_text(journal.read_text() + '{"key": "cut o')
+    resume_log.write_text(resume_log.read_text() + '{"key": "cut o')
     subprocess.run(command, env=environment, check=True, capture_output=True)
     (session,) = json.loads(output.read_text())["sessions"]
     assert session["samples"]["first"] == done[0]["records"]
     assert session["samples"]["rounds"][:2] == [step["records"] for step in done[1:]]
     assert len(session["samples"]["rounds"]) == 12
-    assert not journal.exists()
+    assert not resume_log.exists()
 
 
 def test_a_journal_knows_only_what_belongs_to_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    Journal(path).add("device and model", "round 1", {"records": [1]})
-    assert Journal(path).find("device and model", "round 1") == {"records": [1]}
-    assert Journal(path).find("device and model", "round 2") is None
-    assert Journal(path).find("another model", "round 1") is None
+    path = tmp_path / "resume log"
+    ResumeLog(path).add("device and model", "round 1", {"records": [1]})
+    assert ResumeLog(path).find("device and model", "round 1") == {"records": [1]}
+    assert ResumeLog(path).find("device and model", "round 2") is None
+    assert ResumeLog(path).find("another model", "round 1") is None
 
 
 def test_a_program_for_the_official_runner_is_measured_here_with_the_whole_wheel(

@@ -1,0 +1,275 @@
+"""Core ML: a stateful package for iOS 18 and macOS 15, codes and scales untouched.
+
+    mobilellm lower build/nano-int4 --target coreml -o build/nano-coreml
+
+`coreml_graph` says what is in the program, `coreml_package` knows the files. Where there is no
+Core ML, `coreml_interpreter` runs the package.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version as metadata_version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.backends import Artifact
+from exporter.backends.coreml.graph import (
+    DECODE,
+    LOGITS,
+    PREFILL,
+    build_program,
+    mil_name,
+)
+from exporter.backends.coreml.interpreter import Interpreter, State, readers_of
+from exporter.backends.coreml.package import (
+    MANIFEST,
+    MODEL,
+    WEIGHTS,
+    Package,
+    Value,
+    open_package,
+    write_manifest,
+)
+from exporter.backends.coreml.toolkit import Program, coremltools
+from exporter.backends.coreml.toolkit import load as to_specification
+from exporter.errors import InputError
+from exporter.files import replacing_folder, sha256
+from exporter.model.decoder import ModelConfig
+from exporter.quantization.activations import LARGEST_HALF, Rounding, round_to_half
+from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
+from exporter.quantization.schemes import QuantizedTensor, Scheme
+from exporter.recipe import CoreMLTarget, check_context
+
+FILE_NAME = "model.mlpackage"
+FILES = tuple(f"{FILE_NAME}/{name}" for name in (MANIFEST, MODEL, WEIGHTS))
+_IOS_18 = 9  # the specification version of iOS 18 and macOS 15
+
+
+def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: CoreMLTarget) -> None:
+    """Refuse what the program cannot be. Raises InputError."""
+    check_context(config, target)
+    if not 2 <= target.prefill <= target.max_context:
+        raise InputError(
+            "prefill",
+            f"{target.prefill} tokens are not between 2 and max_context ({target.max_context})",
+            "128 suits most phones",
+        )
+
+
+def packages(target: CoreMLTarget) -> tuple[str, ...]:
+    """The distributions whose versions decide the bytes."""
+    return "coremltools", "numpy"
+
+
+def rounding(schemes: Mapping[str, Scheme], target: CoreMLTarget, prompt: int) -> Rounding | None:
+    """Activations are float16, if not asked to be wider."""
+    return round_to_half if target.activations == "float16" else None
+
+
+def largest_activation(target: CoreMLTarget, which: str) -> float | None:
+    """What overflows in float16, which the cache always is."""
+    half = target.activations == "float16" or which in ("keys", "values")
+    return LARGEST_HALF if half else None
+
+
+def lower(quantized: QuantizedCheckpoint, target: CoreMLTarget, out: Path) -> Artifact:
+    """Write `out`/model.mlpackage."""
+    check(quantized.config, quantized.schemes, target)
+    program = build_program(quantized, target)
+    with replacing_folder(out / FILE_NAME) as folder:
+        write_package(program, quantized, target, folder)
+    return Artifact(out, target, FILES)
+
+
+def write_package(
+    program: Program, quantized: QuantizedCheckpoint, target: CoreMLTarget, folder: Path
+) -> Any:
+    """Write a package's files into the empty `folder`; its protobuf."""
+    weights_folder = (folder / WEIGHTS).parent
+    weights_folder.mkdir(parents=True)
+    specification = to_specification(program, str(weights_folder), specification_version=_IOS_18)
+    _describe(specification.description.metadata, quantized, target)
+    (folder / MODEL).write_bytes(specification.SerializeToString(deterministic=True))
+    write_manifest(folder)
+    return specification
+
+
+def _describe(metadata: Any, quantized: QuantizedCheckpoint, target: CoreMLTarget) -> None:
+    """What Xcode shows of a package, and what an app needs to know of it."""
+    config, tokenizer = quantized.config, quantized.path / "tokenizer.json"
+    facts = {
+        "max_context": str(target.max_context),
+        "prefill": str(target.prefill),
+        "output": target.output,
+        "vocab_size": str(config.vocab_size),
+        "bos_token_id": json.dumps(quantized.bos_token_id),
+        "eos_token_ids": json.dumps(list(quantized.eos_token_ids)),
+        "quantized_sha256": sha256(quantized.path / QUANTIZED_MANIFEST),
+    }
+    if tokenizer.is_file():
+        facts["tokenizer_sha256"] = sha256(tokenizer)
+    metadata.shortDescription = (
+        f"{config.model_type} decoder, {config.num_hidden_layers} layers of {config.hidden_size}, "
+        f"with a cache of {target.max_context} tokens"
+    )
+    metadata.versionString = metadata_version("mobilellm-exporter")
+    metadata.author, metadata.license = target.author, target.license
+    metadata.userDefined.update(facts)
+
+
+def weights(
+    artifact: Artifact, quantized: QuantizedCheckpoint
+) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
+    """Every weight decoded out of the package: see `package_weights`."""
+    return package_weights(open_package(artifact.path / FILE_NAME), quantized)
+
+
+def package_weights(
+    package: Package, quantized: QuantizedCheckpoint
+) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
+    """Every weight of every function: name, the function and the operators that read it, codes
+    and scales. Raises InputError for one that a function lacks or does not use."""
+    for function in package.functions:
+        operations = package.block(function).operations
+        readers, missing = (
+            readers_of(operations),
+            {mil_name(name): name for name in quantized.schemes},
+        )
+        for operation in operations:
+            made = operation.outputs[0].name if operation.outputs else ""
+            if made not in missing:
+                continue
+            name = missing.pop(made)
+            if made not in readers:
+                raise InputError(f"{name} ({function})", "is read by no operator")
+            place = f"{function}: {', '.join(readers[made])}"
+            yield name, place, _stored(package, operation, name, quantized.schemes[name])
+        for name in missing.values():
+            raise InputError(f"{name} ({function})", "is not in the program")
+
+
+def _stored(
+    package: Package, operation: Any, name: str, scheme: Scheme
+) -> QuantizedTensor | Tensor:
+    """What an operation makes a weight of."""
+    if operation.type == "const":
+        value: Tensor = package.value(operation.attributes["val"]).data
+        return value
+    if operation.type != "constexpr_blockwise_shift_scale":
+        raise InputError(
+            name, f"is made by {operation.type}, which the quantized checkpoint has not"
+        )
+    given = {part: binding.arguments[0].value for part, binding in operation.inputs.items()}
+    if "offset" in given:
+        raise InputError(name, "has an offset, which the quantized checkpoint has not")
+    codes, scales = package.value(given["data"]), package.value(given["scale"])
+    if codes.kind != f"int{scheme.bits}":
+        raise InputError(name, f"has {codes.kind} codes, not {scheme}")
+    return QuantizedTensor(codes.data, scales.data, scheme)
+
+
+def check_room(tokens: int, context: int) -> None:
+    """Refuse a text that the cache cannot hold. Raises InputError."""
+    if not 0 < tokens <= context:
+        raise InputError(
+            "context",
+            f"{tokens} tokens are not between 1 and {context}",
+            "Lower the model with a larger max_context",
+        )
+
+
+#: Runs a function on int32 inputs, and updates the state: logits float32 [1, 1, vocab_size].
+Execute = Callable[[str, Mapping[str, Tensor], Any], Tensor]
+
+
+class CoreMLRunner:
+    """The package on this machine: both of its functions over one cache."""
+
+    def __init__(self, execute: Execute, new_state: Callable[[], Any], artifact: Artifact) -> None:
+        self._execute, self._new_state = execute, new_state
+        assert isinstance(artifact.target, CoreMLTarget)
+        self._context, self._steps = artifact.target.max_context, artifact.target.prefill
+        self._state, self._position = new_state(), 0
+        described = open_package(artifact.path / FILE_NAME).spec.description.metadata
+        self._vocab_size = int(described.userDefined["vocab_size"])
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        """In chunks. One that would end beyond the cache begins earlier: what is read twice is
+        written twice, the same."""
+        check_room(len(tokens), self.context)
+        self._state, self._position = self._new_state(), 0
+        steps = self._steps
+        while self._position < len(tokens):
+            start = min(self._position, self.context - steps)
+            chunk = tokens[start : start + steps]
+            padded = chunk + [0] * (steps - len(chunk))
+            logits = self._run(PREFILL, input_ids=[padded], position=[start], length=[len(chunk)])
+            self._position = start + len(chunk)
+        return logits
+
+    def decode(self, token: int) -> Tensor:
+        check_room(self._position + 1, self.context)
+        logits = self._run(DECODE, input_ids=[[token]], position=[self._position])
+        self._position += 1
+        return logits
+
+    def _run(self, function: str, **inputs: Any) -> Tensor:
+        tensors = {name: torch.tensor(value, dtype=torch.int32) for name, value in inputs.items()}
+        return self._execute(function, tensors, self._state)[0, -1]
+
+
+def load(artifact: Artifact) -> CoreMLRunner:
+    """The artifact in Core ML on a Mac, in the reference interpreter elsewhere. One that gives
+    tokens is interpreted everywhere: Core ML shows no logits of it."""
+    return _on_mac(artifact) if _runs_here(artifact) else interpreted(artifact)
+
+
+def cross_check(artifact: Artifact) -> CoreMLRunner | None:
+    """What a Mac runs in Core ML, in the reference interpreter."""
+    return interpreted(artifact) if _runs_here(artifact) else None
+
+
+def _runs_here(artifact: Artifact) -> bool:
+    """Whether `load` gives Core ML itself."""
+    assert isinstance(artifact.target, CoreMLTarget)
+    return sys.platform == "darwin" and artifact.target.output == "logits"
+
+
+def interpreted(artifact: Artifact) -> CoreMLRunner:
+    """The artifact in the reference interpreter, on any machine."""
+    interpreter = Interpreter(open_package(artifact.path / FILE_NAME))
+
+    def execute(function: str, inputs: Mapping[str, Tensor], state: State) -> Tensor:
+        values = {name: Value(tensor, "int32") for name, tensor in inputs.items()}
+        return interpreter.run(function, values, state, also=[LOGITS])[LOGITS].data
+
+    return CoreMLRunner(execute, interpreter.new_state, artifact)
+
+
+def _on_mac(artifact: Artifact) -> CoreMLRunner:
+    """The artifact in Core ML itself. Not tried yet, for want of a Mac."""
+    path = str(artifact.path / FILE_NAME)
+    functions = {
+        name: coremltools.models.MLModel(path, function_name=name) for name in (PREFILL, DECODE)
+    }
+
+    def execute(function: str, inputs: Mapping[str, Tensor], state: Any) -> Tensor:
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        logits = functions[function].predict(arrays, state=state)[LOGITS]
+        return torch.from_numpy(np.asarray(logits, np.float32))
+
+    return CoreMLRunner(execute, functions[DECODE].make_state, artifact)

@@ -1,0 +1,332 @@
+"""What each operator of an ML Program computes, for the reference interpreter.
+
+A function has its operator's name and its operator's inputs as parameters (source: the docstrings
+of coremltools' ``converters/mil/mil/ops/defs``). It computes in float32 and returns a value of
+the type that the operator's definition gives; operands whose types do not fit are an error.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from exporter.backends.coreml.package import FLOATS, Value, rounded
+from exporter.errors import InputError
+
+Operator = Callable[..., Value | tuple[Value, ...]]
+
+
+def integers(value: Value) -> list[int]:
+    """A vector of numbers, as axes and shapes are given."""
+    return [int(number) for number in value.data.reshape(-1).tolist()]
+
+
+def integer(value: Value) -> int:
+    return int(value.data.item())
+
+
+def common_kind(*values: Value) -> str:
+    """The one type of all operands."""
+    kinds = {value.kind for value in values}
+    if len(kinds) > 1:
+        raise InputError("operands", f"are of different types: {', '.join(sorted(kinds))}")
+    return kinds.pop()
+
+
+def float_kind(*values: Value) -> str:
+    kind = common_kind(*values)
+    if kind not in FLOATS:
+        raise InputError("operand", f"is {kind}, not fp16 or fp32")
+    return kind
+
+
+def _unary(compute: Callable[[Tensor], Tensor]) -> Operator:
+    return lambda x: rounded(compute(x.data), float_kind(x))
+
+
+def _binary(compute: Callable[[Tensor, Tensor], Tensor]) -> Operator:
+    return lambda x, y: rounded(compute(x.data, y.data), common_kind(x, y))
+
+
+def _comparison(compute: Callable[[Tensor, Tensor], Tensor]) -> Operator:
+    def compare(x: Value, y: Value) -> Value:
+        common_kind(x, y)
+        return Value(compute(x.data, y.data), "bool")
+
+    return compare
+
+
+def constexpr_blockwise_shift_scale(
+    data: Value, scale: Value, offset: Value | None = None
+) -> Value:
+    """scale * (data - offset), where each scale is that of a block of data."""
+    codes = data.data.float()
+    if offset is not None:
+        codes = codes - _spread(offset.data.float(), codes.shape)
+    return rounded(codes * _spread(scale.data, codes.shape), float_kind(scale))
+
+
+def _spread(blocks: Tensor, shape: Sequence[int]) -> Tensor:
+    """One number a block → one number a value."""
+    for axis, (count, size) in enumerate(zip(blocks.shape, shape, strict=True)):
+        if size % count:
+            raise InputError("scale", f"has {count} blocks along {size} values")
+        if 1 < count < size:
+            blocks = blocks.repeat_interleave(size // count, axis)
+    return blocks
+
+
+def cast(x: Value, dtype: str) -> Value:
+    return rounded(x.data, dtype)
+
+
+def linear(x: Value, weight: Value, bias: Value | None = None) -> Value:
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    product = F.linear(x.data, weight.data, None if bias is None else bias.data)
+    return rounded(product, float_kind(*operands))
+
+
+def matmul(
+    x: Value, y: Value, transpose_x: Value | None = None, transpose_y: Value | None = None
+) -> Value:
+    left = x.data.mT if transpose_x is not None and integer(transpose_x) else x.data
+    right = y.data.mT if transpose_y is not None and integer(transpose_y) else y.data
+    return rounded(left @ right, float_kind(x, y))
+
+
+def scaled_dot_product_attention(
+    query: Value, key: Value, value: Value, attn_mask: Value | None = None
+) -> Value:
+    kind = float_kind(query, key, value)
+    if attn_mask is not None and attn_mask.kind not in (kind, "bool"):
+        raise InputError("attn_mask", f"is {attn_mask.kind}, the query is {kind}")
+    scores = query.data @ key.data.mT / math.sqrt(query.data.shape[-1])
+    if attn_mask is not None and attn_mask.kind == "bool":
+        scores = scores.masked_fill(~attn_mask.data, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask.data
+    return rounded(scores.softmax(-1) @ value.data, kind)
+
+
+def softmax(x: Value, axis: Value) -> Value:
+    return rounded(x.data.softmax(integer(axis)), float_kind(x))
+
+
+def rsqrt(x: Value, epsilon: Value) -> Value:
+    return rounded((x.data + epsilon.data).rsqrt(), float_kind(x, epsilon))
+
+
+def reduce_mean(x: Value, axes: Value, keep_dims: Value) -> Value:
+    return rounded(x.data.mean(integers(axes), bool(integer(keep_dims))), float_kind(x))
+
+
+def reduce_sum(x: Value, axes: Value, keep_dims: Value) -> Value:
+    return rounded(x.data.sum(integers(axes), bool(integer(keep_dims))), x.kind)
+
+
+def reduce_max(x: Value, axes: Value, keep_dims: Value) -> Value:
+    return rounded(x.data.amax(integers(axes), bool(integer(keep_dims))), x.kind)
+
+
+def reduce_argmax(x: Value, axis: Value, keep_dims: Value, output_dtype: str = "int32") -> Value:
+    return rounded(x.data.argmax(integer(axis), bool(integer(keep_dims))), output_dtype)
+
+
+def gather(
+    x: Value,
+    indices: Value,
+    axis: Value,
+    batch_dims: Value | None = None,
+    validate_indices: Value | None = None,
+) -> Value:
+    """Entries of x along an axis; an index outside of it is an error, whatever was asked for."""
+    if batch_dims is not None and integer(batch_dims):
+        raise InputError("batch_dims", f"is {integer(batch_dims)}; only 0 is known")
+    along, size = integer(axis) % x.data.dim(), x.data.shape[integer(axis)]
+    places = indices.data.long()
+    if ((places < -size) | (places >= size)).any():
+        raise InputError("indices", f"go beyond the {size} entries of axis {along}")
+    found = x.data.index_select(along, (places % size).reshape(-1))
+    shape = (*x.data.shape[:along], *places.shape, *x.data.shape[along + 1 :])
+    return Value(found.reshape(shape), x.kind)
+
+
+def select(cond: Value, a: Value, b: Value) -> Value:
+    if cond.kind != "bool":
+        raise InputError("cond", f"is {cond.kind}, not bool")
+    return Value(torch.where(cond.data, a.data, b.data), common_kind(a, b))
+
+
+def reshape(x: Value, shape: Value) -> Value:
+    """A 0 in the shape is the size as far from the end in x, or 1 where there is none."""
+    wanted = integers(shape)
+    there = [1] * len(wanted) + list(x.data.shape)
+    sizes = [size or old for size, old in zip(wanted, there[x.data.dim() :], strict=True)]
+    return Value(x.data.reshape(sizes), x.kind)
+
+
+def transpose(x: Value, perm: Value) -> Value:
+    return Value(x.data.permute(integers(perm)), x.kind)
+
+
+def expand_dims(x: Value, axes: Value) -> Value:
+    data, rank = x.data, x.data.dim() + axes.data.numel()
+    for axis in sorted(axis % rank for axis in integers(axes)):
+        data = data.unsqueeze(axis)
+    return Value(data, x.kind)
+
+
+def squeeze(x: Value, axes: Value) -> Value:
+    return Value(x.data.squeeze(integers(axes)), x.kind)
+
+
+def concat(values: list[Value], axis: Value, interleave: Value | None = None) -> Value:
+    if interleave is not None and integer(interleave):
+        raise InputError("interleave", "is true; only false is known")
+    data = torch.cat([value.data for value in values], integer(axis))
+    return Value(data, common_kind(*values))
+
+
+def split(x: Value, num_splits: Value, axis: Value) -> tuple[Value, ...]:
+    count, along = integer(num_splits), integer(axis)
+    if x.data.shape[along] % count:
+        raise InputError("num_splits", f"{count} does not divide {x.data.shape[along]}")
+    return tuple(Value(part, x.kind) for part in x.data.chunk(count, along))
+
+
+def shape(x: Value) -> Value:
+    return Value(torch.tensor(x.data.shape, dtype=torch.int32), "int32")
+
+
+def range_1d(start: Value, end: Value, step: Value) -> Value:
+    first, last, by = (value.data.item() for value in (start, end, step))
+    return rounded(torch.arange(first, last, by), common_kind(start, end, step))
+
+
+def slice_by_index(
+    x: Value,
+    begin: Value,
+    end: Value,
+    stride: Value | None = None,
+    begin_mask: Value | None = None,
+    end_mask: Value | None = None,
+    squeeze_mask: Value | None = None,
+) -> Value:
+    window = _window(x.data, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+    return Value(x.data[window], x.kind)
+
+
+def slice_by_size(x: Value, begin: Value, size: Value) -> Value:
+    """A size of -1 goes to the end."""
+    data = x.data
+    for axis, (first, count) in enumerate(zip(integers(begin), integers(size), strict=True)):
+        length = data.shape[axis] - first if count == -1 else count
+        if first < 0 or first + length > data.shape[axis]:
+            raise InputError("begin", f"{first} and size {length} go beyond {data.shape[axis]}")
+        data = data.narrow(axis, first, length)
+    return Value(data, x.kind)
+
+
+def slice_update(
+    x: Value,
+    update: Value,
+    begin: Value,
+    end: Value,
+    stride: Value | None = None,
+    begin_mask: Value | None = None,
+    end_mask: Value | None = None,
+    squeeze_mask: Value | None = None,
+) -> Value:
+    copy = Value(x.data.clone(), x.kind)
+    return overwrite(copy, update, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+
+
+def overwrite(
+    x: Value,
+    update: Value,
+    begin: Value,
+    end: Value,
+    stride: Value | None = None,
+    begin_mask: Value | None = None,
+    end_mask: Value | None = None,
+    squeeze_mask: Value | None = None,
+) -> Value:
+    """slice_update in the memory of x, for a value that nothing else reads."""
+    common_kind(x, update)
+    window = _window(x.data, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+    if x.data[window].shape != update.data.shape:
+        wanted, found = list(x.data[window].shape), list(update.data.shape)
+        raise InputError("update", f"has shape {found}, the window {wanted}")
+    x.data[window] = update.data
+    return x
+
+
+def _window(
+    x: Tensor,
+    begin: Value,
+    end: Value,
+    stride: Value | None,
+    begin_mask: Value | None,
+    end_mask: Value | None,
+    squeeze_mask: Value | None,
+) -> tuple[Any, ...]:
+    """The index of a slice; one that leaves x is an error, since runtimes disagree about it."""
+    none = [0] * x.dim()
+    steps = integers(stride) if stride is not None else [1] * x.dim()
+    from_start, to_end, single = (
+        integers(mask) if mask is not None else none
+        for mask in (begin_mask, end_mask, squeeze_mask)
+    )
+    window: list[Any] = []
+    for axis, (start, stop) in enumerate(zip(integers(begin), integers(end), strict=True)):
+        size = x.shape[axis]
+        first = 0 if from_start[axis] else start + size if start < 0 else start
+        last = size if to_end[axis] else stop + size if stop < 0 else stop
+        last = first + 1 if single[axis] else last
+        if not 0 <= first < last <= size or steps[axis] < 1:
+            raise InputError("slice", f"{first}:{last}:{steps[axis]} of {size} values")
+        window.append(first if single[axis] else slice(first, last, steps[axis]))
+    return tuple(window)
+
+
+#: Every operator that is known, by name.
+OPERATORS: dict[str, Operator] = {
+    "add": _binary(torch.add),
+    "sub": _binary(torch.sub),
+    "mul": _binary(torch.mul),
+    "real_div": lambda x, y: rounded(x.data / y.data, float_kind(x, y)),
+    "floor_div": _binary(torch.floor_divide),
+    "mod": _binary(torch.remainder),
+    "maximum": _binary(torch.maximum),
+    "minimum": _binary(torch.minimum),
+    "pow": _binary(torch.pow),
+    "equal": _comparison(torch.eq),
+    "not_equal": _comparison(torch.ne),
+    "less": _comparison(torch.lt),
+    "less_equal": _comparison(torch.le),
+    "greater": _comparison(torch.gt),
+    "greater_equal": _comparison(torch.ge),
+    "logical_and": _comparison(torch.logical_and),
+    "logical_or": _comparison(torch.logical_or),
+    "square": _unary(torch.square),
+    "sqrt": _unary(torch.sqrt),
+    "exp": _unary(torch.exp),
+    "cos": _unary(torch.cos),
+    "sin": _unary(torch.sin),
+    "tanh": _unary(torch.tanh),
+    "sigmoid": _unary(torch.sigmoid),
+    "silu": _unary(F.silu),
+    "relu": _unary(F.relu),
+    **{
+        operator.__name__: operator
+        for operator in (
+            cast, concat, constexpr_blockwise_shift_scale, expand_dims, gather, linear, matmul,
+            range_1d, reduce_argmax, reduce_max, reduce_mean, reduce_sum, reshape, rsqrt,
+            scaled_dot_product_attention, select, shape, slice_by_index, slice_by_size,
+            slice_update, softmax, split, squeeze, transpose,
+        )
+    },
+}  # fmt: skip

@@ -1,0 +1,232 @@
+"""The files of a .mlpackage: written with the same bytes each time, and read back.
+
+A package is a folder: ``Manifest.json`` names the model, a protobuf, which names the weights in
+``weight.bin``. There a weight is a record of 64 bytes that says where its data lie (source:
+``MILBlob/Blob/StorageFormat.hpp`` in coremltools).
+"""
+
+import json
+import math
+import struct
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.backends.coreml.toolkit import MIL_pb2, Model_pb2
+from exporter.errors import InputError
+from exporter.files import read_json
+
+MODEL = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+MANIFEST = "Manifest.json"
+_AUTHOR, _SENTINEL = "com.apple.CoreML", 0xDEADBEEF
+_RECORD = struct.Struct("<IIQQQ")
+
+#: How a declared type is called here, how NumPy reads it, and how many bits a value takes.
+_Kind = MIL_pb2.DataType
+TYPES: dict[int, tuple[str, str, int]] = {
+    _Kind.Value("BOOL"): ("bool", "?", 8),
+    _Kind.Value("FLOAT16"): ("fp16", "<f2", 16),
+    _Kind.Value("FLOAT32"): ("fp32", "<f4", 32),
+    _Kind.Value("INT8"): ("int8", "i1", 8),
+    _Kind.Value("UINT8"): ("uint8", "u1", 8),
+    _Kind.Value("INT16"): ("int16", "<i2", 16),
+    _Kind.Value("UINT16"): ("uint16", "<u2", 16),
+    _Kind.Value("INT32"): ("int32", "<i4", 32),
+    _Kind.Value("INT4"): ("int4", "", 4),
+    _Kind.Value("UINT4"): ("uint4", "", 4),
+    _Kind.Value("UINT3"): ("uint3", "", 3),
+    _Kind.Value("UINT6"): ("uint6", "", 6),
+    _Kind.Value("UINT2"): ("uint2", "", 2),
+    _Kind.Value("UINT1"): ("uint1", "", 1),
+    _Kind.Value("STRING"): ("string", "", 0),
+}
+FLOATS = ("fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor and its declared type. Floats are held in float32, rounded to that type; integers
+    in a torch type that holds them all."""
+
+    data: Tensor
+    kind: str
+
+
+def rounded(data: Tensor, kind: str) -> Value:
+    """`data` as a value of type `kind`: fp16 overflows to infinity, integers wrap."""
+    if kind == "fp16":
+        return Value(data.half().float(), kind)
+    if kind == "fp32":
+        return Value(data.float(), kind)
+    if kind == "bool":
+        return Value(data.bool(), kind)
+    bits = int(kind.lstrip("uint"))
+    low = data.to(torch.int64) & ((1 << bits) - 1)
+    if not kind.startswith("u"):
+        low = low - ((low >> (bits - 1)) << bits)
+    return Value(low.to(_held_in(kind)), kind)
+
+
+def _held_in(kind: str) -> torch.dtype:
+    return {"int8": torch.int8, "uint8": torch.uint8, "int4": torch.int8, "bool": torch.bool}.get(
+        kind, torch.int32 if kind in ("int32", "int16", "uint16") else torch.uint8
+    )
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that was opened: its protobuf, and the folder that its weight files lie in."""
+
+    path: Path
+    spec: Any
+    weights: Path
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        return tuple(sorted(self.spec.mlProgram.functions))
+
+    def block(self, function: str) -> Any:
+        """The operations of a function."""
+        found = self.spec.mlProgram.functions[function]
+        return found.block_specializations[found.opset]
+
+    def value(self, value: Any) -> Any:
+        """A constant: `Value`, a text, or a list of those."""
+        if (place := place_of(value)) is not None:
+            return self._stored(value.type.tensorType, *place)
+        kind = value.type.WhichOneof("type")
+        if kind == "tupleType":
+            return [self.value(item) for item in value.immediateValue.tuple.values]
+        if kind == "listType":
+            return [self.value(item) for item in value.immediateValue.list.values]
+        return _immediate(value)
+
+    def _stored(self, declared: Any, name: str, offset: int) -> Value:
+        """A constant of the weight file, its record checked."""
+        path = (self.weights / name.removeprefix("@model_path/")).resolve()
+        if not path.is_relative_to(self.path.resolve()):
+            raise InputError(self.path, f"names a weight file outside of itself ({name})")
+        if not path.is_file():
+            raise InputError(path, "no such file", "Get the whole package again")
+        empty = path.stat().st_size == 0  # which cannot be mapped
+        content = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
+        subject = f"{path.name} at {offset}"
+        if offset + _RECORD.size > content.size:
+            raise InputError(subject, f"lies beyond its {content.size} bytes")
+        record = _RECORD.unpack(content[offset : offset + _RECORD.size].tobytes())
+        sentinel, _, size, start, _ = record
+        if sentinel != _SENTINEL:
+            raise InputError(subject, "is not the record of a weight")
+        shape = shape_of(declared)
+        bits = TYPES[declared.dataType][2]
+        if size != -(-math.prod(shape) * bits // 8):
+            raise InputError(subject, f"holds {size} bytes, which do not fill the shape {shape}")
+        if start + size > content.size:
+            raise InputError(subject, f"ends beyond the {content.size} bytes of the file")
+        return _decode(content[start : start + size].tobytes(), declared)
+
+
+def open_package(path: Path) -> Package:
+    """Open a .mlpackage folder of an ML Program. Raises InputError."""
+    manifest = read_json(path / MANIFEST)
+    items, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
+    entry = items.get(root) if isinstance(items, dict) else None
+    name = entry.get("path") if isinstance(entry, dict) else None
+    if not isinstance(name, str):
+        raise InputError(path / MANIFEST, "does not name the model of the package")
+    file = (path / "Data" / name).resolve()
+    if not file.is_relative_to(path.resolve()) or not file.is_file():
+        raise InputError(path / MANIFEST, f"names the model {name!r}, which is not in the package")
+    spec = Model_pb2.Model()
+    try:
+        spec.ParseFromString(file.read_bytes())
+    except Exception as error:  # DecodeError, which protobuf's two builds name differently
+        raise InputError(file, f"is not a Core ML model ({error})", "Get it again") from error
+    if spec.WhichOneof("Type") != "mlProgram":
+        raise InputError(file, f"is a {spec.WhichOneof('Type')}, not an ML Program")
+    return Package(path, spec, file.parent)
+
+
+def write_manifest(folder: Path) -> None:
+    """``Manifest.json`` as Core ML writes it, but with identifiers that follow from the names."""
+    entries = {
+        _identifier(path): {
+            "author": _AUTHOR,
+            "description": description,
+            "name": path.rpartition("/")[2],
+            "path": path.removeprefix("Data/"),
+        }
+        for path, description in (
+            (MODEL, "CoreML Model Specification"),
+            (WEIGHTS.rpartition("/")[0], "CoreML Model Weights"),
+        )
+    }
+    manifest = {
+        "fileFormatVersion": "1.0.0",
+        "itemInfoEntries": entries,
+        "rootModelIdentifier": _identifier(MODEL),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=4) + "\n")
+
+
+def _identifier(path: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper()
+
+
+def place_of(value: Any) -> tuple[str, int] | None:
+    """File and offset of a constant, or None where it lies in the protobuf."""
+    if value.WhichOneof("value") != "blobFileValue":
+        return None
+    return value.blobFileValue.fileName, value.blobFileValue.offset
+
+
+def shape_of(declared: Any) -> list[int]:
+    """The shape of a constant."""
+    return [int(dimension.constant.size) for dimension in declared.dimensions]
+
+
+def open_shape_of(declared: Any) -> list[int | None]:
+    """The shape of a declared tensor; None where a dimension is left open."""
+    return [
+        int(dimension.constant.size) if dimension.HasField("constant") else None
+        for dimension in declared.dimensions
+    ]
+
+
+def _immediate(value: Any) -> Any:
+    """A constant that lies in the protobuf itself."""
+    declared, tensor = value.type.tensorType, value.immediateValue.tensor
+    field_name = tensor.WhichOneof("value")
+    content = getattr(tensor, field_name).values
+    kind = TYPES[declared.dataType][0]
+    if kind == "string":
+        return content[0]
+    if field_name == "bytes":
+        return _decode(content, declared)
+    dtype = torch.float64 if kind in FLOATS else torch.int64
+    data = torch.tensor(list(content), dtype=dtype).reshape(shape_of(declared))
+    return rounded(data, kind)
+
+
+def _decode(content: bytes, declared: Any) -> Value:
+    """The bytes of a constant as a value of the declared type and shape."""
+    kind, numpy_kind, bits = TYPES[declared.dataType]
+    shape = shape_of(declared)
+    if numpy_kind:
+        array = np.frombuffer(content, numpy_kind).reshape(shape)
+        wide = np.float32 if kind in FLOATS else np.int32 if kind == "uint16" else numpy_kind
+        return Value(torch.from_numpy(array.astype(wide)), kind)
+    # Less than a byte: values follow each other from the lowest bit up.
+    count = math.prod(shape)
+    flat = np.unpackbits(np.frombuffer(content, np.uint8), count=count * bits, bitorder="little")
+    places = np.left_shift(1, np.arange(bits)).astype(np.uint8)
+    codes = flat.reshape(count, bits) @ places
+    if kind == "int4":
+        codes = ((codes ^ 8).astype(np.int8) - 8).astype(np.int8)
+    return Value(torch.from_numpy(codes).reshape(shape), kind)

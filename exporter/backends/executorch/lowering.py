@@ -1,0 +1,263 @@
+"""ExecuTorch: a .pte for XNNPACK or Core ML, codes and scales untouched.
+
+    mobilellm lower build/nano-int4 --target executorch -o build/nano
+
+The program is small: an embedding, and between two attentions one XNNPACK call that holds all
+the rest of a layer. `executorch_layers` says what is in such a call, `executorch_graph` writes
+it down, `executorch_program` puts the program around it, `executorch_file` knows the bytes.
+With ``delegate=coreml`` it is one call, see `executorch_coreml`.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for _name in ("torch", "torchao"):
+        logging.getLogger(_name).setLevel(logging.ERROR)
+    from executorch import exir
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.extension.pybindings import portable_lib
+
+    from exporter.backends.executorch.file import read_weights, store_embedding_once
+    from exporter.backends.executorch.layers import LayerGraphs
+    from exporter.backends.executorch.program import Program, delegate, export_program
+
+from exporter.backends import Artifact, Runner, backend
+from exporter.errors import InputError
+from exporter.files import replacing
+from exporter.model.decoder import ModelConfig
+from exporter.quantization.activations import Rounding, round_rows_to_int8
+from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.schemes import QuantizedTensor, Scheme
+from exporter.recipe import CoreMLTarget, ExecuTorchTarget, check_context
+
+FILE_NAME = "model.pte"
+FILES = (FILE_NAME,)
+
+
+def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorchTarget) -> None:
+    """Refuse what the delegate or the model cannot do. Raises InputError."""
+    check_context(config, target)
+    if target.delegate == "coreml":
+        if target.attention != "custom_sdpa":
+            raise InputError(
+                "attention",
+                f"{target.attention} is a choice for XNNPACK; the Core ML delegate attends itself",
+                "Leave it out",
+            )
+        _coreml()
+        return
+    if target.activations != "float32":
+        raise InputError(
+            "activations",
+            f"XNNPACK's are float32 and int8, not {target.activations}",
+            "Leave it out, or set delegate to coreml",
+        )
+    for name, scheme in schemes.items():
+        multiplied = name != EMBEDDING or config.tie_word_embeddings
+        if multiplied and scheme.bits == 8 and scheme.group_size:
+            raise InputError(
+                f"{name}: {scheme}",
+                "XNNPACK multiplies int8 weights with one scale a row only",
+                "Use int8, or an int4 scheme",
+            )
+
+
+def packages(target: ExecuTorchTarget) -> tuple[str, ...]:
+    """The distributions whose versions decide the bytes."""
+    own = ("executorch", "torch")
+    return own if target.delegate == "xnnpack" else (*own, "coremltools", "numpy")
+
+
+def rounding(
+    schemes: Mapping[str, Scheme], target: ExecuTorchTarget, prompt: int
+) -> Rounding | None:
+    """XNNPACK's dynamic activations: int8, one scale a row. Core ML's own in its package."""
+    if target.delegate == "coreml":
+        simulated: Rounding | None = backend("coreml").rounding(schemes, _embedded(target), prompt)
+        return simulated
+    return round_rows_to_int8
+
+
+def largest_activation(target: ExecuTorchTarget, which: str) -> float | None:
+    """Activations are float32 in XNNPACK."""
+    if target.delegate == "coreml":
+        largest: float | None = backend("coreml").largest_activation(_embedded(target), which)
+        return largest
+    return None
+
+
+def lower(quantized: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -> Artifact:
+    """Write `out`/model.pte."""
+    check(quantized.config, quantized.schemes, target)
+    with _quietly():
+        if target.delegate == "coreml":
+            exported = _coreml().export_step(quantized, _embedded(target))
+        else:
+            exported = export_program(Program(quantized, target))
+        edge = exir.to_edge(
+            exported,
+            constant_methods=_constant_methods(quantized, target),
+            compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
+        )
+        if target.delegate == "xnnpack":
+            graphs = LayerGraphs(quantized, target)
+            delegate(edge.exported_program(), graphs)
+            edge._named_data_store.merge_named_data_store(
+                graphs.named_data.get_named_data_store_output()
+            )
+        manager = edge.to_executorch(
+            exir.ExecutorchBackendConfig(
+                run_reinplace_pass=True,
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            )
+        )
+        buffer = io.BytesIO()
+        manager.write_to_file(buffer)
+    content = buffer.getbuffer()
+    parts = store_embedding_once(content) if target.delegate == "xnnpack" else [content]
+    with replacing(out / FILE_NAME) as file:
+        for part in parts:
+            file.write(part)
+    return Artifact(out, target, FILES)
+
+
+def _constant_methods(quantized: QuantizedCheckpoint, target: ExecuTorchTarget) -> dict[str, Any]:
+    """What the official runners ask the program (extension/llm/runner/constants.h)."""
+    text_ends = quantized.eos_token_ids
+    return {
+        "enable_dynamic_shape": target.delegate == "xnnpack",  # False: token by token
+        "get_max_context_len": target.max_context,
+        "get_max_seq_len": target.max_context,
+        "get_vocab_size": quantized.config.vocab_size,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": target.delegate == "xnnpack"
+        and target.attention == "custom_sdpa",
+        **({"get_bos_id": quantized.bos_token_id} if quantized.bos_token_id is not None else {}),
+        **({"get_eos_ids": list(text_ends)} if text_ends else {}),
+    }
+
+
+def weights(
+    artifact: Artifact, quantized: QuantizedCheckpoint
+) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
+    """Every weight decoded out of the .pte: name, place in the file, codes and scales."""
+    if _of(artifact).delegate == "xnnpack":
+        yield from read_weights(artifact.path / FILE_NAME, quantized)
+        return
+    with _coreml().embedded_package(artifact.path / FILE_NAME) as package:
+        yield from backend("coreml").package_weights(package, quantized)
+
+
+class ExecuTorchRunner:
+    """The artifact in ExecuTorch's own runtime on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        with _quietly():
+            self._module = portable_lib._load_for_executorch(str(path))
+            self._context = int(self._module.run_method("get_max_context_len", ())[0])
+            self._vocab_size = int(self._module.run_method("get_vocab_size", ())[0])
+        self._position = 0
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        self._position = 0
+        return self._read(tokens)
+
+    def decode(self, token: int) -> Tensor:
+        return self._read([token])
+
+    def _read(self, tokens: list[int]) -> Tensor:
+        logits = self.run(tokens, self._position)
+        self._position += len(tokens)
+        return logits
+
+    def run(self, tokens: list[int], position: int) -> Tensor:
+        """The logits after `tokens`, of which the first one is at `position`."""
+        inputs = torch.tensor([tokens]), torch.tensor([position])
+        with _quietly():
+            logits: Tensor = self._module.run_method("forward", inputs)[0]
+        return logits.reshape(-1).float().clone()
+
+
+def load(artifact: Artifact) -> Runner:
+    """The artifact ready to run. The whole file is read, so that a short one is refused.
+
+    The Core ML delegate runs on a Mac only (not tried yet, for want of one), token by token;
+    elsewhere its package does, in the reference interpreter.
+    """
+    if _of(artifact).delegate == "xnnpack":
+        return ExecuTorchRunner(artifact.path / FILE_NAME)
+    if sys.platform != "darwin":
+        return _interpret(artifact)
+    program = ExecuTorchRunner(artifact.path / FILE_NAME)
+    runner: Runner = _coreml().StepRunner(program.run, program.context, program.vocab_size)
+    return runner
+
+
+def cross_check(artifact: Artifact) -> Runner | None:
+    """The package that a Mac runs, in the reference interpreter. There is none of XNNPACK."""
+    on_mac = _of(artifact).delegate == "coreml" and sys.platform == "darwin"
+    return _interpret(artifact) if on_mac else None
+
+
+def _interpret(artifact: Artifact) -> Runner:
+    path, context = artifact.path / FILE_NAME, artifact.target.max_context
+    runner: Runner = _coreml().interpret_step(path, context)
+    return runner
+
+
+def _of(artifact: Artifact) -> ExecuTorchTarget:
+    assert isinstance(artifact.target, ExecuTorchTarget)
+    return artifact.target
+
+
+def _embedded(target: ExecuTorchTarget) -> CoreMLTarget:
+    """What the package inside the .pte is made for: one token a call."""
+    return CoreMLTarget(max_context=target.max_context, prefill=1, activations=target.activations)
+
+
+def _coreml() -> ModuleType:
+    """The module of the Core ML delegate; raises MissingExtraError where coremltools is absent."""
+    backend("coreml")
+    with _quietly():
+        from exporter.backends.executorch import coreml_delegate
+    return coreml_delegate
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what the toolkit prints (warnings, its C++ log on file descriptor 2) off the screen."""
+    if logging.getLogger("exporter").isEnabledFor(logging.DEBUG):
+        yield
+        return
+    saved = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)

@@ -1,0 +1,115 @@
+"""An artifact's folder: the lowered model, what it needs to read text, and its manifest.
+
+    mobilellm lower build/nano-int4 --target executorch -o build/nano-executorch
+
+The folder is what goes to the phone. ``artifact.json`` is written last.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.backends import Artifact, backend
+from exporter.errors import InputError
+from exporter.files import (
+    Output,
+    copy_file,
+    differing_files,
+    made_from,
+    package_versions,
+    read_json,
+    sha256,
+    write_json,
+)
+from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
+from exporter.quantization.schemes import FLOAT
+from exporter.recipe import Target, parse_target
+from exporter.text.tokenizer import TOKENIZER_FILES
+
+MANIFEST = "artifact.json"
+FORMAT_VERSION = 1
+#: What travels with the model: whoever runs it needs text and the ids that end it.
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
+
+
+@dataclass(frozen=True)
+class FinishedArtifact:
+    """An artifact with its manifest; all that running it needs."""
+
+    artifact: Artifact
+    manifest: Mapping[str, Any]
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return tuple(self.manifest["eos_token_ids"])
+
+
+def artifact_output(target: Target) -> Output:
+    files = backend(target.target).FILES
+    tops = [Path(name).parts[0] for name in files]  # a Core ML package is a folder
+    return Output(tops[0], MANIFEST, (*tops, *COMPANIONS))
+
+
+def artifact_identity(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
+    """Everything that decides the bytes of an artifact."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "target": asdict(target),
+        "quantized": sha256(quantized.path / QUANTIZED_MANIFEST),
+        "bos_token_id": quantized.bos_token_id,
+        "eos_token_ids": list(quantized.eos_token_ids),
+        "float_weights": {
+            name: quantized.manifest["tensors"][name]["reason"]
+            for name, scheme in quantized.schemes.items()
+            if scheme == FLOAT
+        },
+        "versions": artifact_versions(target),
+    }
+
+
+def artifact_versions(target: Target) -> dict[str, str]:
+    """Versions of everything that writes this artifact."""
+    return package_versions("mobilellm-exporter", *backend(target.target).packages(target))
+
+
+def write_artifact(
+    quantized: QuantizedCheckpoint, target: Target, identity: Mapping[str, Any], out: Path
+) -> FinishedArtifact:
+    """Lower into `out`; a whole artifact of the same identity is left as it is."""
+    if made_from(out / MANIFEST, identity):
+        hashes = read_json(out / MANIFEST)["files"]
+        if not differing_files(out, hashes):
+            return open_artifact(out)
+    (out / MANIFEST).unlink(missing_ok=True)
+    module = backend(target.target)
+    written = list(module.lower(quantized, target, out).files)
+    for name in COMPANIONS:
+        if (quantized.path / name).is_file():
+            copy_file(quantized.path / name, out / name)
+            written.append(name)
+    for name in {*module.FILES, *COMPANIONS}.difference(written):
+        (out / name).unlink(missing_ok=True)
+    hashes = {name: sha256(out / name) for name in written}
+    write_json(out / MANIFEST, {**identity, "files": hashes})
+    return open_artifact(out)
+
+
+def open_artifact(path: Path) -> FinishedArtifact:
+    """Open an artifact's folder, or a file in it. Raises InputError."""
+    folder = path.parent if path.is_file() or (path.parent / MANIFEST).is_file() else path
+    manifest = read_json(folder / MANIFEST)
+    subject = folder / MANIFEST
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{subject}: format_version",
+            f"{manifest.get('format_version')!r} is not known",
+            f"This version reads {FORMAT_VERSION}; lower the model again",
+        )
+    target, files = manifest.get("target"), manifest.get("files")
+    ends = manifest.get("eos_token_ids")
+    if not (isinstance(target, dict) and isinstance(files, dict) and isinstance(ends, list)):
+        raise InputError(subject, "is not an artifact's manifest", "Lower the model again")
+    parsed = parse_target(target, str(subject))
+    return FinishedArtifact(Artifact(folder, parsed, tuple(files)), manifest)

@@ -1,0 +1,156 @@
+"""What `profile` and `devices` show. Whatever was not measured on a real device says so."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from devices.catalogue import catalogue
+from devices.comparison import Comparison
+from devices.transports import TRANSPORTS, Device, transport_of
+from exporter.cli import display
+from exporter.errors import InputError
+
+#: Operators that are worth a line.
+_TOP = 8
+_PLOTS = (".png", ".svg", ".pdf")
+
+
+def print_devices(as_json: bool) -> int:
+    """What is connected now, and what the catalogue knows."""
+    found = [text for kind in TRANSPORTS for text in transport_of(Device(kind)).connected()]
+    if as_json:
+        known = [asdict(device) for device in catalogue().values()]
+        return display.print_json({"connected": found, "known": known})
+    display.out.print("Connected: " + escape(", ".join(found) or "none"))
+    display.out.print("[dim]and any Linux device, as ssh:USER@HOST[:PORT][/]\n")
+    table = display.table(
+        "name", "device", "processor", "memory", "bandwidth", "cores", "threads", title="Known"
+    )
+    for device in catalogue().values():
+        cores = ", ".join(f"{c.count} × {c.name} {c.hertz / 1e9:.2f} GHz" for c in device.cores)
+        table.add_row(
+            device.key, device.name, device.soc, f"{device.memory_bytes / 1e9:.0f} GB",
+            f"{device.bandwidth / 1e9:.0f} GB/s", cores, str(device.threads),
+        )  # fmt: skip
+    display.wide.print(table)
+    return 0
+
+
+def print_report(report: Mapping[str, Any], comparisons: Sequence[Comparison]) -> None:
+    for session in report["sessions"]:
+        title = f"{session['device']}: {session['artifact']['format']}"
+        if session["status"] != "complete":
+            colour = "red" if session["status"] == "failed" else "yellow"
+            mark = f"[{colour}]{session['status']}[/]"
+            display.out.print(f"[bold]{escape(title)}[/] {mark}: {escape(session['problem'])}\n")
+            continue
+        display.print_facts(title, dict(_facts(session)))
+        _print_speeds(session)
+        _print_operators(session)
+    if comparisons:
+        table = display.table("artifact", "what", "before", "now", "faster by", title="Baseline")
+        for row in comparisons:
+            sure = "" if row.clear else " (intervals overlap)"
+            table.add_row(
+                row.format, row.what, f"{row.before_ms:.3f} ms", f"{row.now_ms:.3f} ms",
+                f"{row.ratio:.3f}{sure}",
+            )  # fmt: skip
+        display.wide.print(table)
+
+
+def _facts(session: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    identity, engine, memory = session["identity"], session["engine"], session["memory"]
+    if session["kind"] != "real":
+        what = {"virtual": "virtual", "emulated": "EMULATED, no time means anything"}
+        yield "no real device", f"{what[session['kind']]} ({identity['kind_reason']})"
+    cores = ", ".join(f"{core['count']} × {core['name']}" for core in identity["cores"])
+    yield "device", f"{identity['name']}, {identity['system']}, {identity['machine']}: {cores}"
+    versions = ", ".join(f"{name} {version[:20]}" for name, version in engine["versions"].items())
+    yield "engine", f"{engine['name']} ({versions}), {engine['threads']} threads"
+    if session["load"]:
+        yield "load", f"{session['load']['p50']:.1f} ms (first: {session['first_load_ms']:.1f} ms)"
+    size = display.megabytes
+    peaks = [f"file {size(memory['file_bytes'])}"]
+    for phase, seen in memory["phases"].items():
+        if seen["peak_rss"] > 0 and phase in ("start", "load", "prefill", "decode"):
+            peaks.append(f"{phase} {size(seen['peak_rss'])}")
+    yield "peak memory", ", ".join(peaks)
+    if memory["phases"].get("decode", {}).get("anonymous", -1) > 0:
+        seen = memory["phases"]["decode"]
+        yield "of which", f"own {size(seen['anonymous'])}, mapped files {size(seen['file'])}"
+    if session["predicted"]:
+        memory_use, source = session["predicted"]["memory"], session["predicted"]["source"]
+        yield "predicted", f"{size(memory_use)} of memory; speeds from {source}"
+    if session["sustained"]:
+        run = session["sustained"]
+        first, *_, last = run["tokens_per_second"]
+        share = f"{run['last_to_best']:.0%} of the best"
+        end = f"{last:.1f} at the end of {run['seconds']:.0f} s ({share})"
+        yield "sustained", f"{first:.1f} tokens/s at first, {end}"
+    if session["energy"]:
+        yield "energy", f"{session['energy']['joules_per_token'] * 1000:.1f} mJ a token"
+    for what, why in session["not_measured"].items():
+        yield f"no {what}", why
+
+
+def _print_speeds(session: Mapping[str, Any]) -> None:
+    mark = {"real": "", "virtual": ", virtual", "emulated": ", EMULATED"}[session["kind"]]
+    table = display.table(
+        f"phase{mark}", "p50", "p95", "95 % interval of the median", "tokens/s", "predicted", "",
+    )  # fmt: skip
+    for column in table.columns[1:6]:
+        column.justify = "right"
+    speeds = session["predicted"]["speeds"] if session["predicted"] else []
+    decode = {speed["depth"]: speed["decode"] for speed in speeds}
+    prefill = speeds[0]["prefill"] if speeds else None
+    rows = [
+        (f"first token after {entry['tokens']}", entry, prefill) for entry in session["prefill"]
+    ] + [
+        (f"decode after {entry['depth']}", entry, decode.get(entry["depth"]))
+        for entry in session["decode"]
+    ]
+    for name, entry, predicted in rows:
+        ms, rate = entry["ms"], entry["tokens_per_second"]
+        table.add_row(
+            name, f"{ms['p50']:.3f} ms", f"{ms['p95']:.3f} ms",
+            f"{ms['low']:.3f} to {ms['high']:.3f} ms", f"{rate['p50']:.1f}",
+            "" if predicted is None else f"{predicted:.1f}",
+            f"{ms['repeats']} repeats" + ("" if ms["narrow"] else ", [yellow]not narrow yet[/]"),
+        )  # fmt: skip
+    if session["execute"]:
+        ms = session["execute"]
+        table.add_row("whole program", f"{ms['p50']:.3f} ms", f"{ms['p95']:.3f} ms")
+    display.wide.print(table)
+
+
+def _print_operators(session: Mapping[str, Any]) -> None:
+    if session["operators"]:
+        table = display.table("operator", "calls", "share", "ran by")
+        for column in table.columns[1:3]:
+            column.justify = "right"
+        for row in session["operators"][:_TOP]:
+            runner = row["delegate"] or "the runtime's own kernel"
+            table.add_row(escape(row["name"]), str(row["calls"]), f"{row['share']:.1%}", runner)
+        rest = session["operators"][_TOP:]
+        if rest:
+            share = sum(row["share"] for row in rest)
+            table.add_row(f"{len(rest)} others", "", f"{share:.1%}", "")
+        display.wide.print(table)
+    for problem in session["undelegated"]:
+        display.out.print(f"[bold red]matrix product without delegate:[/] {escape(problem)}")
+    display.out.print("")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse what cannot be drawn before anything is measured. Raises InputError."""
+    if path.suffix not in _PLOTS:
+        raise InputError(f"--plot {path}", f"is none of {', '.join(_PLOTS)}", "Rename it")
+
+
+def plot(report: Mapping[str, Any], path: Path) -> None:
+    from devices.plots import draw
+
+    draw(report, path)

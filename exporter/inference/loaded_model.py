@@ -1,0 +1,109 @@
+"""Open any model to run it: a checkpoint, a quantized checkpoint, an artifact or a bundle."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.backends import Runner, backend
+from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
+from exporter.bundle.artifact import FinishedArtifact, open_artifact
+from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
+from exporter.bundle.bundle import Bundle, is_bundle, open_bundle
+from exporter.errors import InputError
+from exporter.files import differing_files
+from exporter.inference.reference import ReferenceRunner
+from exporter.model.checkpoint import Checkpoint, open_checkpoint
+from exporter.quantization.activations import Rounding
+from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
+from exporter.quantization.quantized_checkpoint import (
+    QuantizedCheckpoint,
+    open_quantized,
+    require_whole,
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can be asked: its runner, and the folder with its tokenizer."""
+
+    runner: Runner
+    tokenizer_folder: Path
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    kind: str
+
+
+#: The cache of a checkpoint or a quantized checkpoint that runs in torch.
+REFERENCE_CONTEXT = 4096
+
+
+def open_model(source: str, target: str | None) -> LoadedModel:
+    """Whatever `source` is: a bundle (`target` picks its artifact), an artifact, a quantized
+    checkpoint or a checkpoint (folder or hub id). Raises InputError."""
+    path = Path(source)
+    if _is_bundle(path):
+        return _load_artifact(_chosen(open_bundle(path), target))
+    if target is not None:
+        raise InputError("--target", f"{path} is not a bundle", "Leave the option out")
+    package = path.suffix == ".mlpackage"  # a folder within the artifact's
+    if path.is_file() or package or (path / ARTIFACT_MANIFEST).is_file():
+        return _load_artifact(open_artifact(path))
+    quantized = (path / QUANTIZED_MANIFEST).is_file()
+    kind = "quantized checkpoint in torch" if quantized else "checkpoint in torch"
+    return _load_in_torch(
+        open_quantized(path) if quantized else open_checkpoint(source), kind, None
+    )
+
+
+def open_simulated(source: str, target: str | None, prompt: int) -> LoadedModel:
+    """The quantized checkpoint of a bundle in torch, with activations rounded as the runtime of
+    one of its artifacts does it where the first `prompt` tokens are read at once. Raises
+    InputError."""
+    path = Path(source)
+    if not _is_bundle(path):
+        raise InputError(
+            "--simulate", f"{path} is not a bundle", "Give the bundle that holds the artifact"
+        )
+    bundle = open_bundle(path)
+    chosen = _chosen(bundle, target).artifact.target
+    rounding = backend(chosen.target).rounding(bundle.quantized.schemes, chosen, prompt)
+    return _load_in_torch(bundle.quantized, f"{chosen.target} simulated in torch", rounding)
+
+
+def _is_bundle(path: Path) -> bool:
+    return is_bundle(path) or (path / BUNDLE_QUANTIZED).is_dir()
+
+
+def _chosen(bundle: Bundle, target: str | None) -> FinishedArtifact:
+    name = target or next(iter(bundle.artifacts))
+    if name not in bundle.artifacts:
+        raise InputError(
+            f"--target {name}",
+            f"is not in {bundle.path}",
+            f"It holds: {', '.join(bundle.artifacts)}",
+        )
+    return bundle.artifacts[name]
+
+
+def _load_in_torch(
+    model: Checkpoint | QuantizedCheckpoint, kind: str, rounding: Rounding | None
+) -> LoadedModel:
+    if isinstance(model, QuantizedCheckpoint):
+        require_whole(model)
+    context = min(model.config.max_position_embeddings, REFERENCE_CONTEXT)
+    runner = ReferenceRunner(model, context, rounding)
+    return LoadedModel(runner, model.path, model.bos_token_id, model.eos_token_ids, kind)
+
+
+def _load_artifact(finished: FinishedArtifact) -> LoadedModel:
+    artifact = finished.artifact
+    problems = differing_files(artifact.path, finished.manifest["files"])
+    if problems:
+        name, problem = next(iter(problems.items()))
+        raise InputError(artifact.path / name, problem, "The file is damaged: lower it again")
+    return LoadedModel(
+        backend(artifact.target.target).load(artifact),
+        artifact.path,
+        finished.manifest.get("bos_token_id"),
+        finished.eos_token_ids,
+        artifact.target.target,
+    )

@@ -1,0 +1,155 @@
+"""The torch reference: what every artifact is compared with.
+
+`ReferenceRunner` holds a whole model; it generates and scores. The function `score` needs one
+layer in memory at a time and gives the logits of a known text. Both simulate the rounding of a
+runtime on request.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exporter.model.decoder import (
+    Attend,
+    DecoderLayer,
+    FloatWeights,
+    RMSNorm,
+    StaticCache,
+    attend_causal,
+    fill_weights,
+    load_decoder,
+    rope_tables,
+)
+from exporter.quantization.activations import Rounding
+from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
+
+#: Told of values that a part of the model reads or writes: its name, and which they are.
+Observe = Callable[[str, str, Tensor], None]
+
+
+class ReferenceRunner:
+    """A `Runner` in torch, float32; with `rounding` of the inputs of every matrix product."""
+
+    def __init__(
+        self, source: FloatWeights, context: int, rounding: Rounding | None = None
+    ) -> None:
+        self._decoder = load_decoder(source, context)
+        self._cache = StaticCache(source.config, context)
+        if rounding:
+            _round_inputs(self._decoder.model, rounding)
+            _round_single_inputs(self._decoder.lm_head, rounding)
+
+    @property
+    def context(self) -> int:
+        return self._decoder.context
+
+    @property
+    def vocab_size(self) -> int:
+        return self._decoder.config.vocab_size
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        self._cache.start = 0
+        return self._step(tokens)
+
+    def decode(self, token: int) -> Tensor:
+        return self._step([token])
+
+    @torch.inference_mode()
+    def score(self, tokens: Sequence[int], first: int, rows: int) -> Iterator[Tensor]:
+        """Logits of a whole text from its position `first` on, float32 [up to `rows`,
+        vocab_size] at a time: those of all positions may not fit into memory."""
+        positions = torch.arange(len(tokens))
+        states = self._decoder.hidden_states(torch.tensor([list(tokens)]), positions, attend_causal)
+        for part in states[0, first:].split(rows):
+            yield self._decoder.lm_head(part)
+
+    @torch.inference_mode()
+    def _step(self, tokens: list[int]) -> Tensor:
+        start = self._cache.start
+        positions = torch.arange(start, start + len(tokens))
+        states = self._decoder.hidden_states(torch.tensor([tokens]), positions, self._cache.attend)
+        self._cache.start += len(tokens)
+        logits: Tensor = self._decoder.lm_head(states[0, -1])
+        return logits
+
+
+@torch.inference_mode()
+def score(
+    source: FloatWeights,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    rounding: Rounding | None = None,
+    observe: Observe | None = None,
+) -> Tensor:
+    """Logits float32 [len(positions), vocab_size] at these positions of one text.
+
+    With `rounding`, the inputs of every matrix product are rounded as some runtime does it. What
+    goes into each linear layer and normalization and what comes out is shown to `observe`, and so
+    are keys, values and scores of each attention.
+    """
+    config, attend = source.config, _show_attention(observe) if observe else attend_causal
+    cos, sin = rope_tables(config, len(tokens))
+    embedding = source.float_weight(EMBEDDING)
+    x = F.embedding(torch.tensor([list(tokens)]), embedding)
+    for index in range(config.num_hidden_layers):
+        with torch.device("meta"):
+            layer = DecoderLayer(config, index)
+        fill_weights(layer, source, f"model.layers.{index}.")
+        if rounding:
+            _round_inputs(layer, rounding)
+        if observe:
+            _show(layer, f"model.layers.{index}", observe)
+        x = layer(x, cos, sin, attend)
+    with torch.device("meta"):
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    fill_weights(norm, source, "model.norm.")
+    if observe:
+        _show(norm, "model.norm", observe)
+    states = norm(x[0, list(positions)])
+    states = rounding(states[:, None])[:, 0] if rounding else states
+    output = embedding if config.tie_word_embeddings else source.float_weight(OUTPUT)
+    return F.linear(states, output)
+
+
+def _show(module: nn.Module, prefix: str, observe: Observe) -> None:
+    """Call `observe` at every linear layer and normalization of `module`."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def show(_: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+            observe(name, "input", given[0])
+            observe(name, "output", result)
+
+        return show
+
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear | RMSNorm):
+            part.register_forward_hook(hook(f"{prefix}.{name}".removesuffix(".")))
+
+
+def _show_attention(observe: Observe) -> Attend:
+    """Causal attention that shows what it works on; of the scores the masked ones too, since a
+    runtime computes them all."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / q.shape[-1] ** 0.5
+        for which, values in (("keys", k), ("values", v), ("scores", scores)):
+            observe(f"model.layers.{layer}.self_attn", which, values)
+        return attend_causal(layer, q, k, v)
+
+    return attend
+
+
+def _round_inputs(parent: nn.Module, rounding: Rounding) -> None:
+    for module in parent.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
+
+
+def _round_single_inputs(layer: nn.Linear, rounding: Rounding) -> None:
+    """Every row by itself: the output layer reads only the last of a prompt."""
+    layer.register_forward_pre_hook(
+        lambda _, inputs: (rounding(inputs[0].unsqueeze(-2)).squeeze(-2),)
+    )

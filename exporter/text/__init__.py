@@ -1,0 +1,1 @@
+"""From files to tokens: documents, the tokenizer, and sequences of one length."""
