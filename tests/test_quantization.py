@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from exporter.errors import InputError
 from exporter.files import differing_files, sha256
 from exporter.inference.reference import score
-from exporter.model.checkpoint import COMPANION_FILES, Checkpoint, open_checkpoint, parse_config
+from exporter.model.checkpoint import COMPANION_FILES, Checkpoint, open_checkpoint
+from exporter.model.config import parse_config
 from exporter.quantization.quantized_checkpoint import (
     MANIFEST,
     WEIGHTS,

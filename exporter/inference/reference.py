@@ -13,17 +13,17 @@ from torch.nn import functional as F
 
 from exporter.model.decoder import (
     Attend,
-    DecoderLayer,
     FloatWeights,
     RMSNorm,
     StaticCache,
     attend_causal,
-    fill_weights,
+    embed,
     load_decoder,
-    rope_tables,
+    load_final_norm,
+    stream_layers,
 )
+from exporter.model.rope import rope_tables
 from exporter.quantization.activations import Rounding
-from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
 
 #: Told of values that a part of the model reads or writes: its name, and which they are.
 Observe = Callable[[str, str, Tensor], None]
@@ -91,26 +91,19 @@ def score(
     """
     config, attend = source.config, _show_attention(observe) if observe else attend_causal
     cos, sin = rope_tables(config, len(tokens))
-    embedding = source.float_weight(EMBEDDING)
-    x = F.embedding(torch.tensor([list(tokens)]), embedding)
-    for index in range(config.num_hidden_layers):
-        with torch.device("meta"):
-            layer = DecoderLayer(config, index)
-        fill_weights(layer, source, f"model.layers.{index}.")
+    x = embed(source, torch.tensor([list(tokens)]))
+    for layer in stream_layers(source):
         if rounding:
             _round_inputs(layer, rounding)
         if observe:
-            _show(layer, f"model.layers.{index}", observe)
+            _show(layer, layer.prefix.removesuffix("."), observe)
         x = layer(x, cos, sin, attend)
-    with torch.device("meta"):
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-    fill_weights(norm, source, "model.norm.")
+    norm = load_final_norm(source)
     if observe:
         _show(norm, "model.norm", observe)
     states = norm(x[0, list(positions)])
     states = rounding(states[:, None])[:, 0] if rounding else states
-    output = embedding if config.tie_word_embeddings else source.float_weight(OUTPUT)
-    return F.linear(states, output)
+    return F.linear(states, source.float_weight(config.output_weight))
 
 
 def _show(module: nn.Module, prefix: str, observe: Observe) -> None:

@@ -29,10 +29,9 @@ from exporter.model.checkpoint import (
     COMPANION_FILES,
     WEIGHT_DTYPES,
     Checkpoint,
-    parse_config,
     special_tokens,
 )
-from exporter.model.decoder import ModelConfig
+from exporter.model.config import EMBEDDING, ModelConfig, parse_config
 from exporter.quantization.schemes import (
     CODE_RANGE,
     FLOAT,
@@ -48,7 +47,6 @@ from exporter.quantization.schemes import (
 
 FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "quantized.safetensors", "quantization.json"
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 #: What a calibration reports, as files in a folder of this name.
 REPORTS = "calibration"
