@@ -30,10 +30,11 @@ class Architecture:
     pair; otherwise a number and the one half a head further on.
 
     The rest is about ``config.json``: `intermediate_size` is the key of the MLP's width,
-    `rope_theta`, `rms_norm_eps` and `head_dim` are transformers' defaults for keys that are left
-    out (`head_dim` None: ``hidden_size // num_attention_heads``), `layers_listed_by` is the key
-    that lists what kind of attention each layer has, and `refused` maps the keys of features that
-    no decoder here computes to what is supported instead.
+    `head_dim`, `num_key_value_heads`, `rope_theta` and `rms_norm_eps` are transformers' defaults
+    for keys that are left out (None: ``hidden_size // num_attention_heads``, and
+    `num_attention_heads`), `layers_listed_by` is the key that lists what kind of attention each
+    layer has, and `refused` maps the keys of features that no decoder here computes to what is
+    supported instead.
     """
 
     model_type: str
@@ -47,6 +48,7 @@ class Architecture:
     rope_interleaved: bool = False
     intermediate_size: str = "intermediate_size"
     head_dim: int | None = None
+    num_key_value_heads: int | None = None
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     layers_listed_by: Literal["layer_types", "no_rope_layers"] = "layer_types"
@@ -61,6 +63,8 @@ _FAMILIES = (
         qk_norm=QKNorm(over="each head", weighted=False, after_rope=True),
         rope_interleaved=True,
         intermediate_size="intermediate_size_mlp",
+        head_dim=128,
+        num_key_value_heads=8,
         rope_theta=500000.0,
         rms_norm_eps=1e-5,
         layers_listed_by="no_rope_layers",

@@ -181,7 +181,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
         raise refuse("model_type", model_type, " and ".join((", ".join(known[:-1]), known[-1])))
     layers = size("num_hidden_layers")
     heads, hidden = size("num_attention_heads"), size("hidden_size")
-    kv_heads = size("num_key_value_heads", heads)
+    kv_heads = size("num_key_value_heads", family.num_key_value_heads or heads)
     context = size("max_position_embeddings")
     if heads % kv_heads:
         raise refuse("num_key_value_heads", kv_heads, f"a divisor of {heads} attention heads")
