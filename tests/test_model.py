@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA, LLAMA4, ROOT, MakeCheckpoint
+from conftest import LLAMA, LLAMA4, QWEN3, ROOT, MakeCheckpoint
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -15,6 +15,7 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     PreTrainedModel,
+    Qwen3Config,
 )
 
 from exporter.errors import InputError
@@ -25,6 +26,8 @@ from exporter.model.rope import rope_tables, rotate
 from exporter.text.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-4
+#: A small configuration of each family, and its class in transformers.
+FAMILIES = {base["model_type"]: base for base in (LLAMA4, LLAMA, QWEN3)}
 
 
 def lively_weights(config: dict[str, Any]) -> dict[str, Tensor]:
@@ -72,6 +75,10 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama 4:4": (LLAMA, {"num_key_value_heads": 4}),
     "llama 9:3": (LLAMA, {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}),
     "llama 4:1": (LLAMA, {"num_key_value_heads": 1}),
+    "qwen3 4:2 tied": (QWEN3, {}),
+    "qwen3 4:2 untied": (QWEN3, {"tie_word_embeddings": False}),
+    "qwen3 4:4 narrow heads": (QWEN3, {"num_key_value_heads": 4, "head_dim": 16}),
+    "qwen3 4:1 three layers": (QWEN3, {"num_key_value_heads": 1, "num_hidden_layers": 3}),
 }
 
 
@@ -89,7 +96,7 @@ def test_logits_are_those_of_transformers(
         assert largest_difference(decoder, theirs, tokens_of(length)) < TOLERANCE, length
 
 
-@pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4_text", "llama"])
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("steps", [[1] * 40, [17] + [1] * 23, [13, 13, 14]], ids=str)
 def test_steps_with_the_cache_give_the_logits_of_the_whole_text(
     steps: list[int], base: dict[str, Any], make_checkpoint: MakeCheckpoint
@@ -244,21 +251,30 @@ def test_the_chat_template_gives_the_ids_of_transformers(
 
 # A key that is left out.
 
+TRANSFORMERS = {"llama4_text": Llama4TextConfig, "llama": LlamaConfig, "qwen3": Qwen3Config}
+
 LEFT_OUT = {
     LLAMA4["model_type"]: ["rope_theta", "rms_norm_eps", "head_dim", "tie_word_embeddings"],
     LLAMA["model_type"]: ["rope_theta", "rms_norm_eps", "num_key_value_heads"],
+    QWEN3["model_type"]: [
+        "rope_theta",
+        "rms_norm_eps",
+        "head_dim",
+        "num_key_value_heads",
+        "tie_word_embeddings",
+    ],
 }
 
 
 @pytest.mark.parametrize(
     ("base", "key"),
-    [(base, key) for base in (LLAMA4, LLAMA) for key in LEFT_OUT[base["model_type"]]],
+    [(base, key) for base in FAMILIES.values() for key in LEFT_OUT[base["model_type"]]],
     ids=[f"{model_type} {key}" for model_type, keys in LEFT_OUT.items() for key in keys],
 )
 def test_a_key_left_out_is_refused_or_read_as_transformers_reads_it(
     base: dict[str, Any], key: str
 ) -> None:
-    kind = Llama4TextConfig if base is LLAMA4 else LlamaConfig
+    kind = TRANSFORMERS[base["model_type"]]
     options = {name: value for name, value in base.items() if name not in (key, "model_type")}
     theirs = kind(**options)
     wanted = theirs.rope_parameters[key] if key == "rope_theta" else getattr(theirs, key)

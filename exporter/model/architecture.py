@@ -76,5 +76,13 @@ _FAMILIES = (
         },
     ),
     Architecture(model_type="llama", description="Llama, SmolLM2"),
+    Architecture(
+        model_type="qwen3",
+        description="Qwen3, dense",
+        qk_norm=QKNorm(over="each head", weighted=True),
+        head_dim=128,
+        num_key_value_heads=32,
+        refused={"use_sliding_window": "full attention (false)"},
+    ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {family.model_type: family for family in _FAMILIES}
