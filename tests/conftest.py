@@ -82,6 +82,22 @@ QWEN3 = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+OLMO2 = {
+    "model_type": "olmo2",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 MakeCheckpoint = Callable[..., Path]
 

@@ -12,7 +12,13 @@ import pytest
 import torch
 from conftest import NANO
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Olmo2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from exporter.backends import backend
 from exporter.bundle.artifact import FinishedArtifact
@@ -72,6 +78,12 @@ MODELS = [
                 rope_theta=1e6,
             )
         ),
+    ),
+    Model("olmo2-untied", Olmo2Config(**_shape(tie_word_embeddings=False))),
+    Model("olmo2-tied-no-groups", Olmo2Config(**_shape(num_key_value_heads=4))),
+    Model(
+        "olmo2-three-layers",
+        Olmo2Config(**_shape(num_hidden_layers=3, hidden_size=128, rope_theta=5e5)),
     ),
 ]
 EACH = pytest.mark.parametrize("model", MODELS, ids=str)

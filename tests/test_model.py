@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA, LLAMA4, QWEN3, ROOT, MakeCheckpoint
+from conftest import LLAMA, LLAMA4, OLMO2, QWEN3, ROOT, MakeCheckpoint
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +14,7 @@ from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
+    Olmo2Config,
     PreTrainedModel,
     Qwen3Config,
 )
@@ -27,7 +28,7 @@ from exporter.text.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-4
 #: A small configuration of each family, and its class in transformers.
-FAMILIES = {base["model_type"]: base for base in (LLAMA4, LLAMA, QWEN3)}
+FAMILIES = {base["model_type"]: base for base in (LLAMA4, LLAMA, QWEN3, OLMO2)}
 
 
 def lively_weights(config: dict[str, Any]) -> dict[str, Tensor]:
@@ -78,6 +79,9 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3 4:2 tied": (QWEN3, {}),
     "qwen3 4:2 untied": (QWEN3, {"tie_word_embeddings": False}),
     "qwen3 4:4 narrow heads": (QWEN3, {"num_key_value_heads": 4, "head_dim": 16}),
+    "olmo2 4:4 untied": (OLMO2, {}),
+    "olmo2 4:2 tied": (OLMO2, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "olmo2 4:1 three layers": (OLMO2, {"num_key_value_heads": 1, "num_hidden_layers": 3}),
     "qwen3 4:1 three layers": (QWEN3, {"num_key_value_heads": 1, "num_hidden_layers": 3}),
 }
 
@@ -251,11 +255,22 @@ def test_the_chat_template_gives_the_ids_of_transformers(
 
 # A key that is left out.
 
-TRANSFORMERS = {"llama4_text": Llama4TextConfig, "llama": LlamaConfig, "qwen3": Qwen3Config}
+TRANSFORMERS = {
+    "llama4_text": Llama4TextConfig,
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+    "olmo2": Olmo2Config,
+}
 
 LEFT_OUT = {
     LLAMA4["model_type"]: ["rope_theta", "rms_norm_eps", "head_dim", "tie_word_embeddings"],
     LLAMA["model_type"]: ["rope_theta", "rms_norm_eps", "num_key_value_heads"],
+    OLMO2["model_type"]: [
+        "rope_theta",
+        "rms_norm_eps",
+        "num_key_value_heads",
+        "tie_word_embeddings",
+    ],
     QWEN3["model_type"]: [
         "rope_theta",
         "rms_norm_eps",

@@ -84,5 +84,15 @@ _FAMILIES = (
         num_key_value_heads=32,
         refused={"use_sliding_window": "full attention (false)"},
     ),
+    Architecture(
+        model_type="olmo2",
+        description="OLMo-2",
+        pre_attention_norm=None,
+        post_attention_norm="post_attention_layernorm",
+        pre_mlp_norm=None,
+        post_mlp_norm="post_feedforward_layernorm",
+        qk_norm=QKNorm(over="all heads", weighted=True),
+        rms_norm_eps=1e-5,
+    ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {family.model_type: family for family in _FAMILIES}
