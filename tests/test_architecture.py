@@ -12,8 +12,7 @@ from types import ModuleType
 import pytest
 from conftest import NANO, ROOT
 
-from exporter.backends import BACKENDS, backend
-from exporter.recipe import TARGETS
+from exporter.backends import backend, front, names
 
 PACKAGE = ROOT / "exporter"
 DEVICES = ROOT / "devices"
@@ -21,14 +20,12 @@ DEVICES = ROOT / "devices"
 #: From the bottom up; a module may import from its own layer and those below it.
 LAYERS = (
     {"errors"},
-    {"files"},
+    {"files", "settings"},
     {"model", "text"},
-    {"quantization", "recipe"},
-    {
-        "backends", "bundle", "calibration", "evaluation", "inference", "profiling", "sizes",
-        "verification",
-    },
-    {"pipeline"},
+    {"quantization"},
+    {"backends"},
+    {"bundle", "calibration", "evaluation", "inference", "recipe", "verification"},
+    {"forecast", "pipeline", "profiling"},
     {"cli"},
     {"__main__"},
 )  # fmt: skip
@@ -144,7 +141,7 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+@pytest.fixture(params=names())
 def module(request: pytest.FixtureRequest) -> ModuleType:
     return backend(request.param)
 
@@ -159,6 +156,9 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("rounding", ["schemes", "target", "prompt"]),
         ("largest_activation", ["target", "which"]),
         ("cross_check", ["artifact"]),
+        ("predict", ["config", "schemes", "target"]),
+        ("integers", ["config", "schemes", "target"]),
+        ("portable", ["target"]),
         ("packages", ["target"]),
     ],
 )
@@ -168,17 +168,19 @@ def test_every_backend_has_the_same_functions(
     assert list(inspect.signature(getattr(module, function)).parameters) == parameters
 
 
-@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize("target", names())
 def test_every_backend_names_its_files_and_its_packages(target: str) -> None:
     module = backend(target)
-    packages = module.packages(TARGETS[target]())
+    packages = module.packages(module.Target())
     assert all(isinstance(name, str) for name in (*module.FILES, *packages))
     assert module.FILE_NAME in {Path(name).parts[0] for name in module.FILES}
     assert len(packages) > 0
 
 
-def test_every_backend_is_a_target_of_recipes() -> None:
-    assert BACKENDS.keys() == TARGETS.keys()
+def test_every_backend_has_a_target_of_its_own_name() -> None:
+    assert {name: front(name).Target().target for name in names()} == {
+        name: name for name in names()
+    }
 
 
 def python(program: str) -> str:

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from exporter.calibration import parallel
 from exporter.calibration.data import CalibrationText, OnStep
 from exporter.calibration.loss import compare, divergence
+from exporter.calibration.settings import Calibration
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher
 from exporter.errors import InputError
 from exporter.files import write_tensors
 from exporter.quantization.schemes import QuantizedTensor, Scheme
-from exporter.recipe import Calibration
 
 STATE, BEST = "state.safetensors", "best.safetensors"
 
