@@ -177,6 +177,44 @@ def test_every_backend_names_its_files_and_its_packages(target: str) -> None:
     assert len(packages) > 0
 
 
+def words_of_code(path: Path) -> Iterator[str]:
+    """Every name and every text in a file that is not a docstring."""
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docstrings:
+                yield node.value
+        elif isinstance(node, ast.Name | ast.Attribute):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+    yield from imports(path)
+
+
+def test_a_format_is_named_in_its_backend_alone() -> None:
+    fronts = [front(name) for name in names()]
+    files = {Path(module.FILE_NAME).suffix.removeprefix(".") for module in fronts}
+    pattern = re.compile(rf"(?i)\b({'|'.join({*names(), *files})})\b")
+    others = [path for path in modules() if part_of_file(path) != "backends"]
+    others.append(PACKAGE / "backends" / "__init__.py")
+    found = {path: [w for w in words_of_code(path) if pattern.search(w)] for path in others}
+    assert {path: words for path, words in found.items() if words} == {}
+
+
+LIGHT = "torch numpy executorch torchao onnx onnxruntime coremltools"
+
+
+@pytest.mark.parametrize("name", names())
+def test_importing_a_backend_loads_neither_its_toolkit_nor_torch(name: str) -> None:
+    program = f"import sys, exporter.backends.{name}; "
+    found = python(f"{program}print([n for n in {LIGHT.split()} if n in sys.modules])")
+    assert found == "[]\n"
+
+
 def test_every_backend_has_a_target_of_its_own_name() -> None:
     assert {name: front(name).Target().target for name in names()} == {
         name: name for name in names()
@@ -191,7 +229,7 @@ def python(program: str) -> str:
 
 def test_importing_the_command_line_loads_no_toolkit() -> None:
     """`mobilellm --help` must not wait for torch."""
-    heavy = "torch executorch torchao numpy transformers tokenizers safetensors huggingface_hub"
+    heavy = "torch executorch torchao numpy pydantic transformers tokenizers safetensors"
     found = python(
         f"import sys, exporter.cli; print([n for n in {heavy.split()} if n in sys.modules])"
     )
