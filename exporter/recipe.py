@@ -133,16 +133,20 @@ def recipe_folder() -> Path:
 
 def all_recipes() -> list[Recipe]:
     """Every recipe that comes with the tool, by name."""
-    return [load_recipe(path) for path in sorted(recipe_folder().glob("*.yaml"))]
+    paths = sorted(recipe_folder().glob("*.yaml"), key=lambda path: path.stem)
+    return [load_recipe(path) for path in paths]
 
 
 def recipes_for(model: str) -> list[Recipe]:
-    """The recipes for a checkpoint whose folder has this name; where there are none, one of each
-    kind."""
+    """The recipes for a checkpoint whose folder has this name; where there are none, one for each
+    combination of quantization and context."""
     found = all_recipes()
     own = [recipe for recipe in found if recipe.is_for(model)]
-    kinds = {repr((recipe.quantization, recipe.targets)): recipe for recipe in reversed(found)}
-    return own or list(reversed(kinds.values()))
+    kinds = dict[str, Recipe]()
+    for recipe in found:
+        contexts = [(target.target, target.max_context) for target in recipe.targets]
+        kinds.setdefault(repr((recipe.quantization, contexts)), recipe)
+    return own or list(kinds.values())
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -200,12 +204,7 @@ def _each_with(shared: Mapping[str, Any], targets: object) -> object:
     """Targets with what they leave out; what is no target is left to its refusal."""
     if not isinstance(targets, list):
         return targets
-    return [
-        {**one, **{key: one.get(key, value) for key, value in shared.items()}}
-        if isinstance(one, dict)
-        else one
-        for one in targets
-    ]
+    return [{**shared, **one} if isinstance(one, dict) else one for one in targets]
 
 
 def parse_target(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Target:

@@ -86,7 +86,7 @@ def test_lower_takes_the_options_of_a_new_format_and_refuses_others(
     assert "threads: 0 is too few" in refused.err
     made = run(capsys, *command, "threads=3", "max_context=64", "--json")
     assert made.json["target"] == {"target": "npz", "max_context": 64, "threads": 3}
-    assert "coreml or executorch or npz or onnx" in run(capsys, "lower", "--help").out
+    assert "coreml, executorch, npz, onnx" in run(capsys, "lower", "--help").out
 
 
 @pytest.mark.usefixtures("npz")

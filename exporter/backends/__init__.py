@@ -4,6 +4,7 @@ A name that begins with an underscore is not a format. Importing a format loads 
 nor torch; its functions import them when they are called. All formats have the same names:
 
 - ``Target``: its options, a subclass of `Target` here whose ``target`` is the module's own name.
+  One that sets ``by_default`` is a target of every recipe that names none.
 - ``EXTRA``, ``TOOLKIT``: the extra of the packaging metadata, and the modules that it installs.
 - ``FILE_NAME``, ``FILES``: what a runtime opens, a file or a folder; and every file that `lower`
   may write. The first one is always written.

@@ -1,6 +1,6 @@
 """Distillation: the quantized model learns to say what the float checkpoint says.
 
-    mobilellm quantize mobilellm-r1-140m-int4-distill --checkpoint DIR -o build/quantized checkpoint
+    mobilellm quantize mobilellm-r1-int4-distill --checkpoint DIR -o build/quantized checkpoint
 
 Weights and scales are trained together against the teacher's logits (compare LLM-QAT, arXiv
 2305.17888). Text that nothing is learned from decides which step is kept, so that the result is

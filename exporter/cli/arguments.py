@@ -89,7 +89,7 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("quantized", metavar="QUANTIZED", type=Path, help="from mobilellm quantize")
     sub.add_argument("overrides", metavar="key=value", nargs="*", help="of the target")
-    sub.add_argument("--target", required=True, metavar="NAME", help=" or ".join(formats))
+    sub.add_argument("--target", required=True, metavar="NAME", help=", ".join(formats))
     _output_arguments(sub)
 
     sub = command(
