@@ -324,9 +324,8 @@ def export(
     manifest = bundle_identity(recipe, decided.identity, packages)
     same = is_bundle_of(out, manifest, decided.identity)
     with claim_folder(out, bundle_output(), same, overwrite):
-        for other in (
-            set(backend_names()) - packages.keys()
-        ):  # of an unfinished run of another recipe
+        # An unfinished run of another recipe may have left these.
+        for other in set(backend_names()) - packages.keys():
             shutil.rmtree(out / other, ignore_errors=True)
         quantized = _write_quantized(checkpoint, decided, out / BUNDLE_QUANTIZED, progress)
         artifacts: dict[str, FinishedArtifact] = {
