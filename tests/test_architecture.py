@@ -12,8 +12,7 @@ from types import ModuleType
 import pytest
 from conftest import NANO, ROOT
 
-from exporter.backends import BACKENDS, backend
-from exporter.recipe import TARGETS
+from exporter.backends import backend, front, names
 
 PACKAGE = ROOT / "exporter"
 DEVICES = ROOT / "devices"
@@ -21,14 +20,12 @@ DEVICES = ROOT / "devices"
 #: From the bottom up; a module may import from its own layer and those below it.
 LAYERS = (
     {"errors"},
-    {"files"},
+    {"files", "settings"},
     {"model", "text"},
-    {"quantization", "recipe"},
-    {
-        "backends", "bundle", "calibration", "evaluation", "inference", "profiling", "sizes",
-        "verification",
-    },
-    {"pipeline"},
+    {"quantization"},
+    {"backends"},
+    {"bundle", "calibration", "evaluation", "inference", "recipe", "verification"},
+    {"forecast", "pipeline", "profiling"},
     {"cli"},
     {"__main__"},
 )  # fmt: skip
@@ -144,7 +141,7 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+@pytest.fixture(params=names())
 def module(request: pytest.FixtureRequest) -> ModuleType:
     return backend(request.param)
 
@@ -159,6 +156,9 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("rounding", ["schemes", "target", "prompt"]),
         ("largest_activation", ["target", "which"]),
         ("cross_check", ["artifact"]),
+        ("predict", ["config", "schemes", "target"]),
+        ("integers", ["config", "schemes", "target"]),
+        ("portable", ["target"]),
         ("packages", ["target"]),
     ],
 )
@@ -168,17 +168,57 @@ def test_every_backend_has_the_same_functions(
     assert list(inspect.signature(getattr(module, function)).parameters) == parameters
 
 
-@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize("target", names())
 def test_every_backend_names_its_files_and_its_packages(target: str) -> None:
     module = backend(target)
-    packages = module.packages(TARGETS[target]())
+    packages = module.packages(module.Target())
     assert all(isinstance(name, str) for name in (*module.FILES, *packages))
     assert module.FILE_NAME in {Path(name).parts[0] for name in module.FILES}
     assert len(packages) > 0
 
 
-def test_every_backend_is_a_target_of_recipes() -> None:
-    assert BACKENDS.keys() == TARGETS.keys()
+def words_of_code(path: Path) -> Iterator[str]:
+    """Every name and every text in a file that is not a docstring."""
+    tree = ast.parse(path.read_text())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docstrings:
+                yield node.value
+        elif isinstance(node, ast.Name | ast.Attribute):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+    yield from imports(path)
+
+
+def test_a_format_is_named_in_its_backend_alone() -> None:
+    fronts = [front(name) for name in names()]
+    files = {Path(module.FILE_NAME).suffix.removeprefix(".") for module in fronts}
+    pattern = re.compile(rf"(?i)\b({'|'.join({*names(), *files})})\b")
+    others = [path for path in modules() if part_of_file(path) != "backends"]
+    others.append(PACKAGE / "backends" / "__init__.py")
+    found = {path: [w for w in words_of_code(path) if pattern.search(w)] for path in others}
+    assert {path: words for path, words in found.items() if words} == {}
+
+
+LIGHT = "torch numpy executorch torchao onnx onnxruntime coremltools"
+
+
+@pytest.mark.parametrize("name", names())
+def test_importing_a_backend_loads_neither_its_toolkit_nor_torch(name: str) -> None:
+    program = f"import sys, exporter.backends.{name}; "
+    found = python(f"{program}print([n for n in {LIGHT.split()} if n in sys.modules])")
+    assert found == "[]\n"
+
+
+def test_every_backend_has_a_target_of_its_own_name() -> None:
+    assert {name: front(name).Target().target for name in names()} == {
+        name: name for name in names()
+    }
 
 
 def python(program: str) -> str:
@@ -189,7 +229,7 @@ def python(program: str) -> str:
 
 def test_importing_the_command_line_loads_no_toolkit() -> None:
     """`mobilellm --help` must not wait for torch."""
-    heavy = "torch executorch torchao numpy transformers tokenizers safetensors huggingface_hub"
+    heavy = "torch executorch torchao numpy pydantic transformers tokenizers safetensors"
     found = python(
         f"import sys, exporter.cli; print([n for n in {heavy.split()} if n in sys.modules])"
     )

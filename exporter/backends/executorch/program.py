@@ -16,12 +16,12 @@ from executorch.exir.passes import _quant_patterns_and_replacements as _patterns
 from executorch.extension.llm.custom_ops import custom_ops as _custom_ops  # noqa: F401
 from torch import Tensor, nn
 
+from exporter.backends.executorch import Target
 from exporter.backends.executorch.segments import Segment, Segments
 from exporter.model.config import EMBEDDING
 from exporter.model.rope import paired_rope_tables
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.recipe import ExecuTorchTarget
 
 #: Added to the scores of positions that a token must not see.
 _HIDDEN = -1e9
@@ -59,7 +59,7 @@ class Program(nn.Module):
     def __init__(
         self,
         quantized: QuantizedCheckpoint,
-        target: ExecuTorchTarget,
+        target: Target,
         segments: Segments,
     ) -> None:
         super().__init__()

@@ -13,13 +13,13 @@ import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from torch import Tensor
 
+from exporter.backends.executorch import Target
 from exporter.backends.executorch.graph import INFERRED, XnnpackGraph
 from exporter.model.config import EMBEDDING
 from exporter.model.rope import quarter_turn
 from exporter.model.walk import walk
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.recipe import ExecuTorchTarget
 
 
 @dataclass(eq=False)
@@ -62,7 +62,7 @@ class Segment:
 class Segments:
     """The operations of the walk; a walk makes `segments`, and `graph` writes each of them."""
 
-    def __init__(self, quantized: QuantizedCheckpoint, target: ExecuTorchTarget) -> None:
+    def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self.config, self.context = quantized, quantized.config, target.max_context
         self.portable = target.attention == "portable"
         self.named_data = NamedDataStore()

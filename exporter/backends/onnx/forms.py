@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from onnx import TensorProto
 
+from exporter.backends.onnx import Target
 from exporter.backends.onnx.graph import CONTRIB, OnnxGraph, float_bytes
-from exporter.backends.onnx.weights import (
+from exporter.backends.onnx.layout import (
     block_scales,
     block_size,
     concatenate,
@@ -23,7 +24,6 @@ from exporter.model.config import EMBEDDING, OUTPUT
 from exporter.model.rope import rope_tables
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.recipe import OnnxTarget
 
 #: `accuracy_level` of MatMulNBits: how activations may be rounded.
 _FLOAT32, _INT8 = 1, 4
@@ -79,7 +79,7 @@ class _Form:
 
     g: OnnxGraph
     quantized: QuantizedCheckpoint
-    target: OnnxTarget
+    target: Target
     kind: int = field(init=False)
 
     def __post_init__(self) -> None:
