@@ -23,7 +23,8 @@ from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
-from exporter.quantization.schemes import QuantizedTensor, parse_scheme, quantize
+from exporter.quantization.rounding import quantize
+from exporter.quantization.schemes import QuantizedTensor, parse_scheme
 from exporter.recipe import parse_recipe
 from exporter.verification import check_integers, run_teacher_forced
 
@@ -313,6 +314,6 @@ def test_no_weight_is_left_as_a_float_matrix(lower: Lower) -> None:
 def test_a_filter_read_back_is_the_one_written(scheme: str) -> None:
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
     stored = quantize(weight, parse_scheme(scheme, "test"), "mse")
-    found = decode_filter(filter_bytes(stored), scale_bytes(stored), (6, 128), stored)
+    found = decode_filter(filter_bytes(stored), scale_bytes(stored), (6, 128), stored.scheme)
     assert torch.equal(found.codes, stored.codes)
     assert torch.equal(found.scales, stored.scales)

@@ -25,7 +25,8 @@ from exporter.model.decoder import (
     rope_tables,
 )
 from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
-from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme, quantize
+from exporter.quantization.rounding import quantize
+from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 
 #: What a sensitive weight is stored as instead.
 WIDER = Scheme(8)

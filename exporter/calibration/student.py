@@ -19,13 +19,8 @@ from exporter.model.decoder import Decoder, FloatWeights, attend_causal, fill_we
 from exporter.quantization.activations import Rounding
 from exporter.quantization.gptq import GptqResult
 from exporter.quantization.quantized_checkpoint import EMBEDDING
-from exporter.quantization.schemes import (
-    CODE_RANGE,
-    QuantizedTensor,
-    Scheme,
-    row_blocks,
-    to_scale_grid,
-)
+from exporter.quantization.rounding import row_blocks, to_scale_grid
+from exporter.quantization.schemes import CODE_RANGE, QuantizedTensor, Scheme
 
 
 class _Rounded(torch.autograd.Function):

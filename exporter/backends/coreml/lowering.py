@@ -35,8 +35,10 @@ from exporter.backends.coreml.package import (
     open_package,
     write_manifest,
 )
+from exporter.backends.coreml.schemes import CODE_KINDS, stores
 from exporter.backends.coreml.toolkit import Program, coremltools
 from exporter.backends.coreml.toolkit import load as to_specification
+from exporter.backends.storage import check_stored
 from exporter.errors import InputError
 from exporter.files import replacing_folder, sha256
 from exporter.model.decoder import ModelConfig
@@ -60,6 +62,7 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: CoreMLTarg
             f"{target.prefill} tokens are not between 2 and max_context ({target.max_context})",
             "128 suits most phones",
         )
+    check_stored(config, schemes, stores)
 
 
 def packages(target: CoreMLTarget) -> tuple[str, ...]:
@@ -169,7 +172,7 @@ def _stored(
     if "offset" in given:
         raise InputError(name, "has an offset, which the quantized checkpoint has not")
     codes, scales = package.value(given["data"]), package.value(given["scale"])
-    if codes.kind != f"int{scheme.bits}":
+    if codes.kind != CODE_KINDS[scheme.code_bits]:
         raise InputError(name, f"has {codes.kind} codes, not {scheme}")
     return QuantizedTensor(codes.data, scales.data, scheme)
 

@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,11 +36,14 @@ with warnings.catch_warnings():
     from exporter.backends.executorch.program import Program, delegate, export_program
 
 from exporter.backends import Artifact, Runner, backend
+from exporter.backends.coreml.schemes import stores as coreml_stores
+from exporter.backends.executorch.schemes import stores
+from exporter.backends.storage import check_stored
 from exporter.errors import InputError
 from exporter.files import replacing
 from exporter.model.decoder import ModelConfig
 from exporter.quantization.activations import Rounding, round_rows_to_int8
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor, Scheme
 from exporter.recipe import CoreMLTarget, ExecuTorchTarget, check_context
 
@@ -58,6 +62,7 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorch
                 "Leave it out",
             )
         _coreml()
+        check_stored(config, schemes, coreml_stores)
         return
     if target.activations != "float32":
         raise InputError(
@@ -65,14 +70,7 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorch
             f"XNNPACK's are float32 and int8, not {target.activations}",
             "Leave it out, or set delegate to coreml",
         )
-    for name, scheme in schemes.items():
-        multiplied = name != EMBEDDING or config.tie_word_embeddings
-        if multiplied and scheme.bits == 8 and scheme.group_size:
-            raise InputError(
-                f"{name}: {scheme}",
-                "XNNPACK multiplies int8 weights with one scale a row only",
-                "Use int8, or an int4 scheme",
-            )
+    check_stored(config, schemes, partial(stores, tied=config.tie_word_embeddings))
 
 
 def packages(target: ExecuTorchTarget) -> tuple[str, ...]:
