@@ -8,7 +8,7 @@ from exporter.recipe import OnnxTarget
 
 #: Codes of ``MatMulNBits`` and ``GatherBlockQuantized``: no negative ones, low nibble first.
 UNSIGNED = Packing({4: 8, 8: 128})
-#: The blocks that ONNX Runtime's kernels are made for, powers of two from one to the other.
+#: The blocks that ONNX Runtime's own operators (the contrib form) are made for: powers of two.
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 
 
@@ -27,13 +27,13 @@ def stores(name: str, scheme: Scheme, shape: tuple[int, ...], target: OnnxTarget
     """Why the model cannot hold this weight in this scheme, or None."""
     if problem := wrong_bits(scheme, UNSIGNED.offsets):
         return problem
-    if scheme == FLOAT or in_whole_rows(name, scheme, target):
+    if scheme == FLOAT or target.form == "portable" or in_whole_rows(name, scheme, target):
         return None
     block = block_of(scheme, shape[1])
     if block < SMALLEST_BLOCK:
         return (
-            f"its input width of {shape[1]} would be stored in blocks of {block}, "
-            f"ONNX Runtime reads blocks of {SMALLEST_BLOCK} or more"
+            f"its rows of {shape[1]} codes would be stored in blocks of {block}, and the operators "
+            f"of the contrib form read blocks of {SMALLEST_BLOCK} or more"
         )
     return None
 
