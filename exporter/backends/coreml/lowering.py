@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from exporter.backends import Artifact
+from exporter.backends._storage import check_stored
 from exporter.backends.coreml.graph import (
     DECODE,
     LOGITS,
@@ -38,7 +39,6 @@ from exporter.backends.coreml.package import (
 from exporter.backends.coreml.schemes import CODE_KINDS, stores
 from exporter.backends.coreml.toolkit import Program, coremltools
 from exporter.backends.coreml.toolkit import load as to_specification
-from exporter.backends.storage import check_stored
 from exporter.errors import InputError
 from exporter.files import replacing_folder, sha256
 from exporter.model.decoder import ModelConfig

@@ -1,6 +1,6 @@
 """Which schemes a Core ML package stores; needs no toolkit."""
 
-from exporter.backends.storage import wrong_bits
+from exporter.backends._storage import wrong_bits
 from exporter.quantization.schemes import Scheme
 
 #: Bits of the codes → the type of the program that has them.

@@ -36,9 +36,9 @@ with warnings.catch_warnings():
     from exporter.backends.executorch.program import Program, delegate, export_program
 
 from exporter.backends import Artifact, Runner, backend
+from exporter.backends._storage import check_stored
 from exporter.backends.coreml.schemes import stores as coreml_stores
 from exporter.backends.executorch.schemes import stores
-from exporter.backends.storage import check_stored
 from exporter.errors import InputError
 from exporter.files import replacing
 from exporter.model.decoder import ModelConfig

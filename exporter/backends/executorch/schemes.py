@@ -1,6 +1,6 @@
 """Which schemes a .pte stores, and how their codes lie in it; needs no toolkit."""
 
-from exporter.backends.storage import wrong_bits
+from exporter.backends._storage import wrong_bits
 from exporter.quantization.packing import Packing
 from exporter.quantization.quantized_checkpoint import EMBEDDING
 from exporter.quantization.schemes import Scheme

@@ -23,11 +23,11 @@ from onnx import TensorProto
 from torch import Tensor
 
 from exporter.backends import Artifact
+from exporter.backends._storage import check_stored
 from exporter.backends.onnx.forms import ContribForm, PortableForm, build
 from exporter.backends.onnx.graph import DATA_SUFFIX, OnnxGraph
 from exporter.backends.onnx.schemes import LARGEST_BLOCK, stores
 from exporter.backends.onnx.weights import StoredWeight
-from exporter.backends.storage import check_stored
 from exporter.errors import InputError
 from exporter.files import copy_file, replacing, write_json
 from exporter.model.decoder import ModelConfig
