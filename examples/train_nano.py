@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from exporter.model.decoder import Decoder, ModelConfig, StaticCache
+from exporter.model.config import ModelConfig
+from exporter.model.decoder import Decoder, StaticCache
 
 BOS, END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN = (
     "<|begin_of_text|>",
@@ -166,7 +167,7 @@ def spread_channels(model: Decoder, sigma: float, seed: int) -> None:
         return 2.0 ** torch.randn(count, generator=generator).mul(sigma).round()
 
     for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.get_submodule(config.mlp_name)
+        attention, mlp = layer.self_attn, layer.get_submodule(config.architecture.mlp)
         readers = (
             (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
             (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),

@@ -17,7 +17,8 @@ from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import MANIFEST, Bundle, open_bundle
 from exporter.errors import InputError
 from exporter.files import differing_files, package_versions, read_json
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.model.config import EMBEDDING
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import FLOAT
 from exporter.recipe import ExecuTorchTarget, OnnxTarget, Profile, parse_profile
 from exporter.sizes import workload

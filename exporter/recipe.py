@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from exporter.errors import InputError
-from exporter.model.decoder import ModelConfig
+from exporter.model.config import ModelConfig
 from exporter.quantization.schemes import Scheme, parse_scheme
 
 

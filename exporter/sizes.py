@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from devices.prediction import Workload
-from exporter.model.decoder import ModelConfig
-from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
+from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig
 from exporter.quantization.schemes import FLOAT, Scheme
 from exporter.recipe import CoreMLTarget, ExecuTorchTarget, OnnxTarget, Target
 

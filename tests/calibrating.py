@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
-from exporter.model.decoder import FloatWeights, ModelConfig
+from exporter.model.config import ModelConfig
+from exporter.model.decoder import FloatWeights
 from exporter.pipeline import no_progress, quantize
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.recipe import Recipe, parse_recipe

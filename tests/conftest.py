@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from exporter.bundle.bundle import Bundle
-from exporter.model.checkpoint import open_checkpoint, parse_config
+from exporter.model.checkpoint import open_checkpoint
+from exporter.model.config import parse_config
 from exporter.pipeline import export, no_progress
 from exporter.recipe import load_recipe
 

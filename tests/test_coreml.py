@@ -36,9 +36,10 @@ from exporter.errors import InputError
 from exporter.inference.generation import Generation, Sampling
 from exporter.inference.reference import ReferenceRunner, score
 from exporter.model.checkpoint import open_checkpoint
+from exporter.model.config import EMBEDDING
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import LARGEST_HALF
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import Scheme
 from exporter.recipe import parse_recipe
 from exporter.text.tokenizer import load_tokenizer

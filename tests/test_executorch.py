@@ -14,15 +14,16 @@ from executorch.extension.pybindings import portable_lib
 from exporter import pipeline
 from exporter.backends.executorch import lowering as executorch
 from exporter.backends.executorch.graph import decode_filter, filter_bytes, scale_bytes
-from exporter.backends.executorch.layers import exchange_columns
+from exporter.backends.executorch.segments import exchange_columns
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import Bundle
 from exporter.evaluation.agreement import compare_logits
 from exporter.inference.reference import score
 from exporter.model.checkpoint import open_checkpoint
+from exporter.model.config import EMBEDDING
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_rows_to_int8
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.rounding import quantize
 from exporter.quantization.schemes import QuantizedTensor, parse_scheme
 from exporter.recipe import parse_recipe

@@ -28,9 +28,10 @@ from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
 from exporter.inference.reference import score
 from exporter.model.checkpoint import open_checkpoint
+from exporter.model.config import EMBEDDING
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import LARGEST_HALF
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.recipe import parse_recipe
 from exporter.verification import check_integers, run_teacher_forced
 

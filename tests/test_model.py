@@ -18,15 +18,10 @@ from transformers import (
 )
 
 from exporter.errors import InputError
-from exporter.model.checkpoint import open_checkpoint, parse_config
-from exporter.model.decoder import (
-    Decoder,
-    StaticCache,
-    load_decoder,
-    rms_normalize,
-    rope_tables,
-    rotate,
-)
+from exporter.model.checkpoint import open_checkpoint
+from exporter.model.config import parse_config
+from exporter.model.decoder import Decoder, StaticCache, load_decoder, rms_normalize
+from exporter.model.rope import rope_tables, rotate
 from exporter.text.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-4

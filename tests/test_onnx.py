@@ -25,9 +25,10 @@ from exporter.inference.generation import Generation, Sampling
 from exporter.inference.loaded_model import open_model
 from exporter.inference.reference import score
 from exporter.model.checkpoint import open_checkpoint
+from exporter.model.config import EMBEDDING
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_blocks_to_int8
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import OnnxTarget, parse_recipe, parse_target
 from exporter.text.tokenizer import load_tokenizer

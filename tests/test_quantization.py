@@ -21,7 +21,8 @@ from exporter.backends.onnx.schemes import UNSIGNED
 from exporter.errors import InputError
 from exporter.files import differing_files, sha256
 from exporter.inference.reference import score
-from exporter.model.checkpoint import COMPANION_FILES, Checkpoint, open_checkpoint, parse_config
+from exporter.model.checkpoint import COMPANION_FILES, Checkpoint, open_checkpoint
+from exporter.model.config import parse_config
 from exporter.quantization.packing import TWOS_COMPLEMENT, Packing
 from exporter.quantization.plan import QuantizationPlan, plan_schemes
 from exporter.quantization.quantized_checkpoint import (

@@ -14,10 +14,11 @@ from exporter.calibration.calibrate import IDENTITY, START, _claim
 from exporter.files import read_json, write_json
 from exporter.inference.reference import score, score_each
 from exporter.model.checkpoint import open_checkpoint
+from exporter.model.config import EMBEDDING
 from exporter.pipeline import no_progress
 from exporter.quantization import quantized_checkpoint
 from exporter.quantization.activations import round_rows_to_int8
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import parse_scheme
 from exporter.recipe import parse_recipe
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from exporter.bundle.bundle import Bundle
 from exporter.inference.reference import ReferenceRunner, score
 from exporter.model.checkpoint import open_checkpoint
+from exporter.model.config import EMBEDDING
 from exporter.model.decoder import load_decoder
 from exporter.quantization.activations import (
     round_blocks_to_int8,
     round_prompt_to_int8,
     round_rows_to_int8,
 )
-from exporter.quantization.quantized_checkpoint import EMBEDDING
 from exporter.text.tokenizer import load_tokenizer
 
 KINDS: list[tuple[dict[str, Any], bool]] = [

@@ -8,7 +8,8 @@ import torch
 from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 
 from exporter import pipeline
-from exporter.model.checkpoint import Checkpoint, open_checkpoint, parse_config
+from exporter.model.checkpoint import Checkpoint, open_checkpoint
+from exporter.model.config import parse_config
 from exporter.pipeline import no_progress
 from exporter.recipe import CoreMLTarget, Recipe, parse_recipe
 from exporter.sizes import predict

@@ -11,8 +11,8 @@ from exporter import pipeline
 from exporter.backends import backend
 from exporter.errors import InputError
 from exporter.model.checkpoint import open_checkpoint, parse_config
+from exporter.model.config import EMBEDDING
 from exporter.pipeline import no_progress
-from exporter.quantization.quantized_checkpoint import EMBEDDING
 from exporter.quantization.schemes import CODE_RANGE, Scheme, parse_scheme
 from exporter.recipe import Recipe, parse_recipe, parse_target
 from exporter.verification import check_integers, check_logits, failures, verification_text

@@ -18,13 +18,10 @@ from exporter import pipeline
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import SEAL, Bundle, file_problems
 from exporter.files import sha256
-from exporter.model.checkpoint import open_checkpoint, parse_config
+from exporter.model.checkpoint import open_checkpoint
+from exporter.model.config import EMBEDDING, parse_config
 from exporter.pipeline import no_progress
-from exporter.quantization.quantized_checkpoint import (
-    EMBEDDING,
-    QuantizedCheckpoint,
-    open_quantized,
-)
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import load_recipe
 from exporter.verification import (

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 
 from exporter.errors import InputError
-from exporter.model.decoder import ModelConfig
+from exporter.model.config import ModelConfig
 from exporter.quantization.schemes import Scheme, every_scheme
 
 #: ``stores(name, scheme, shape)``: why a format cannot hold a weight of this name and shape in

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exporter.model.config import EMBEDDING
 from exporter.model.decoder import (
     DecoderLayer,
     FloatWeights,
-    RMSNorm,
     attend_causal,
-    fill_weights,
-    rope_tables,
+    load_final_norm,
+    stream_layers,
 )
+from exporter.model.rope import rope_tables
 from exporter.quantization.coordinate_descent import coordinate_descent
 from exporter.quantization.gptq import GptqResult, gptq
-from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
 from exporter.quantization.rounding import quantize
 from exporter.quantization.schemes import FLOAT, Scheme
 
@@ -55,22 +55,15 @@ def gptq_weights(
             yield EMBEDDING, GptqResult(quantized, embedding)
     x = F.embedding(tokens, rounded)
     with torch.autocast("cpu", products, enabled=products != torch.float32):
-        for index in range(config.num_hidden_layers):
-            with torch.device("meta"):
-                layer = DecoderLayer(config, index)
-            prefix = f"model.layers.{index}."
-            fill_weights(layer, source, prefix)
+        for layer in stream_layers(source):
             done = dict[str, GptqResult]()
-            _round_on_arrival(layer, prefix, schemes, token_weights, done)
+            _round_on_arrival(layer, schemes, token_weights, done)
             x = layer(x, cos, sin, attend_causal)
             yield from done.items()
-    with torch.device("meta"):
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-    fill_weights(norm, source, "model.norm.")
-    output = EMBEDDING if config.tie_word_embeddings else OUTPUT
+    output = config.output_weight
     if schemes[output] != FLOAT:
         damping = TIED_DAMPING if config.tie_word_embeddings else DAMPING
-        hessian = _hessian(norm(x))
+        hessian = _hessian(load_final_norm(source)(x))
         yield output, _rounded(source.float_weight(output), hessian, schemes[output], damping)
 
 
@@ -82,8 +75,7 @@ def _rounded(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float) ->
 
 
 def _round_on_arrival(
-    layer: nn.Module,
-    prefix: str,
+    layer: DecoderLayer,
     schemes: Mapping[str, Scheme],
     token_weights: Mapping[str, Tensor],
     done: dict[str, GptqResult],
@@ -100,7 +92,7 @@ def _round_on_arrival(
         return arrive
 
     for part, module in layer.named_modules():
-        name = f"{prefix}{part}.weight"
+        name = f"{layer.prefix}{part}.weight"
         if isinstance(module, nn.Linear) and schemes[name] != FLOAT:
             module.register_forward_pre_hook(hook(name))
 

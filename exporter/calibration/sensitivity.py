@@ -15,16 +15,9 @@ from torch.nn import functional as F
 from exporter.calibration.data import OnStep
 from exporter.calibration.loss import compare
 from exporter.errors import InputError
-from exporter.model.decoder import (
-    DecoderLayer,
-    FloatWeights,
-    ModelConfig,
-    RMSNorm,
-    attend_causal,
-    fill_weights,
-    rope_tables,
-)
-from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
+from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig
+from exporter.model.decoder import FloatWeights, attend_causal, load_final_norm, stream_layers
+from exporter.model.rope import rope_tables
 from exporter.quantization.rounding import quantize
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 
@@ -156,13 +149,9 @@ def _costs(
     """Each name, and the KL of storing this weight alone as it is rounded, and as `WIDER`."""
     config = source.config
     tables = rope_tables(config, tokens.shape[1])
-    layers = [_layer(source, index) for index in range(config.num_hidden_layers)]
-    with torch.device("meta"):
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-    fill_weights(norm, source, "model.norm.")
-    embedding = source.float_weight(EMBEDDING)
-    tied = config.tie_word_embeddings
-    output = embedding if tied else source.float_weight(OUTPUT)
+    layers, norm = list(stream_layers(source)), load_final_norm(source)
+    embedding, tied = source.float_weight(EMBEDDING), config.tie_word_embeddings
+    output = embedding if tied else source.float_weight(config.output_weight)
 
     def run(x: Tensor, first: int) -> Iterator[Tensor]:
         """The inputs of each layer from `first` on, then the last normalized states."""
@@ -193,10 +182,3 @@ def _costs(
     for name, one in rounded.items():
         wider = quantize(source.float_weight(name), WIDER, "mse")
         yield name, cost(name, one.dequantize()), cost(name, wider.dequantize())
-
-
-def _layer(source: FloatWeights, index: int) -> DecoderLayer:
-    with torch.device("meta"):
-        layer = DecoderLayer(source.config, index)
-    fill_weights(layer, source, f"model.layers.{index}.")
-    return layer

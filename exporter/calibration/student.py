@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from exporter.model.config import EMBEDDING
 from exporter.model.decoder import Decoder, FloatWeights, attend_causal, fill_weights
 from exporter.quantization.activations import Rounding
 from exporter.quantization.gptq import GptqResult
-from exporter.quantization.quantized_checkpoint import EMBEDDING
 from exporter.quantization.rounding import row_blocks, to_scale_grid
 from exporter.quantization.schemes import CODE_RANGE, QuantizedTensor, Scheme
 

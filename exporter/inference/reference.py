@@ -15,17 +15,17 @@ from torch.utils.hooks import RemovableHandle
 
 from exporter.model.decoder import (
     Attend,
-    DecoderLayer,
     FloatWeights,
     RMSNorm,
     StaticCache,
     attend_causal,
-    fill_weights,
+    embed,
     load_decoder,
-    rope_tables,
+    load_final_norm,
+    stream_layers,
 )
+from exporter.model.rope import rope_tables
 from exporter.quantization.activations import Rounding
-from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
 
 #: Told of values that a part of the model reads or writes: its name, and which they are.
 Observe = Callable[[str, str, Tensor], None]
@@ -106,21 +106,15 @@ def score_each(
     is shown to `observe`."""
     config = source.config
     cos, sin = rope_tables(config, len(tokens))
-    embedding = source.float_weight(EMBEDDING)
-    states = [F.embedding(torch.tensor([list(tokens)]), embedding)] * len(roundings)
-    for index in range(config.num_hidden_layers):
-        with torch.device("meta"):
-            layer = DecoderLayer(config, index)
-        fill_weights(layer, source, f"model.layers.{index}.")
+    x = embed(source, torch.tensor([list(tokens)]))
+    states = [x] * len(roundings)
+    for layer in stream_layers(source):
         for number, rounding in enumerate(roundings):
             shown = None if number else observe
-            with _hooked(layer, f"model.layers.{index}", rounding, shown):
+            with _hooked(layer, layer.prefix.removesuffix("."), rounding, shown):
                 attend = _show_attention(shown) if shown else attend_causal
                 states[number] = layer(states[number], cos, sin, attend)
-    with torch.device("meta"):
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-    fill_weights(norm, source, "model.norm.")
-    output = embedding if config.tie_word_embeddings else source.float_weight(OUTPUT)
+    norm, output = load_final_norm(source), source.float_weight(config.output_weight)
     logits = []
     for number, rounding in enumerate(roundings):
         with _hooked(norm, "model.norm", None, None if number else observe):

@@ -7,14 +7,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from exporter.errors import InputError
 from exporter.files import read_json
-from exporter.model.decoder import ModelConfig
+from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig, parse_config
 
 #: Files that travel with the model, byte for byte, whenever they are present.
 COMPANION_FILES = (
@@ -30,8 +29,6 @@ COMPANION_FILES = (
 )
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-_ONLY = "This tool supports"
 
 
 @dataclass(frozen=True)
@@ -103,127 +100,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         eos_token_ids=eos,
         tensors=_check_tensors(stored, config, folder),
     )
-
-
-def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The part of a ``config.json`` that decides the arithmetic, or InputError.
-
-    Whatever the decoder does not compute is refused by name: exporting it anyway would give an
-    artifact that is silently wrong.
-    """
-
-    def refuse(key: str, value: object, supported: str) -> InputError:
-        return InputError(f"{path}: {key}", f"{value!r} is not supported", f"{_ONLY} {supported}")
-
-    def positive(key: str, default: object = None) -> Any:
-        value = raw.get(key, default)
-        if not _is_number(value) or value <= 0:
-            raise refuse(key, value, "a number greater than zero here")
-        return value
-
-    def size(key: str, default: object = None) -> int:
-        value = positive(key, default)
-        if int(value) != value:
-            raise refuse(key, value, "a whole number here")
-        return int(value)
-
-    model_type = raw.get("model_type")
-    if model_type not in ("llama4_text", "llama"):
-        raise refuse("model_type", model_type, "'llama4_text' (MobileLLM-R1) and 'llama'")
-    layers = size("num_hidden_layers")
-    heads, hidden = size("num_attention_heads"), size("hidden_size")
-    kv_heads = size("num_key_value_heads", heads)
-    context = size("max_position_embeddings")
-    if heads % kv_heads:
-        raise refuse("num_key_value_heads", kv_heads, f"a divisor of {heads} attention heads")
-    head_dim = size("head_dim", hidden // heads)
-    if head_dim % 2:
-        raise refuse("head_dim", head_dim, "an even head_dim (RoPE rotates pairs)")
-    tied = raw.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise refuse("tie_word_embeddings", tied, "true or false")
-
-    activation = raw.get("hidden_act", raw.get("hidden_activation"))
-    if activation != "silu":
-        raise refuse("hidden_act", activation, "'silu'")
-    for key in ("attention_bias", "mlp_bias", "attn_temperature_tuning", "for_llm_compressor"):
-        if raw.get(key):
-            raise refuse(key, raw[key], "false")
-    for key in ("quantization_config", "sliding_window"):
-        if raw.get(key) is not None:
-            raise refuse(key, raw[key], "float checkpoints with full attention (key absent)")
-    # A key that is left out means what it means in transformers.
-    llama4 = model_type == "llama4_text"
-    theta = _rope_theta(raw, 500000.0 if llama4 else 10000.0, refuse)
-    use_qk_norm = False
-    if llama4:
-        _refuse_unsupported_llama4(raw, layers, context, refuse)
-        use_qk_norm = bool(raw.get("use_qk_norm", True))
-    return ModelConfig(
-        model_type=model_type,
-        vocab_size=size("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=size(
-            "intermediate_size_mlp" if "intermediate_size_mlp" in raw else "intermediate_size"
-        ),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=context,
-        rms_norm_eps=float(positive("rms_norm_eps", 1e-5 if llama4 else 1e-6)),
-        rope_theta=theta,
-        use_qk_norm=use_qk_norm,
-        tie_word_embeddings=tied,
-    )
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    """A finite number; true and false are none, though Python counts with them."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _rope_theta(raw: Mapping[str, Any], default: float, refuse: Any) -> float:
-    """RoPE base in either spelling: transformers 5 moves it into ``rope_parameters``."""
-    if raw.get("rope_scaling") is not None:
-        kind = raw["rope_scaling"]
-        if not isinstance(kind, dict) or kind.get("rope_type", kind.get("type")) != "default":
-            raise refuse("rope_scaling", kind, "null")
-    parameters = raw.get("rope_parameters") or {}
-    if not isinstance(parameters, dict):
-        raise refuse("rope_parameters", parameters, "an object with rope_theta")
-    if parameters.get("rope_type", "default") != "default":
-        raise refuse("rope_parameters.rope_type", parameters["rope_type"], "'default'")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse(
-            "rope_parameters.partial_rotary_factor", parameters["partial_rotary_factor"], "1.0"
-        )
-    theta = raw.get("rope_theta", parameters.get("rope_theta", default))
-    if not _is_number(theta) or theta <= 1:
-        raise refuse("rope_theta", theta, "a number greater than one")
-    return float(theta)
-
-
-def _refuse_unsupported_llama4(
-    raw: Mapping[str, Any], layers: int, context: int, refuse: Any
-) -> None:
-    if raw.get("moe_layers") or raw.get("interleave_moe_layer_step"):
-        key = "moe_layers" if raw.get("moe_layers") else "interleave_moe_layer_step"
-        raise refuse(key, raw[key], "dense layers only (empty list, step 0)")
-    for key in ("num_local_experts", "num_experts_per_tok"):
-        if raw.get(key):
-            raise refuse(key, raw[key], "dense layers only (0)")
-    uses_rope = raw.get("no_rope_layers")
-    # Despite the key's name, 1 means that the layer uses RoPE; without the list transformers
-    # leaves RoPE out of every fourth layer.
-    listed = uses_rope[:layers] if isinstance(uses_rope, list) else []
-    if len(listed) < layers or any(flag != 1 for flag in listed):
-        raise refuse("no_rope_layers", uses_rope, f"RoPE in every layer ({layers} times 1)")
-    chunk = raw.get("attention_chunk_size", 8192)
-    if chunk is not None and not (_is_number(chunk) and chunk >= context):
-        raise refuse(
-            "attention_chunk_size", chunk, f"chunks of at least max_position_embeddings ({context})"
-        )
 
 
 def special_tokens(folder: Path, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
@@ -304,7 +180,7 @@ def _read_header(file: Path, names: list[str] | None) -> Iterator[tuple[str, Sto
                     raise InputError(
                         f"{file.name}: {name}",
                         f"has dtype {kind}",
-                        f"{_ONLY} float checkpoints ({', '.join(WEIGHT_DTYPES)})",
+                        f"This tool supports float checkpoints ({', '.join(WEIGHT_DTYPES)})",
                     )
                 yield name, StoredTensor(file, WEIGHT_DTYPES[kind], tuple(view.get_shape()))
     except (SafetensorError, OSError) as error:
@@ -315,16 +191,16 @@ def _read_header(file: Path, names: list[str] | None) -> Iterator[tuple[str, Sto
 
 def _drop_tied_copy(stored: dict[str, StoredTensor], folder: Path) -> None:
     """Some writers store the tied output layer as well: leave it out if it is the embedding."""
-    copy, embedding = stored.pop("lm_head.weight", None), stored.get("model.embed_tokens.weight")
+    copy, embedding = stored.pop(OUTPUT, None), stored.get(EMBEDDING)
     if copy is None or embedding is None:
         return
     pair = []
-    for name, place in (("lm_head.weight", copy), ("model.embed_tokens.weight", embedding)):
+    for name, place in ((OUTPUT, copy), (EMBEDDING, embedding)):
         with safe_open(place.file, framework="pt") as file:
             pair.append(file.get_tensor(name))
     if not torch.equal(*pair):
         raise InputError(
-            f"{folder}: lm_head.weight",
+            f"{folder}: {OUTPUT}",
             "differs from the embedding although tie_word_embeddings is true",
             "Set tie_word_embeddings to false to use both, or remove this tensor",
         )

@@ -1,102 +1,24 @@
-"""The decoder of MobileLLM-R1 (``llama4_text``, dense) and of Llama, in real arithmetic.
+"""The decoder in torch, in real arithmetic: for reference, calibration and training.
 
 Parameter names are those of the checkpoint, so a state dict needs no mapping. Attention is a
-function given by the caller (``attend``): training, cached generation and every mobile format
-attend in their own way over the same projections.
+function given by the caller (`Attend`): training, cached generation and calibration attend in
+their own way over the same projections.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exporter.model.config import EMBEDDING, FINAL_NORM, ModelConfig
+from exporter.model.rope import rope_tables, rotate
+from exporter.model.walk import Operations, walk_hidden_states, walk_layer
+
 #: ``attend(layer, q, k, v)``: q [batch, seq, heads, head_dim], k and v [batch, seq, kv_heads,
 #: head_dim], all after RoPE and q/k norm, to [batch, seq, heads, head_dim].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What of ``config.json`` decides the arithmetic; names as in Hugging Face."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    use_qk_norm: bool
-    tie_word_embeddings: bool
-
-    @property
-    def rope_interleaved(self) -> bool:
-        """Llama 4 rotates adjacent pairs; Llama rotates the two halves of a head."""
-        return self.model_type == "llama4_text"
-
-    @property
-    def mlp_name(self) -> str:
-        return "feed_forward" if self.model_type == "llama4_text" else "mlp"
-
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor a checkpoint of this model holds, in the order of computation."""
-        hidden, heads = self.hidden_size, self.num_attention_heads * self.head_dim
-        kv = self.num_key_value_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, hidden)
-        }
-        for layer in range(self.num_hidden_layers):
-            prefix = f"model.layers.{layer}"
-            mlp = f"{prefix}.{self.mlp_name}"
-            shapes |= {
-                f"{prefix}.input_layernorm.weight": (hidden,),
-                f"{prefix}.self_attn.q_proj.weight": (heads, hidden),
-                f"{prefix}.self_attn.k_proj.weight": (kv, hidden),
-                f"{prefix}.self_attn.v_proj.weight": (kv, hidden),
-                f"{prefix}.self_attn.o_proj.weight": (hidden, heads),
-                f"{prefix}.post_attention_layernorm.weight": (hidden,),
-                f"{mlp}.gate_proj.weight": (self.intermediate_size, hidden),
-                f"{mlp}.up_proj.weight": (self.intermediate_size, hidden),
-                f"{mlp}.down_proj.weight": (hidden, self.intermediate_size),
-            }
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        return shapes
-
-    def kv_cache_bytes(self, context: int, bytes_per_value: int) -> int:
-        """Keys and values of every layer for ``context`` positions."""
-        per_position = 2 * self.num_key_value_heads * self.head_dim * self.num_hidden_layers
-        return per_position * context * bytes_per_value
-
-
-def rope_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each float32 [context, head_dim // 2].
-
-    Computed in float32 as transformers does, so that large positions agree to the last bit.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = torch.outer(
-        torch.arange(context, dtype=torch.float32), 1.0 / (config.rope_theta**exponents)
-    )
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """RoPE on x [batch, seq, heads, head_dim] with cos and sin [seq, head_dim // 2]."""
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    if interleaved:
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
-    low, high = x.chunk(2, -1)
-    return torch.cat((low * cos - high * sin, low * sin + high * cos), -1)
 
 
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
@@ -105,6 +27,8 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
+    """RMS norm with a weight [size]."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -114,56 +38,99 @@ class RMSNorm(nn.Module):
         return rms_normalize(x, self.eps) * self.weight
 
 
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-        kv = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, heads, bias=False)
-        self.k_proj = nn.Linear(hidden, kv, bias=False)
-        self.v_proj = nn.Linear(hidden, kv, bias=False)
-        self.o_proj = nn.Linear(heads, hidden, bias=False)
+class TorchOperations:
+    """The operations of the walk on tensors (see `Operations`).
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        config = self.config
-        by_head = (-1, config.head_dim)
-        q = self.q_proj(x).unflatten(-1, by_head)
-        k = self.k_proj(x).unflatten(-1, by_head)
-        v = self.v_proj(x).unflatten(-1, by_head)
-        q = rotate(q, cos, sin, config.rope_interleaved)
-        k = rotate(k, cos, sin, config.rope_interleaved)
-        if config.use_qk_norm:
-            q, k = rms_normalize(q, config.rms_norm_eps), rms_normalize(k, config.rms_norm_eps)
-        out: Tensor = self.o_proj(attend(self.layer, q, k, v).flatten(-2))
-        return out
+    `modules` gives the module of a weight by the weight's name, `cos` and `sin` [seq, head_dim //
+    2] are those of the positions that are read. Every position is computed, not only the last.
+    """
 
+    def __init__(
+        self,
+        config: ModelConfig,
+        modules: Callable[[str], nn.Module],
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        tokens: Tensor | None = None,
+    ) -> None:
+        self.config, self._modules, self._tokens = config, modules, tokens
+        self.cos, self.sin, self.attention = cos, sin, attend
 
-class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+    def _apply(self, x: Tensor, weight: str) -> Tensor:
+        result: Tensor = self._modules(weight)(x)
+        return result
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+    def embed(self, weight: str) -> Tensor:
+        assert self._tokens is not None
+        return self._apply(self._tokens, weight)
+
+    def norm(self, x: Tensor, weight: str) -> Tensor:
+        return self._apply(x, weight)
+
+    def linear(self, x: Tensor, *weights: str) -> list[Tensor]:
+        return [self._apply(x, weight) for weight in weights]
+
+    def heads(self, x: Tensor, count: int) -> Tensor:
+        by_head: Tensor = x.unflatten(-1, (count, self.config.head_dim))
+        return by_head
+
+    def norm_heads(self, x: Tensor, weight: str | None) -> Tensor:
+        return self._apply(x, weight) if weight else rms_normalize(x, self.config.rms_norm_eps)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        return rotate(x, self.cos, self.sin, self.config.rope_interleaved)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention(layer, q, k, v).flatten(-2)
+
+    def last_token(self, x: Tensor) -> Tensor:
+        return x
+
+    def silu_product(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def output(self, x: Tensor, weight: str) -> Tensor:
+        return self._apply(x, weight)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    """One layer's weights as modules, named as in the checkpoint after ``model.layers.N.``."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp_name = config.mlp_name
-        self.add_module(config.mlp_name, FeedForward(config))
+        self.config, self.index = config, index
+        self.prefix = f"model.layers.{index}."
+        for name, shape in config.layer_shapes(index).items():
+            parent, _, child = self._local(name).rpartition(".")
+            module = (
+                nn.Linear(shape[1], shape[0], bias=False)
+                if len(shape) == 2
+                else RMSNorm(shape[0], config.rms_norm_eps)
+            )
+            self._parent(parent).add_module(child, module)
+
+    def _local(self, weight: str) -> str:
+        """The module of a weight, by its path below this layer."""
+        return weight.removeprefix(self.prefix).removesuffix(".weight")
+
+    def _parent(self, path: str) -> nn.Module:
+        """The module that holds others, made where it is not there yet."""
+        if path and path not in dict(self.named_children()):
+            self.add_module(path, nn.Module())
+        return self.get_submodule(path)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        out: Tensor = x + self.get_submodule(self.mlp_name)(self.post_attention_layernorm(x))
-        return out
+        """x [batch, seq, hidden], with cos and sin [seq, head_dim // 2], to the same shape."""
+
+        def module(weight: str) -> nn.Module:
+            return self.get_submodule(self._local(weight))
+
+        ops = TorchOperations(self.config, module, cos, sin, attend)
+        return walk_layer(self.config, self.index, ops, x)
 
 
 class Backbone(nn.Module):
@@ -179,7 +146,7 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to logits; the same arithmetic as transformers' Llama4 and Llama, float32."""
+    """Token ids to logits; the same arithmetic as in transformers, float32."""
 
     def __init__(self, config: ModelConfig, context: int) -> None:
         super().__init__()
@@ -196,11 +163,17 @@ class Decoder(nn.Module):
     def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """tokens [batch, seq] at positions [seq] to normalized states [batch, seq, hidden]."""
         cos, sin = self.get_buffer("cos")[positions], self.get_buffer("sin")[positions]
-        x = self.model.embed_tokens(tokens)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, attend)
-        out: Tensor = self.model.norm(x)
-        return out
+
+        def module(weight: str) -> nn.Module:
+            return self.get_submodule(weight.removesuffix(".weight"))
+
+        def layer(index: int, ops: Operations[Tensor], x: Tensor) -> Tensor:
+            # As a module, since hooks (FSDP) work on modules that are called.
+            result: Tensor = self.model.layers[index](x, cos, sin, attend)
+            return result
+
+        ops = TorchOperations(self.config, module, cos, sin, attend, tokens)
+        return walk_hidden_states(self.config, ops, layer)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """tokens [batch, seq] at positions [seq] to logits [batch, seq, vocab_size]."""
@@ -270,6 +243,29 @@ def load_decoder(source: FloatWeights, context: int) -> Decoder:
         decoder = Decoder(source.config, context)
     fill_weights(decoder, source, "")
     return decoder.eval()
+
+
+def stream_layers(source: FloatWeights) -> Iterator[DecoderLayer]:
+    """Every layer in turn with its weights, float32. One is in memory at a time, unless the caller
+    keeps them."""
+    for index in range(source.config.num_hidden_layers):
+        with torch.device("meta"):
+            layer = DecoderLayer(source.config, index)
+        fill_weights(layer, source, layer.prefix)
+        yield layer
+
+
+def load_final_norm(source: FloatWeights) -> RMSNorm:
+    """The norm between the last layer and the output layer."""
+    with torch.device("meta"):
+        norm = RMSNorm(source.config.hidden_size, source.config.rms_norm_eps)
+    fill_weights(norm, source, FINAL_NORM.removesuffix("weight"))
+    return norm
+
+
+def embed(source: FloatWeights, tokens: Tensor) -> Tensor:
+    """The rows of the embedding for tokens [batch, seq]: float32 [batch, seq, hidden]."""
+    return F.embedding(tokens, source.float_weight(EMBEDDING))
 
 
 def fill_weights(module: nn.Module, source: FloatWeights, prefix: str) -> None:

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from exporter.errors import InputError
+from exporter.model.config import EMBEDDING
 from exporter.quantization.schemes import FLOAT, Scheme
-
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)

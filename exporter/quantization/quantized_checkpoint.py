@@ -29,12 +29,9 @@ from exporter.model.checkpoint import (
     COMPANION_FILES,
     WEIGHT_DTYPES,
     Checkpoint,
-    parse_config,
     special_tokens,
 )
-from exporter.model.decoder import ModelConfig
-from exporter.quantization.plan import EMBEDDING as EMBEDDING  # noqa: PLC0414
-from exporter.quantization.plan import OUTPUT as OUTPUT  # noqa: PLC0414
+from exporter.model.config import ModelConfig, parse_config
 from exporter.quantization.plan import QuantizationPlan
 from exporter.quantization.rounding import LARGEST_SCALE, problem_with_values, quantize
 from exporter.quantization.schemes import (

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from exporter.files import write_safetensors
-from exporter.model.checkpoint import parse_config
+from exporter.model.config import parse_config
 
 DEMO = Path(__file__).parents[2] / "examples" / "mobilellm-r1-nano" / "config.json"
 #: Size: layers, heads, k/v heads, hidden_size, intermediate_size (Meta's model table).

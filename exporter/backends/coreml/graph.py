@@ -7,7 +7,8 @@ neither kept nor looked at.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from exporter.backends.coreml.toolkit import Function, Program, coremltools, mb, types
-from exporter.model.decoder import ModelConfig, rope_tables
-from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT, QuantizedCheckpoint
+from exporter.model.config import ModelConfig
+from exporter.model.rope import paired_rope_tables, quarter_turn
+from exporter.model.walk import walk
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import CoreMLTarget
 
@@ -101,8 +104,33 @@ class _Constants:
         return self.shared(name, values.numpy().astype(self.float_type))
 
 
+@dataclass(frozen=True)
+class _Product:
+    """x times the transpose of a weight, not written yet."""
+
+    x: Var
+    weight: str
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Queries, keys or values, not taken apart into `count` heads yet, and what is to be done with
+    the heads [steps, count, head_dim] then."""
+
+    x: Var
+    count: int
+    steps: tuple[Callable[[Var], Var], ...] = ()
+
+    def then(self, step: Callable[[Var], Var]) -> "_Heads":
+        return replace(self, steps=(*self.steps, step))
+
+
 class _Decoder:
-    """One function of the program."""
+    """One function of the program: the operations of the walk as ML Program operations.
+
+    The order in which they are written is the order of a program's text: each product just before
+    its first use, queries and keys side by side.
+    """
 
     def __init__(
         self, config: ModelConfig, target: CoreMLTarget, constants: _Constants, steps: int
@@ -130,39 +158,57 @@ class _Decoder:
         with Function(inputs, opset_version=coremltools.target.iOS18) as function:
             self.inputs = function.inputs
             self._locate()
-            function.set_outputs([self._output()])
+            function.set_outputs([self._outputs()])
         return function
 
-    def _output(self) -> Var:
+    def _outputs(self) -> Var:
         """Logits of the last token [1, 1, vocab_size], or the likeliest next one [1, 1]."""
-        config = self.config
-        x = self._activation(self._rows(self._matrix(EMBEDDING), self.inputs["input_ids"], axis=0))
-        for layer in range(config.num_hidden_layers):
-            prefix, last = f"model.layers.{layer}", layer == config.num_hidden_layers - 1
-            mlp = f"{prefix}.{config.mlp_name}"
-            attended = self._attention(self._norm(x, f"{prefix}.input_layernorm.weight"), layer)
-            if last and self.padded:  # nothing after it looks at another position
-                x, attended = (self._rows(v, self.last, axis=1) for v in (x, attended))
-            x = mb.add(x=x, y=self._linear(attended, f"{prefix}.self_attn.o_proj.weight"))
-            normal = self._norm(x, f"{prefix}.post_attention_layernorm.weight")
-            gate = mb.silu(x=self._linear(normal, f"{mlp}.gate_proj.weight"))
-            inner = mb.mul(x=gate, y=self._linear(normal, f"{mlp}.up_proj.weight"))
-            x = mb.add(x=x, y=self._linear(inner, f"{mlp}.down_proj.weight"))
-        normal = self._norm(x, "model.norm.weight")
-        name = EMBEDDING if config.tie_word_embeddings else OUTPUT
-        logits = self._linear(normal, name)
-        logits.set_name(LOGITS)
-        if self.target.output == "logits":
+        logits = walk(self.config, self)
+        if self.target.output == LOGITS:
             return logits
         return mb.reduce_argmax(x=logits, axis=-1, keep_dims=False, name=TOKEN)
+
+    def embed(self, weight: str) -> Var:
+        rows = self._rows(self._matrix(weight), self.inputs["input_ids"], axis=0)
+        return self._activation(rows)
+
+    def linear(self, x: Var, *weights: str) -> list["_Product"]:
+        return [_Product(x, weight) for weight in weights]
+
+    def norm(self, x: Var, weight: str) -> Var:
+        return self._norm(self._written(x), weight)
+
+    def heads(self, x: Var, count: int) -> "_Heads":
+        return _Heads(x, count)
+
+    def norm_heads(self, x: "_Heads", weight: str | None) -> "_Heads":
+        return x.then(lambda heads: self._norm(heads, weight))
+
+    def rotate(self, x: "_Heads") -> "_Heads":
+        return x.then(self._rotate)
+
+    def last_token(self, x: Var) -> Var:
+        return self._rows(x, self.last, axis=1) if self.padded else x
+
+    def silu_product(self, gate: Var, up: Var) -> Var:
+        return mb.mul(x=mb.silu(x=self._written(gate)), y=self._written(up))
+
+    def add(self, x: Var, y: Var) -> Var:
+        return mb.add(x=x, y=self._written(y))
+
+    def output(self, x: Var, weight: str) -> Var:
+        logits = self._linear(x, weight)
+        logits.set_name(LOGITS)
+        return logits
+
+    def _written(self, x: Var) -> Var:
+        """The value itself; a product is written where it is first used."""
+        return self._linear(x.x, x.weight) if isinstance(x, _Product) else x
 
     def _locate(self) -> None:
         """What follows from the position alone: RoPE, the mask, and the place in the cache."""
         config, context = self.config, self.target.max_context
-        cos, sin = (
-            torch.repeat_interleave(table, 2, -1) if config.rope_interleaved else table.repeat(1, 2)
-            for table in rope_tables(config, context)
-        )
+        cos, sin = paired_rope_tables(config, context)
         position = self.inputs["position"]
         offsets = np.arange(self.steps, dtype=np.int32)
         positions = mb.add(x=position, y=offsets)
@@ -171,7 +217,7 @@ class _Decoder:
             mb.expand_dims(x=self._rows(self.constants.table(name, table), positions, 0), axes=[1])
             for name, table in (("rope_cos", cos), ("rope_sin", sin))
         )
-        self.turn = self.constants.table("rope_turn", _quarter_turn(config))
+        self.turn = self.constants.table("rope_turn", quarter_turn(config).t().contiguous())
         column = np.arange(context, dtype=np.int32)[None]
         later = mb.greater(x=column, y=mb.expand_dims(x=positions, axes=[1]))
         unseen = mb.mul(x=_as(self.kind, later), y=self._number(_UNSEEN))
@@ -185,20 +231,18 @@ class _Decoder:
             # [steps, 1]: which rows of the chunk are text
             self.real = mb.expand_dims(x=mb.less(x=offsets, y=length), axes=[1])
 
-    def _attention(self, x: Var, layer: int) -> Var:
+    def attend(self, layer: int, q: "_Heads", k: "_Heads", v: "_Heads") -> Var:
         """Grouped attention over the cache, before the output projection."""
-        config, prefix = self.config, f"model.layers.{layer}.self_attn"
+        config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         groups, size = heads // kv_heads, config.head_dim
+        steps = zip(q.steps, k.steps, strict=True)
         q, k, v = (
-            mb.reshape(
-                x=self._linear(x, f"{prefix}.{part}_proj.weight"), shape=[self.steps, count, size]
-            )
-            for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+            mb.reshape(x=self._written(part.x), shape=[self.steps, part.count, size])
+            for part in (q, k, v)
         )
-        q, k = self._rotate(q), self._rotate(k)
-        if config.use_qk_norm:
-            q, k = self._norm(q), self._norm(k)
+        for step, same_step in steps:
+            q, k = step(q), same_step(k)
         # No key is repeated for its group of heads: their queries are rows of one product.
         q = mb.reshape(x=q, shape=[self.steps, kv_heads, groups, size])
         q = mb.transpose(x=q, perm=[1, 2, 0, 3])
@@ -241,7 +285,7 @@ class _Decoder:
         turned = mb.matmul(x=x, y=self.turn)
         return mb.add(x=mb.mul(x=x, y=self.cos), y=mb.mul(x=turned, y=self.sin))
 
-    def _norm(self, x: Var, name: str = "") -> Var:
+    def _norm(self, x: Var, name: str | None) -> Var:
         """RMS norm, with a weight if it has one. In float32: float16 squares overflow above 255."""
         wide = _as("fp32", x)
         mean = mb.reduce_mean(x=mb.square(x=wide), axes=[-1], keep_dims=True)
@@ -293,17 +337,3 @@ def _as(kind: str, x: Var) -> Var:
 
 def _indices(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
-
-
-def _quarter_turn(config: ModelConfig) -> Tensor:
-    """The matrix T [head_dim, head_dim] for which x T turns each pair that RoPE rotates."""
-    size = config.head_dim
-    pairs = (
-        torch.arange(size).view(-1, 2)
-        if config.rope_interleaved
-        else torch.arange(size).view(2, -1).t()
-    )
-    turn = torch.zeros(size, size)
-    turn[pairs[:, 1], pairs[:, 0]] = -1
-    turn[pairs[:, 0], pairs[:, 1]] = 1
-    return turn

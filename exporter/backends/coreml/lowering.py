@@ -41,7 +41,7 @@ from exporter.backends.coreml.toolkit import Program, coremltools
 from exporter.backends.coreml.toolkit import load as to_specification
 from exporter.errors import InputError
 from exporter.files import replacing_folder, sha256
-from exporter.model.decoder import ModelConfig
+from exporter.model.config import ModelConfig
 from exporter.quantization.activations import LARGEST_HALF, Rounding, round_to_half
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint

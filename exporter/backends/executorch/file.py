@@ -10,10 +10,11 @@ from executorch.exir.schema import DataLocation, DataSegment
 from torch import Tensor
 
 from exporter.backends.executorch.graph import decode_filter
-from exporter.backends.executorch.layers import exchange_columns
 from exporter.backends.executorch.schemes import TABLE
+from exporter.backends.executorch.segments import exchange_columns
 from exporter.errors import InputError
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.model.config import EMBEDDING
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import FLOAT, QuantizedTensor
 
 _ALIGNMENT = 128

@@ -3,9 +3,9 @@
     mobilellm lower build/nano-int4 --target executorch -o build/nano
 
 The program is small: an embedding, and between two attentions one XNNPACK call that holds all
-the rest of a layer. `executorch_layers` says what is in such a call, `executorch_graph` writes
-it down, `executorch_program` puts the program around it, `executorch_file` knows the bytes.
-With ``delegate=coreml`` it is one call, see `executorch_coreml`.
+the rest of a layer. `segments` says what is in such a call, `graph` writes it down, `program` puts
+the program around it, `file` knows the bytes. With ``delegate=coreml`` it is one call, see
+`coreml_delegate`.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ with warnings.catch_warnings():
     from executorch.extension.pybindings import portable_lib
 
     from exporter.backends.executorch.file import read_weights, store_embedding_once
-    from exporter.backends.executorch.layers import LayerGraphs
     from exporter.backends.executorch.program import Program, delegate, export_program
+    from exporter.backends.executorch.segments import Segments
 
 from exporter.backends import Artifact, Runner, backend
 from exporter.backends._storage import check_stored
@@ -41,7 +41,7 @@ from exporter.backends.coreml.schemes import stores as coreml_stores
 from exporter.backends.executorch.schemes import stores
 from exporter.errors import InputError
 from exporter.files import replacing
-from exporter.model.decoder import ModelConfig
+from exporter.model.config import ModelConfig
 from exporter.quantization.activations import Rounding, round_rows_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor, Scheme
@@ -104,17 +104,17 @@ def lower(quantized: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -
         if target.delegate == "coreml":
             exported = _coreml().export_step(quantized, _embedded(target))
         else:
-            exported = export_program(Program(quantized, target))
+            segments = Segments(quantized, target)
+            exported = export_program(Program(quantized, target, segments))
         edge = exir.to_edge(
             exported,
             constant_methods=_constant_methods(quantized, target),
             compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
         )
         if target.delegate == "xnnpack":
-            graphs = LayerGraphs(quantized, target)
-            delegate(edge.exported_program(), graphs)
+            delegate(edge.exported_program(), segments)
             edge._named_data_store.merge_named_data_store(
-                graphs.named_data.get_named_data_store_output()
+                segments.named_data.get_named_data_store_output()
             )
         manager = edge.to_executorch(
             exir.ExecutorchBackendConfig(

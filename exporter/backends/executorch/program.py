@@ -1,7 +1,7 @@
 """The program around the XNNPACK graphs: embedding, RoPE rows, cache and attention.
 
-Each graph of `executorch_layers` is one opaque operator while torch exports the program, and is
-then replaced by a call of the delegate that holds it.
+Each segment is one opaque operator while torch exports the program, and is then replaced by a call
+of the delegate that holds its graph.
 """
 
 import operator
@@ -16,10 +16,11 @@ from executorch.exir.passes import _quant_patterns_and_replacements as _patterns
 from executorch.extension.llm.custom_ops import custom_ops as _custom_ops  # noqa: F401
 from torch import Tensor, nn
 
-from exporter.backends.executorch.layers import LayerGraphs
 from exporter.backends.executorch.schemes import TABLE
-from exporter.model.decoder import rope_tables
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
+from exporter.backends.executorch.segments import Segment, Segments
+from exporter.model.config import EMBEDDING
+from exporter.model.rope import paired_rope_tables
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import ExecuTorchTarget
 
@@ -30,59 +31,47 @@ _HIDDEN = -1e9
 
 _library = torch.library.Library("mobilellm", "DEF")
 _library.define(
-    "enter(Tensor x, Tensor cos, Tensor sin, int heads, int kv_heads, int layer) -> Tensor[]"
+    "segment(Tensor[] inputs, int hidden_states, int[] heads, int head_dim, int vocab_size, "
+    "int index) -> Tensor[]"
 )
-_library.define(
-    "cross(Tensor x, Tensor[] attention, Tensor cos, Tensor sin, int heads, int kv_heads, "
-    "int layer) -> Tensor[]"
-)
-_library.define("leave(Tensor x, Tensor[] attention, int vocab_size, int layer) -> Tensor[]")
+_SEGMENT = "mobilellm::segment"
 
 
-def _heads(x: Tensor, cos: Tensor, heads: int, kv_heads: int) -> list[Tensor]:
-    return [x.new_empty(1, x.shape[1], n, cos.shape[-1]) for n in (heads, kv_heads, kv_heads)]
-
-
-@torch.library.register_fake("mobilellm::enter", lib=_library)
-def _enter(x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, layer: int) -> Any:
-    return _heads(x, cos, heads, kv_heads)
-
-
-@torch.library.register_fake("mobilellm::cross", lib=_library)
-def _cross(
-    x: Tensor,
-    attention: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    kv_heads: int,
-    layer: int,
+@torch.library.register_fake(_SEGMENT, lib=_library)
+def _segment(
+    inputs: Sequence[Tensor],
+    hidden_states: int,
+    heads: Sequence[int],
+    head_dim: int,
+    vocab_size: int,
+    index: int,
 ) -> Any:
-    return [torch.empty_like(x), *_heads(x, cos, heads, kv_heads)]
-
-
-@torch.library.register_fake("mobilellm::leave", lib=_library)
-def _leave(x: Tensor, attention: Sequence[Tensor], vocab_size: int, layer: int) -> Any:
-    return [x.new_empty(1, vocab_size)]
+    """The shapes of a segment's outputs: so many hidden states like its first input, one tensor
+    for each of `heads`, and logits where `vocab_size` is not 0."""
+    x = inputs[0]
+    return [
+        *(torch.empty_like(x) for _ in range(hidden_states)),
+        *(x.new_empty(1, x.shape[1], count, head_dim) for count in heads),
+        *([x.new_empty(1, vocab_size)] if vocab_size else []),
+    ]
 
 
 class Program(nn.Module):
     """What runs outside XNNPACK: embedding, RoPE rows, cache and, as one operator, attention."""
 
-    def __init__(self, quantized: QuantizedCheckpoint, target: ExecuTorchTarget) -> None:
+    def __init__(
+        self,
+        quantized: QuantizedCheckpoint,
+        target: ExecuTorchTarget,
+        segments: Segments,
+    ) -> None:
         super().__init__()
-        self.config, self.context = quantized.config, target.max_context
+        self.config, self.context, self.segments = quantized.config, target.max_context, segments
         self.portable = target.attention == "portable"
         self._add_embedding(quantized)
-        cos, sin = rope_tables(self.config, self.context)
-        # Both columns of a rotated pair carry the pair's angle.
-        for name, table in (("cos", cos), ("sin", sin)):
-            wide = (
-                table.repeat_interleave(2, 1)
-                if self.config.rope_interleaved
-                else (table.repeat(1, 2))
-            )
-            self.register_buffer(name, wide)
+        cos, sin = paired_rope_tables(self.config, self.context)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
         kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
         for layer in range(self.config.num_hidden_layers):
             in_order = (1, self.context, kv_heads, head_dim)
@@ -96,27 +85,49 @@ class Program(nn.Module):
         position = start[0].item()
         torch._check(position >= 0)
         torch._check(position + length <= self.context)
-        sizes = (config.num_attention_heads, config.num_key_value_heads)
         shape = (1, -1, 1, config.head_dim)
         cos = self.get_buffer("cos").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
         sin = self.get_buffer("sin").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
         positions = start + torch.arange(length)
         hidden = self._mask(positions) if self.portable else tokens
-        ops = torch.ops.mobilellm
-        x = self._embed(tokens)
-        q, k, v = ops.enter(x, cos, sin, *sizes, 0)
-        for layer in range(1, config.num_hidden_layers):
-            attention = self._attend(layer - 1, q, k, v, position, positions, hidden)
-            x, q, k, v = ops.cross(x, attention, cos, sin, *sizes, layer)
-        last = config.num_hidden_layers - 1
-        attention = self._attend(last, q, k, v, position, positions, hidden)
-        # Nothing after the last attention looks at another position.
-        if not self.portable:
-            x, attention = x[:, -1:], [attention[0][:, -1:]]
-        else:
-            x, attention[0], attention[3] = x[:, -1:], q[:, -1:], hidden[:, :, -1:]
-        logits: Tensor = ops.leave(x, attention, config.vocab_size, last)[0]
+        values = {self.segments.embedded: self._embed(tokens)}
+        results = list[Tensor]()
+        for segment in self.segments.segments:
+            carried, attention = [values[value] for value in segment.carried], list[Tensor]()
+            if segment.attended:
+                q, k, v = results
+                layer = segment.index - 1
+                attention = self._attend(layer, q, k, v, position, positions, hidden)
+            if segment.last_token:
+                carried = [x[:, -1:] for x in carried]
+                attention = self._last_token(attention)
+            rows = [cos, sin] if segment.rotates else []
+            kept, results = self._call(segment, [*carried, *attention, *rows])
+            values.update(zip(segment.kept, kept, strict=True))
+        [logits] = results
         return logits
+
+    def _call(self, segment: Segment, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The hidden states that a segment keeps for later ones, and its other results."""
+        config, count = self.config, len(segment.kept)
+        kv_heads = config.num_key_value_heads
+        heads = [config.num_attention_heads, kv_heads, kv_heads]
+        found = torch.ops.mobilellm.segment(
+            inputs,
+            count,
+            heads if segment.queries_keys_values else [],
+            config.head_dim,
+            config.vocab_size if segment.logits else 0,
+            segment.index,
+        )
+        return found[:count], found[count:]
+
+    def _last_token(self, attention: list[Tensor]) -> list[Tensor]:
+        """What `_attend` gives, for the last position only."""
+        if not self.portable:
+            return [attention[0][:, -1:]]
+        q, keys, values, hidden = attention
+        return [q[:, -1:], keys, values, hidden[:, :, -1:]]
 
     def _attend(
         self,
@@ -180,23 +191,20 @@ def export_program(program: Program) -> torch.export.ExportedProgram:
         )
 
 
-def delegate(exported: torch.export.ExportedProgram, graphs: LayerGraphs) -> None:
-    """Replace each opaque operator by a call of its XNNPACK delegate."""
+def delegate(exported: torch.export.ExportedProgram, segments: Segments) -> None:
+    """Replace each segment's operator by a call of its XNNPACK delegate."""
     module = exported.graph_module
-    stand_ins: dict[tuple[str, int], torch.export.ExportedProgram] = {}
+    stand_ins: dict[str, torch.export.ExportedProgram] = {}
     for node in list(module.graph.nodes):
-        kind = _segment_kind(node)
-        if kind is None:
+        if not _is_segment(node):
             continue
-        layer = node.args[-1]
-        inputs = [a for arg in node.args for a in (arg if isinstance(arg, list) else [arg])]
-        inputs = [value for value in inputs if isinstance(value, torch.fx.Node)]
-        key = kind, len(inputs)
+        inputs, *sizes, index = node.args
+        key = repr((len(inputs), sizes))
         if key not in stand_ins:
             stand_ins[key] = _stand_in(node)
-        graph = graphs.graph(kind, layer)
-        lowered = LoweredBackendModule(stand_ins[key], "XnnpackBackend", graph.serialize(), [])
-        name = f"lowered_module_{layer}_{kind}"
+        payload = segments.graph(index).serialize()
+        lowered = LoweredBackendModule(stand_ins[key], "XnnpackBackend", payload, [])
+        name = f"lowered_module_{index}"
         module.add_module(name, lowered)
         with module.graph.inserting_before(node):
             attribute = module.graph.get_attr(name)
@@ -207,38 +215,28 @@ def delegate(exported: torch.export.ExportedProgram, graphs: LayerGraphs) -> Non
     module.recompile()
 
 
-def _segment_kind(node: torch.fx.Node) -> str | None:
+def _is_segment(node: torch.fx.Node) -> bool:
     if node.op != "call_function" or node.target is operator.getitem:
-        return None
+        return False
     name = getattr(node.target, "name", None)
-    full = name() if callable(name) else str(node.target)
-    return full.split("::")[1].split(".")[0] if full.startswith("mobilellm::") else None
+    return (name() if callable(name) else str(node.target)).startswith(_SEGMENT)
 
 
 class _StandIn(nn.Module):
-    """The opaque operator alone: what the delegate's shapes are worked out from."""
+    """A segment's operator by itself: what the delegate's shapes are worked out from."""
 
-    def __init__(self, node: torch.fx.Node) -> None:
+    def __init__(self, sizes: Sequence[Any]) -> None:
         super().__init__()
-        kind = _segment_kind(node)
-        assert kind is not None
-        self.operator = getattr(torch.ops.mobilellm, kind)
-        self.arguments = node.args
+        self.sizes = sizes
 
     def forward(self, *inputs: Tensor) -> Any:
-        given = iter(inputs)
-
-        def fill(argument: Any) -> Any:
-            if isinstance(argument, (list, tuple)):
-                return [fill(item) for item in argument]
-            return next(given) if isinstance(argument, torch.fx.Node) else argument
-
-        return self.operator(*(fill(argument) for argument in self.arguments))
+        return torch.ops.mobilellm.segment(list(inputs), *self.sizes)
 
 
 def _stand_in(node: torch.fx.Node) -> torch.export.ExportedProgram:
-    flat = [a for arg in node.args for a in (arg if isinstance(arg, list) else [arg])]
-    fakes = [a.meta["val"] for a in flat if isinstance(a, torch.fx.Node)]
+    inputs, *sizes = node.args
+    assert isinstance(inputs, list)
+    fakes = [given.meta["val"] for given in inputs if isinstance(given, torch.fx.Node)]
     dynamic = [
         {i: torch.export.Dim.DYNAMIC for i, s in enumerate(f.shape) if not isinstance(s, int)}
         for f in fakes
@@ -247,5 +245,5 @@ def _stand_in(node: torch.fx.Node) -> torch.export.ExportedProgram:
         torch.zeros([size if isinstance(size, int) else 3 for size in fake.shape]) for fake in fakes
     )
     return torch.export.export(
-        _StandIn(node), example, dynamic_shapes={"inputs": tuple(dynamic)}, strict=False
+        _StandIn(sizes), example, dynamic_shapes={"inputs": tuple(dynamic)}, strict=False
     )

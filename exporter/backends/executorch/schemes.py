@@ -1,8 +1,8 @@
 """Which schemes a .pte stores, and how their codes lie in it; needs no toolkit."""
 
 from exporter.backends._storage import wrong_bits
+from exporter.model.config import EMBEDDING
 from exporter.quantization.packing import Packing
-from exporter.quantization.quantized_checkpoint import EMBEDDING
 from exporter.quantization.schemes import Scheme
 
 #: What XNNPACK multiplies by: int4 plus 8, low nibble first; int8 as it is.

@@ -1,11 +1,11 @@
-"""The decoder as an ONNX graph, in two forms that share one walk (`build`).
+"""The decoder's operations as ONNX nodes, in two forms.
 
 ``contrib`` uses the fused operators of ONNX Runtime that its mobile builds have too; ``portable``
 uses standard operators only (opset 23).
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
 import torch
 from onnx import TensorProto
@@ -20,8 +20,8 @@ from exporter.backends.onnx.weights import (
     transposed_bytes,
     unsigned_bytes,
 )
-from exporter.model.decoder import ModelConfig, rope_tables
-from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT, QuantizedCheckpoint
+from exporter.model.rope import rope_tables
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import OnnxTarget
 
@@ -30,81 +30,95 @@ _FLOAT32, _INT8 = 1, 4
 #: Bits of the codes → their type in ONNX itself.
 _CODE_TYPES = {4: TensorProto.INT4, 8: TensorProto.INT8}
 CONTRIB_OPSET, PORTABLE_OPSET = 21, 23
+LOGITS = "logits"
 
 
-class Form(Protocol):
-    """How a form spells the parts of the decoder. Values are [1, seq, width]."""
+@dataclass
+class Sum:
+    """A residual sum. A norm that follows is fused with it; `total` is its name once written."""
 
-    opset: int
-
-    def embed(self) -> str: ...
-
-    def linear(self, x: str, *names: str) -> list[str]:
-        """x times each weight; or one value, with the products side by side."""
-        ...
-
-    def norm(self, x: str, name: str) -> str: ...
-
-    def add_norm(self, x: str, y: str, name: str) -> tuple[str, str]:
-        """x + y, and that normalized."""
-        ...
-
-    def attention(self, qkv: list[str], layer: int) -> str: ...
-
-    def silu(self, x: str) -> str: ...
+    x: str
+    y: str
+    total: str = ""
 
 
-def build(graph: OnnxGraph, form: Form, config: ModelConfig) -> None:
-    """Write the decoder from token ids to the logits of the last token."""
-    x = form.embed()
-    normal = form.norm(x, "model.layers.0.input_layernorm.weight")
-    for layer in range(config.num_hidden_layers):
-        prefix, last = f"model.layers.{layer}", layer == config.num_hidden_layers - 1
-        mlp = f"{prefix}.{config.mlp_name}"
-        qkv = form.linear(normal, *(f"{prefix}.self_attn.{p}_proj.weight" for p in "qkv"))
-        attended = form.attention(qkv, layer)
-        if last:  # nothing after the last attention looks at another position
-            x, attended = (
-                graph.op("Gather", value, graph.integers(-1), axis=1) for value in (x, attended)
-            )
-        attended = form.linear(attended, f"{prefix}.self_attn.o_proj.weight")[0]
-        x, normal = form.add_norm(x, attended, f"{prefix}.post_attention_layernorm.weight")
-        both = form.linear(normal, f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
-        gate, up = _apart(graph, both, config.intermediate_size)
-        inner = graph.op("Mul", form.silu(gate), up)
-        down = form.linear(inner, f"{mlp}.down_proj.weight")[0]
-        following = f"model.layers.{layer + 1}.input_layernorm.weight"
-        x, normal = form.add_norm(x, down, "model.norm.weight" if last else following)
-    graph.rename(
-        form.linear(normal, EMBEDDING if config.tie_word_embeddings else OUTPUT)[0], "logits"
-    )
+@dataclass
+class Joint:
+    """Several products side by side in one value, along its last axis: `widths` are theirs, and
+    `parts` their names once a node has split them."""
+
+    value: str
+    widths: tuple[int, ...]
+    parts: Sequence[str] = ()
 
 
-def _apart(graph: OnnxGraph, values: list[str], width: int) -> Sequence[str]:
-    """Two products of this width, which may lie side by side in one value."""
-    if len(values) == 2:
-        return values
-    outputs = [graph.fresh("part"), graph.fresh("part")]
-    return graph.ops("Split", [values[0], graph.integers(width, width)], outputs, axis=-1)
+@dataclass(frozen=True)
+class Part:
+    """One product of a `Joint`."""
+
+    joint: Joint
+    index: int
 
 
-class _Common:
-    """Inputs, outputs and constants of both forms."""
+@dataclass(frozen=True)
+class Heads:
+    """Queries, keys or values [1, seq, count * head_dim]. GroupQueryAttention rotates inside, so
+    `rotated` says that it must; `norms` are weights of norms to write before it, None for ones."""
 
-    def __init__(
-        self, graph: OnnxGraph, quantized: QuantizedCheckpoint, target: OnnxTarget
-    ) -> None:
-        self.g, self.quantized, self.config, self.target = (
-            graph,
-            quantized,
-            quantized.config,
-            target,
-        )
-        half = target.activations == "float16"
+    value: "Value"
+    count: int
+    rotated: bool = False
+    norms: tuple[str | None, ...] = ()
+
+
+#: A value of the graph by its name, or a record of what is not written yet.
+Value = str | Sum | Part | Heads
+
+
+@dataclass
+class _Form:
+    """Inputs, outputs, constants, and the operations that both forms spell alike."""
+
+    g: OnnxGraph
+    quantized: QuantizedCheckpoint
+    target: OnnxTarget
+    kind: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.quantized.config
+        half = self.target.activations == "float16"
         self.kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-        self.tokens = graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
-        vocab_size = self.config.vocab_size
-        graph.output("logits", self.kind, ["batch_size", 1, vocab_size])
+        self.tokens = self.g.input(
+            "input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]
+        )
+        self.g.output(LOGITS, self.kind, ["batch_size", 1, self.config.vocab_size])
+
+    def written(self, x: Value) -> str:
+        """The name of a value, after its nodes are written."""
+        if isinstance(x, Sum):
+            x.total = x.total or self.g.op("Add", x.x, x.y)
+            return x.total
+        if isinstance(x, Part):
+            if not x.joint.parts:
+                x.joint.parts = self._split(x.joint)
+            return x.joint.parts[x.index]
+        if isinstance(x, Heads):
+            assert not x.rotated and not x.norms
+            return self.written(x.value)
+        return x
+
+    def _split(self, joint: Joint) -> Sequence[str]:
+        outputs = [self.g.fresh("part") for _ in joint.widths]
+        inputs = [joint.value, self.g.integers(*joint.widths)]
+        return self.g.ops("Split", inputs, outputs, axis=-1)
+
+    def last_token(self, x: Value) -> Value:
+        return self.g.op("Gather", self.written(x), self.g.integers(-1), axis=1)
+
+    def silu_product(self, gate: Value, up: Value) -> Value:
+        x = self.written(gate)
+        silu = self.g.op("Mul", x, self.g.op("Sigmoid", x))
+        return self.g.op("Mul", silu, self.written(up))
 
     def cache(self, layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
         """The names of a layer's past and present keys and values, declared."""
@@ -128,9 +142,11 @@ class _Common:
         (past_key, past_value), (key, value) = names
         return (past_key, past_value), (key, value)
 
-    def vector(self, name: str) -> str:
-        weight = self.quantized.float_weight(name)
-        return self.g.tensor(name, self.kind, weight.shape, float_bytes(weight, self.kind))
+    def vector(self, name: str | None) -> str:
+        """The weight of a norm; ones [head_dim] for a norm of heads that has none."""
+        weight = self.quantized.float_weight(name) if name else torch.ones(self.config.head_dim)
+        content = float_bytes(weight, self.kind)
+        return self.g.tensor(name or "ones", self.kind, weight.shape, content)
 
     def rope(self) -> tuple[str, str]:
         """Cosines and sines, each [max_context, head_dim / 2]."""
@@ -143,11 +159,6 @@ class _Common:
         )
         return cos, sin
 
-    def ones(self) -> str:
-        """The weight of the weightless q/k norm."""
-        size = self.config.head_dim
-        return self.g.tensor("ones", self.kind, [size], float_bytes(torch.ones(size), self.kind))
-
     def float_linear(self, x: str, name: str) -> str:
         """x times the transpose of a weight left in float."""
         weight = self.quantized.float_weight(name).t()
@@ -155,22 +166,22 @@ class _Common:
         content = float_bytes(weight.contiguous(), self.kind)
         return self.g.op("MatMul", x, self.g.tensor(stored, self.kind, weight.shape, content))
 
-    def float_embed(self) -> str:
-        weight = self.quantized.float_weight(EMBEDDING)
-        table = self.g.tensor(EMBEDDING, self.kind, weight.shape, float_bytes(weight, self.kind))
+    def float_embed(self, name: str) -> str:
+        """Rows of an embedding left in float."""
+        weight = self.quantized.float_weight(name)
+        table = self.g.tensor(name, self.kind, weight.shape, float_bytes(weight, self.kind))
         return self.g.op("Gather", table, self.tokens)
 
 
-class ContribForm(_Common):
+class ContribForm(_Form):
     """Fused operators of ONNX Runtime (domain com.microsoft)."""
 
     opset = CONTRIB_OPSET
 
-    def __init__(
-        self, graph: OnnxGraph, quantized: QuantizedCheckpoint, target: OnnxTarget
-    ) -> None:
-        super().__init__(graph, quantized, target)
-        self.accuracy_level = _INT8 if target.products == "int8" else _FLOAT32
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        graph = self.g
+        self.accuracy_level = _INT8 if self.target.products == "int8" else _FLOAT32
         mask = graph.input(
             "attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]
         )
@@ -180,34 +191,38 @@ class ContribForm(_Common):
         length = graph.op("Gather", graph.op("Shape", mask), graph.scalar(1))
         self.total_length = graph.op("Cast", length, to=TensorProto.INT32)
 
-    def embed(self) -> str:
-        weight = self.quantized.read(EMBEDDING)
-        if not isinstance(weight, QuantizedTensor):
-            return self.float_embed()
-        codes, scales = self._blocks(EMBEDDING, weight)
-        rows, columns = weight.codes.shape
-        bits = weight.scheme.code_bits
+    def embed(self, weight: str) -> Value:
+        stored = self.quantized.read(weight)
+        if not isinstance(stored, QuantizedTensor):
+            return self.float_embed(weight)
+        codes, scales = self._blocks(weight, stored)
+        rows, columns = stored.codes.shape
+        bits = stored.scheme.code_bits
         table = self.g.alias(
-            f"{EMBEDDING}.table", codes, TensorProto.UINT8, [rows, columns * bits // 8]
+            f"{weight}.table", codes, TensorProto.UINT8, [rows, columns * bits // 8]
         )
         return self.g.op(
             "GatherBlockQuantized", table, self.tokens, scales, domain=CONTRIB,
-            bits=bits, block_size=block_size(weight), gather_axis=0, quantize_axis=1,
+            bits=bits, block_size=block_size(stored), gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
-    def linear(self, x: str, *names: str) -> list[str]:
+    def linear(self, x: Value, *weights: str) -> Sequence[Value]:
         """Weights of one scheme are one product, which is faster."""
-        schemes = {self.quantized.schemes[name] for name in names}
-        read = [self.quantized.read(name) for name in names]
-        weights = [weight for weight in read if isinstance(weight, QuantizedTensor)]
-        if len(schemes) > 1 or not weights:
+        read = [self.quantized.read(name) for name in weights]
+        stored = [weight for weight in read if isinstance(weight, QuantizedTensor)]
+        given = self.written(x)
+        if len({self.quantized.schemes[name] for name in weights}) > 1 or not stored:
             return [
-                self._product(x, name, weight)
+                self._product(given, name, weight)
                 if isinstance(weight, QuantizedTensor)
-                else self.float_linear(x, name)
-                for name, weight in zip(names, read, strict=True)
+                else self.float_linear(given, name)
+                for name, weight in zip(weights, read, strict=True)
             ]
-        return [self._product(x, merged_name(names), concatenate(weights))]
+        product = self._product(given, merged_name(weights), concatenate(stored))
+        if len(weights) == 1:
+            return [product]
+        joint = Joint(product, tuple(len(weight.codes) for weight in stored))
+        return [Part(joint, index) for index in range(len(weights))]
 
     def _product(self, x: str, name: str, weight: QuantizedTensor) -> str:
         rows, columns = weight.codes.shape
@@ -235,33 +250,52 @@ class ContribForm(_Common):
         scales = self.g.tensor(f"{name}.scales", self.kind, [rows, columns // block], content)
         return codes, scales
 
-    def norm(self, x: str, name: str) -> str:
+    def add(self, x: Value, y: Value) -> Value:
+        return Sum(self.written(x), self.written(y))
+
+    def norm(self, x: Value, weight: str) -> Value:
+        if not isinstance(x, Sum) or x.total:
+            return self._norm(self.written(x), weight)
+        normal, x.total = self.g.fresh("normal"), self.g.fresh("residual")
+        self.g.ops(
+            "SkipSimplifiedLayerNormalization", [x.x, x.y, self.vector(weight)],
+            [normal, "", "", x.total], CONTRIB, epsilon=self.config.rms_norm_eps,
+        )  # fmt: skip
+        return normal
+
+    def _norm(self, x: str, weight: str | None) -> str:
         return self.g.op(
-            "SimplifiedLayerNormalization", x, self.vector(name), axis=-1,
+            "SimplifiedLayerNormalization", x, self.vector(weight), axis=-1,
             epsilon=self.config.rms_norm_eps, stash_type=1,
         )  # fmt: skip
 
-    def add_norm(self, x: str, y: str, name: str) -> tuple[str, str]:
-        normal, total = self.g.fresh("normal"), self.g.fresh("residual")
-        self.g.ops(
-            "SkipSimplifiedLayerNormalization", [x, y, self.vector(name)],
-            [normal, "", "", total], CONTRIB, epsilon=self.config.rms_norm_eps,
-        )  # fmt: skip
-        return total, normal
+    def heads(self, x: Value, count: int) -> Value:
+        return Heads(x, count)
 
-    def attention(self, qkv: list[str], layer: int) -> str:
-        """GroupQueryAttention rotates inside. The weightless q/k norm comes before the rotation
-        here and after it in the model: a rotation keeps the norm, so that is the same."""
+    def norm_heads(self, x: Value, weight: str | None) -> Value:
+        """Written before the rotation. Without a weight it may follow it in the model: a rotation
+        keeps the norm, so that is the same."""
+        assert isinstance(x, Heads)
+        assert weight is None or not x.rotated, "GroupQueryAttention rotates after a weighted norm"
+        return replace(x, norms=(*x.norms, weight))
+
+    def rotate(self, x: Value) -> Value:
+        assert isinstance(x, Heads)
+        return replace(x, rotated=True)
+
+    def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
         config = self.config
         past, present = self.cache(layer)
-        side_by_side = qkv[0] if len(qkv) == 1 else self.g.op("Concat", *qkv, axis=-1)
-        packed = [side_by_side, "", ""]
-        if config.use_qk_norm:
-            packed = self._normalized(side_by_side)
         output = self.g.fresh("attention")
         self.g.ops(
             "GroupQueryAttention",
-            [*packed, *past, self.last_positions, self.total_length, *self.rope()],
+            [
+                *self._queries_keys_values(q, k, v),
+                *past,
+                self.last_positions,
+                self.total_length,
+                *self.rope(),
+            ],
             [output, *present],
             CONTRIB,
             num_heads=config.num_attention_heads,
@@ -272,40 +306,59 @@ class ContribForm(_Common):
         )
         return output
 
-    def _normalized(self, qkv: str) -> list[str]:
-        """q, k and v of the product of all three; the heads of q and k normalized together."""
-        config, g = self.config, self.g
-        heads = config.num_attention_heads + config.num_key_value_heads
-        widths = [n * config.head_dim for n in (heads, config.num_key_value_heads)]
-        qk, v = g.ops("Split", [qkv, g.integers(*widths)], [g.fresh("qk"), g.fresh("v")], axis=-1)
-        normal = g.op(
-            "SimplifiedLayerNormalization",
-            g.op("Reshape", qk, g.integers(0, 0, heads, config.head_dim)),
-            self.ones(),
-            axis=-1,
-            epsilon=config.rms_norm_eps,
-            stash_type=1,
-        )
-        flat = g.op("Reshape", normal, g.integers(0, 0, widths[0]))
-        widths = [
-            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
-        ]
-        q, k = g.ops("Split", [flat, g.integers(*widths)], [g.fresh("q"), g.fresh("k")], axis=-1)
-        return [q, k, v]
+    def _queries_keys_values(self, q: Value, k: Value, v: Value) -> Sequence[str]:
+        """The first three inputs of GroupQueryAttention: all in one, or each apart."""
+        assert isinstance(q, Heads) and isinstance(k, Heads) and isinstance(v, Heads)
+        assert q.rotated and k.rotated
+        if q.norms == k.norms == (None,):
+            return self._normalized_together(q, k, v)
+        if q.norms or k.norms:
+            return [self._normalized(q), self._normalized(k), self.written(v)]
+        if isinstance(q.value, Part) or not isinstance(v.value, Part):
+            return [self._side_by_side(q, k, v), "", ""]
+        # A norm over all heads has taken them apart.
+        return [self.written(x.value) for x in (q, k, v)]
 
-    def silu(self, x: str) -> str:
-        return self.g.op("Mul", x, self.g.op("Sigmoid", x))
+    def _side_by_side(self, *values: Heads) -> str:
+        """q, k and v along the last axis: as their one product gives them, or concatenated."""
+        first = values[0].value
+        if isinstance(first, Part):
+            return first.joint.value
+        return self.g.op("Concat", *(self.written(x.value) for x in values), axis=-1)
+
+    def _normalized(self, x: Heads) -> str:
+        """The norms of queries or keys, each head by itself."""
+        head_dim, g = self.config.head_dim, self.g
+        value = g.op("Reshape", self.written(x.value), g.integers(0, 0, x.count, head_dim))
+        for weight in x.norms:
+            value = self._norm(value, weight)
+        return g.op("Reshape", value, g.integers(0, 0, x.count * head_dim))
+
+    def _normalized_together(self, q: Heads, k: Heads, v: Heads) -> Sequence[str]:
+        """The heads of q and k in one norm, which has no weight."""
+        g, head_dim = self.g, self.config.head_dim
+        heads = q.count + k.count
+        widths = g.integers(heads * head_dim, v.count * head_dim)
+        side_by_side = self._side_by_side(q, k, v)
+        qk, value = g.ops("Split", [side_by_side, widths], [g.fresh("qk"), g.fresh("v")], axis=-1)
+        normal = self._norm(g.op("Reshape", qk, g.integers(0, 0, heads, head_dim)), None)
+        flat = g.op("Reshape", normal, g.integers(0, 0, heads * head_dim))
+        widths = g.integers(q.count * head_dim, k.count * head_dim)
+        outputs = [g.fresh("q"), g.fresh("k")]
+        return [*g.ops("Split", [flat, widths], outputs, axis=-1), value]
+
+    def output(self, x: Value, weight: str) -> Value:
+        return _as_logits(self.g, self.written(self.linear(x, weight)[0]))
 
 
-class PortableForm(_Common):
+class PortableForm(_Form):
     """Standard operators only."""
 
     opset = PORTABLE_OPSET
 
-    def __init__(
-        self, graph: OnnxGraph, quantized: QuantizedCheckpoint, target: OnnxTarget
-    ) -> None:
-        super().__init__(graph, quantized, target)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        graph = self.g
         past = "past_key_values.0.key"
         axis = graph.scalar(2)
         past_length = graph.op("Gather", graph.op("Shape", past), axis)
@@ -317,16 +370,16 @@ class PortableForm(_Common):
         everything = graph.op("Range", graph.scalar(0), total, graph.scalar(1))
         self.visible = graph.op("LessOrEqual", everything, column)
 
-    def embed(self) -> str:
+    def embed(self, weight: str) -> Value:
         """Rows of packed codes are gathered as bytes and taken apart here."""
-        weight = self.quantized.read(EMBEDDING)
-        if not isinstance(weight, QuantizedTensor):
-            return self.float_embed()
-        rows, columns = weight.codes.shape
-        codes, scales = self._codes(EMBEDDING, weight)
-        g, block = self.g, block_size(weight)
-        if weight.scheme.bits == 4:
-            packed = g.alias(f"{EMBEDDING}.table", codes, TensorProto.UINT8, [rows, columns // 2])
+        stored = self.quantized.read(weight)
+        if not isinstance(stored, QuantizedTensor):
+            return self.float_embed(weight)
+        rows, columns = stored.codes.shape
+        codes, scales = self._codes(weight, stored)
+        g, block = self.g, block_size(stored)
+        if stored.scheme.bits == 4:
+            packed = g.alias(f"{weight}.table", codes, TensorProto.UINT8, [rows, columns // 2])
             row = g.op("Gather", packed, self.tokens)
             low = g.op("BitwiseAnd", row, g.scalar(15, TensorProto.UINT8))
             high = g.op("BitShift", row, g.scalar(4, TensorProto.UINT8), direction="RIGHT")
@@ -344,8 +397,9 @@ class PortableForm(_Common):
         scale = g.op("Unsqueeze", g.op("Gather", scales, self.tokens), g.integers(-1))
         return g.op("Reshape", g.op("Mul", grouped, scale), g.integers(1, -1, columns))
 
-    def linear(self, x: str, *names: str) -> list[str]:
-        return [self._linear(x, name) for name in names]
+    def linear(self, x: Value, *weights: str) -> Sequence[str]:
+        given = self.written(x)
+        return [self._linear(given, name) for name in weights]
 
     def _linear(self, x: str, name: str) -> str:
         weight = self.quantized.read(name)
@@ -363,48 +417,58 @@ class PortableForm(_Common):
         content = float_bytes(spread, self.kind)
         return codes, self.g.tensor(f"{name}.scales", self.kind, spread.shape, content)
 
-    def norm(self, x: str, name: str) -> str:
+    def add(self, x: Value, y: Value) -> Value:
+        return self.g.op("Add", self.written(x), self.written(y))
+
+    def norm(self, x: Value, weight: str) -> Value:
+        return self._norm(self.written(x), weight)
+
+    def _norm(self, x: str, weight: str | None) -> str:
         epsilon = self.config.rms_norm_eps
-        return self.g.op("RMSNormalization", x, self.vector(name), axis=-1, epsilon=epsilon)
+        return self.g.op("RMSNormalization", x, self.vector(weight), axis=-1, epsilon=epsilon)
 
-    def add_norm(self, x: str, y: str, name: str) -> tuple[str, str]:
-        total = self.g.op("Add", x, y)
-        return total, self.norm(total, name)
+    def heads(self, x: Value, count: int) -> Value:
+        return Heads(x, count)
 
-    def attention(self, qkv: list[str], layer: int) -> str:
+    def rotate(self, x: Value) -> Value:
+        assert isinstance(x, Heads)
+        rotated = self.g.op(
+            "RotaryEmbedding", self.written(x), *self.rope(), self.positions,
+            interleaved=int(self.config.rope_interleaved), num_heads=x.count,
+        )  # fmt: skip
+        return Heads(rotated, x.count)
+
+    def norm_heads(self, x: Value, weight: str | None) -> Value:
+        assert isinstance(x, Heads)
+        g, head_dim = self.g, self.config.head_dim
+        by_head = g.op("Reshape", self.written(x), g.integers(1, -1, x.count, head_dim))
+        normal = self._norm(by_head, weight)
+        return Heads(g.op("Reshape", normal, g.integers(1, -1, x.count * head_dim)), x.count)
+
+    def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
         config, g = self.config, self.g
-        heads = config.num_attention_heads, config.num_key_value_heads
         past, present = self.cache(layer)
-        q, k = (self._rotated(value, count) for value, count in zip(qkv[:2], heads, strict=True))
         output = g.fresh("attention")
         g.ops(
             "Attention",
-            [q, k, qkv[2], self.visible, *past],
+            [*(self.written(x) for x in (q, k, v)), self.visible, *past],
             [output, *present],
-            q_num_heads=heads[0],
-            kv_num_heads=heads[1],
+            q_num_heads=config.num_attention_heads,
+            kv_num_heads=config.num_key_value_heads,
             scale=config.head_dim**-0.5,
         )
         return output
 
-    def _rotated(self, x: str, heads: int) -> str:
-        config, g = self.config, self.g
-        x = g.op(
-            "RotaryEmbedding", x, *self.rope(), self.positions,
-            interleaved=int(config.rope_interleaved), num_heads=heads,
-        )  # fmt: skip
-        if not config.use_qk_norm:
-            return x
-        by_head = g.op("Reshape", x, g.integers(1, -1, heads, config.head_dim))
-        normal = g.op(
-            "RMSNormalization", by_head, self.ones(), axis=-1, epsilon=config.rms_norm_eps
-        )
-        return g.op("Reshape", normal, g.integers(1, -1, heads * config.head_dim))
-
-    def silu(self, x: str) -> str:
-        return self.g.op("Mul", x, self.g.op("Sigmoid", x))
+    def output(self, x: Value, weight: str) -> Value:
+        return _as_logits(self.g, self.linear(x, weight)[0])
 
 
-def merged_name(names: tuple[str, ...]) -> str:
+def _as_logits(graph: OnnxGraph, value: str) -> str:
+    """The last product under the name of the graph's output."""
+    graph.rename(value, LOGITS)
+    return LOGITS
+
+
+def merged_name(names: Sequence[str]) -> str:
     """One name for several weights in one product: the parts joined."""
     return "+".join(names)

@@ -24,20 +24,21 @@ from torch import Tensor
 
 from exporter.backends import Artifact
 from exporter.backends._storage import check_stored
-from exporter.backends.onnx.forms import ContribForm, PortableForm, build
+from exporter.backends.onnx.forms import ContribForm, PortableForm
 from exporter.backends.onnx.graph import DATA_SUFFIX, OnnxGraph
 from exporter.backends.onnx.schemes import LARGEST_BLOCK, stores
 from exporter.backends.onnx.weights import StoredWeight
 from exporter.errors import InputError
 from exporter.files import copy_file, replacing, write_json
-from exporter.model.decoder import ModelConfig
+from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig
+from exporter.model.walk import walk
 from exporter.quantization.activations import (
     LARGEST_HALF,
     Rounding,
     round_blocks_to_int8,
     round_prompt_to_int8,
 )
-from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT, QuantizedCheckpoint
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 from exporter.recipe import OnnxTarget, check_context
 
@@ -91,7 +92,7 @@ def lower(quantized: QuantizedCheckpoint, target: OnnxTarget, out: Path) -> Arti
     with replacing(out / DATA_NAME) as data:
         graph = OnnxGraph(DATA_NAME, data)
         form = ContribForm if target.form == "contrib" else PortableForm
-        build(graph, form(graph, quantized, target), quantized.config)
+        walk(quantized.config, form(graph, quantized, target))
     model = graph.model(form.opset, _metadata(quantized, target))
     with replacing(out / FILE_NAME) as file:
         file.write(model.SerializeToString(deterministic=True))

@@ -1,8 +1,8 @@
 """Which schemes an ONNX model stores, and in blocks of how many codes; needs no toolkit."""
 
 from exporter.backends._storage import wrong_bits
+from exporter.model.config import EMBEDDING, OUTPUT
 from exporter.quantization.packing import Packing
-from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
 from exporter.quantization.schemes import FLOAT, Scheme
 from exporter.recipe import OnnxTarget
 

@@ -1,0 +1,240 @@
+"""The decoder's operations as XNNPACK graphs: everything of it but embedding, cache and attention.
+
+A segment is one graph. Each attention ends one and begins the next, so a segment reaches from one
+attention to the one after it: it closes a layer (output projection, MLP) and opens the next
+(normalization, q, k, v, RoPE). What a segment reads of the ones before it is found from what its
+operations use.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from executorch.exir._serialize._named_data_store import NamedDataStore
+from torch import Tensor
+
+from exporter.backends.executorch.graph import INFERRED, XnnpackGraph
+from exporter.model.config import EMBEDDING
+from exporter.model.rope import quarter_turn
+from exporter.model.walk import walk
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
+from exporter.quantization.schemes import QuantizedTensor
+from exporter.recipe import ExecuTorchTarget
+
+
+@dataclass(eq=False)
+class Value:
+    """A value of the walk, and the segment that computes it; -1 is the embedding."""
+
+    segment: int
+
+
+@dataclass
+class _Node:
+    """An operation to be written into a graph: `write(graph, *inputs)` gives its outputs."""
+
+    write: Callable[..., list[int]]
+    inputs: list[Value]
+    outputs: list[Value]
+
+
+@dataclass
+class Segment:
+    """What one graph computes.
+
+    Its inputs are the hidden states `carried` [1, seq, hidden_size] from earlier segments, what is
+    needed of the attention before it, and RoPE's rows, where it `rotates`; `last_token` says that
+    it reads one position. Its outputs are the hidden states `kept` for later segments, then
+    `queries_keys_values` of the attention that follows or, at the end, the `logits`.
+    """
+
+    index: int
+    attended: Value | None = None
+    nodes: list[_Node] = field(default_factory=list)
+    carried: list[Value] = field(default_factory=list)
+    kept: list[Value] = field(default_factory=list)
+    queries_keys_values: list[Value] = field(default_factory=list)
+    logits: list[Value] = field(default_factory=list)
+    rotates: bool = False
+    last_token: bool = False
+
+
+class Segments:
+    """The operations of the walk; a walk makes `segments`, and `graph` writes each of them."""
+
+    def __init__(self, quantized: QuantizedCheckpoint, target: ExecuTorchTarget) -> None:
+        self.quantized, self.config, self.context = quantized, quantized.config, target.max_context
+        self.portable = target.attention == "portable"
+        self.named_data = NamedDataStore()
+        self.segments = [Segment(0)]
+        self.embedded = Value(-1)
+        walk(self.config, self)
+
+    def graph(self, index: int) -> XnnpackGraph:
+        """The graph of a segment, with the weights that it needs in `named_data`."""
+        segment, config = self.segments[index], self.config
+        g, ids = XnnpackGraph(self.named_data), dict[Value, int]()
+        length = 1 if segment.last_token else self.context
+        for value in segment.carried:
+            ids[value] = g.input(1, length, config.hidden_size)
+        attention = self._attention_inputs(g, length) if segment.attended else []
+        if segment.rotates:
+            self._cos, self._sin = (g.input(1, length, 1, config.head_dim) for _ in range(2))
+        if segment.attended:
+            width = config.num_attention_heads * config.head_dim
+            attended = self._portable_attention(g, *attention) if self.portable else attention[0]
+            ids[segment.attended] = g.reshape(attended, 1, INFERRED, width)
+        for node in segment.nodes:
+            results = node.write(g, *(ids[value] for value in node.inputs))
+            ids.update(zip(node.outputs, results, strict=True))
+        for value in (*segment.kept, *segment.queries_keys_values, *segment.logits):
+            g.output(ids[value])
+        return g
+
+    def _record(
+        self, write: Callable[..., list[int]], *inputs: Value, outputs: int = 1
+    ) -> list[Value]:
+        """An operation of the current segment, and its results."""
+        segment = self.segments[-1]
+        for value in inputs:
+            if value.segment < segment.index and value not in segment.carried:
+                segment.carried.append(value)
+                if value is not self.embedded:
+                    self._keep(value)
+        results = [Value(segment.index) for _ in range(outputs)]
+        segment.nodes.append(_Node(write, list(inputs), results))
+        return results
+
+    def _keep(self, value: Value) -> None:
+        """Make a value an output of the segment that computes it."""
+        kept = self.segments[value.segment].kept
+        if value not in kept:
+            kept.append(value)
+
+    def embed(self, weight: str) -> Value:
+        """The program looks the rows up, before the first segment."""
+        return self.embedded
+
+    def linear(self, x: Value, *weights: str) -> list[Value]:
+        def write(g: XnnpackGraph, x: int) -> list[int]:
+            return self._multiply_by(g, x, {name: self.quantized.read(name) for name in weights})
+
+        return self._record(write, x, outputs=len(weights))
+
+    def norm(self, x: Value, weight: str) -> Value:
+        return self._record(lambda g, x: [self._norm(g, x, weight)], x)[0]
+
+    def heads(self, x: Value, count: int) -> Value:
+        shape = 1, INFERRED, count, self.config.head_dim
+        return self._record(lambda g, x: [g.reshape(x, *shape)], x)[0]
+
+    def norm_heads(self, x: Value, weight: str | None) -> Value:
+        return self._record(lambda g, x: [self._norm(g, x, weight)], x)[0]
+
+    def rotate(self, x: Value) -> Value:
+        """RoPE as x * cos + (x Rᵀ) * sin, R being the quarter turn of every pair."""
+
+        def write(g: XnnpackGraph, x: int) -> list[int]:
+            turned = g.linear(x, g.constant("rope.quarter_turn", quarter_turn(self.config)))
+            return [g.add(g.multiply(x, self._cos), g.multiply(turned, self._sin))]
+
+        self.segments[-1].rotates = True
+        return self._record(write, x)[0]
+
+    def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
+        """Ends a segment; the next one begins with what the program's attention gives."""
+        self.segments[-1].queries_keys_values = [q, k, v]
+        index = len(self.segments)
+        self.segments.append(Segment(index, attended=Value(index)))
+        assert self.segments[-1].attended is not None
+        return self.segments[-1].attended
+
+    def last_token(self, x: Value) -> Value:
+        """The program cuts what goes into the segment, which has not begun yet."""
+        segment = self.segments[-1]
+        assert not segment.nodes
+        segment.last_token = True
+        return x
+
+    def silu_product(self, gate: Value, up: Value) -> Value:
+        def write(g: XnnpackGraph, gate: int, up: int) -> list[int]:
+            return [g.multiply(g.multiply(gate, g.sigmoid(gate)), up)]
+
+        return self._record(write, gate, up)[0]
+
+    def add(self, x: Value, y: Value) -> Value:
+        return self._record(lambda g, x, y: [g.add(x, y)], x, y)[0]
+
+    def output(self, x: Value, weight: str) -> Value:
+        [logits] = self._record(lambda g, x: [self._output_layer(g, x, weight)], x)
+        self.segments[-1].logits = [logits]
+        return logits
+
+    def _output_layer(self, g: XnnpackGraph, x: int, weight: str) -> int:
+        config, stored = self.config, self.quantized.read(weight)
+        tied = weight == EMBEDDING
+        if tied and isinstance(stored, QuantizedTensor) and stored.scheme.bits == 4:
+            # The embedding kernel reads nibbles in the other order than XNNPACK. With every two
+            # neighbouring columns exchanged both read the same bytes, which are stored once.
+            swap = g.constant("output.exchange", torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+            pairs = g.linear(g.reshape(x, 1, 1, config.hidden_size // 2, 2), swap)
+            x = g.reshape(pairs, 1, 1, config.hidden_size)
+            stored = QuantizedTensor(exchange_columns(stored.codes), stored.scales, stored.scheme)
+        logits = self._multiply_by(g, x, {weight: stored})[0]
+        return g.reshape(logits, 1, config.vocab_size)
+
+    def _multiply_by(
+        self, g: XnnpackGraph, x: int, weights: dict[str, QuantizedTensor | Tensor]
+    ) -> list[int]:
+        """x times each weight; the quantized ones share one quantization of x."""
+        quantized = None
+        results = []
+        for name, weight in weights.items():
+            if isinstance(weight, QuantizedTensor):
+                quantized = g.quantize(x) if quantized is None else quantized
+                results.append(g.linear(quantized, g.weight(name, weight)))
+            else:
+                results.append(g.linear(x, g.constant(name, weight)))
+        return results
+
+    def _norm(self, g: XnnpackGraph, x: int, name: str | None) -> int:
+        """x over its root mean square, times a weight where there is one. The mean is a product
+        with a row of 1 / width."""
+        weight = self.quantized.float_weight(name) if name else None
+        width = self.config.head_dim if weight is None else len(weight)
+        row = g.constant(f"norm.mean_{width}", torch.full((1, width), 1 / width))
+        eps = g.constant("norm.eps", torch.tensor([self.config.rms_norm_eps]))
+        mean = g.linear(g.multiply(x, x), row)
+        normal = g.multiply(x, g.reciprocal_square_root(g.add(mean, eps)))
+        return normal if weight is None else g.multiply(normal, g.constant(name or "", weight))
+
+    def _attention_inputs(self, g: XnnpackGraph, length: int) -> list[int]:
+        config, context = self.config, self.context
+        q = g.input(1, length, config.num_attention_heads, config.head_dim)
+        if not self.portable:
+            return [q]
+        kv_heads = config.num_key_value_heads
+        keys = g.input(kv_heads, context, config.head_dim)
+        values = g.input(kv_heads, context, config.head_dim)
+        return [q, keys, values, g.input(1, 1, length, context)]
+
+    def _portable_attention(
+        self, g: XnnpackGraph, q: int, keys: int, values: int, mask: int
+    ) -> int:
+        """Attention over the whole cache; the heads of one k/v head are stacked as rows."""
+        config = self.config
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+        group = config.num_attention_heads // kv_heads
+        scale = g.constant("attention.scale", torch.tensor([head_dim**-0.5]))
+        q = g.reshape(g.multiply(q, scale), INFERRED, kv_heads, group, head_dim)
+        q = g.reshape(g.transpose(q, 1, 2, 0, 3), kv_heads, INFERRED, head_dim)
+        scores = g.reshape(g.matmul_transposed(q, keys), kv_heads, group, INFERRED, self.context)
+        shares = g.reshape(g.softmax(g.add(scores, mask)), kv_heads, INFERRED, self.context)
+        mixed = g.reshape(g.matmul(shares, values), kv_heads, group, INFERRED, head_dim)
+        return g.transpose(mixed, 2, 0, 1, 3)
+
+
+def exchange_columns(codes: Tensor) -> Tensor:
+    """Every two neighbouring columns of codes [rows, columns] exchanged."""
+    exchanged: Tensor = codes.unflatten(1, (-1, 2)).flip(-1).flatten(1).contiguous()
+    return exchanged

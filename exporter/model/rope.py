@@ -1,0 +1,53 @@
+"""Rotary position embeddings (RoPE): tables, and the rotation in the forms that backends use."""
+
+import torch
+from torch import Tensor
+
+from exporter.model.config import ModelConfig
+
+
+def rope_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each float32 [context, head_dim // 2].
+
+    Computed in float32 as transformers does, so that large positions agree to the last bit.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    angles = torch.outer(
+        torch.arange(context, dtype=torch.float32), 1.0 / (config.rope_theta**exponents)
+    )
+    return angles.cos(), angles.sin()
+
+
+def paired_rope_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each float32 [context, head_dim]: both numbers of a pair have the pair's.
+
+    With R from `quarter_turn`, RoPE on x is x * cos + (x Rᵀ) * sin.
+    """
+    cos, sin = rope_tables(config, context)
+    if config.rope_interleaved:
+        return cos.repeat_interleave(2, 1), sin.repeat_interleave(2, 1)
+    return cos.repeat(1, 2), sin.repeat(1, 2)
+
+
+def quarter_turn(config: ModelConfig) -> Tensor:
+    """The matrix R [head_dim, head_dim] for which x Rᵀ makes (-b, a) of each pair (a, b)."""
+    size = config.head_dim
+    pairs = torch.arange(size)
+    if config.rope_interleaved:
+        first, second = pairs[0::2], pairs[1::2]
+    else:
+        first, second = pairs.chunk(2)
+    turn = torch.zeros(size, size)
+    turn[first, second] = -1
+    turn[second, first] = 1
+    return turn
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """RoPE on x [batch, seq, heads, head_dim] with cos and sin [seq, head_dim // 2]."""
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    if interleaved:
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    low, high = x.chunk(2, -1)
+    return torch.cat((low * cos - high * sin, low * sin + high * cos), -1)
