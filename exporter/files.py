@@ -17,7 +17,7 @@ import torch
 
 from exporter.errors import InputError
 
-_SAFETENSORS_NAMES = {
+SAFETENSORS_NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float32: "F32",
@@ -124,6 +124,16 @@ def made_from(manifest: Path, identity: Mapping[str, Any]) -> bool:
         return False
     files = content.pop("files", None)
     return isinstance(files, dict) and content == identity
+
+
+def may_be_made_from(manifest: Path, known: Mapping[str, Any]) -> bool:
+    """Whether a finished result may be of the same inputs, where only some of them are `known` yet.
+    What is missing or damaged may be."""
+    try:
+        found = read_json(manifest)
+    except InputError:
+        return True
+    return all(found.get(key) == value for key, value in known.items())
 
 
 def package_versions(*packages: str) -> dict[str, str]:
@@ -239,7 +249,7 @@ def write_safetensors(
     for name, (dtype, shape) in layout.items():
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
+            "dtype": SAFETENSORS_NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [offset, end],
         }

@@ -12,10 +12,10 @@ from devices.errors import DeviceError
 from devices.prediction import Speed, Workload, predict_on
 from exporter.backends import Prediction, Target, check_context, front
 from exporter.backends._sizes import stored_bytes
+from exporter.calibration.quantize import quantization_plan
 from exporter.errors import InputError
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.config import EMBEDDING, ModelConfig
-from exporter.pipeline import plan
 from exporter.quantization.schemes import Scheme
 from exporter.recipe import Recipe, recipes_for
 
@@ -52,7 +52,7 @@ def forecast(
     """The predicted sizes for every target of a recipe, and the speeds on a device; needs no
     toolkit. A budget is taken to be used up."""
     try:
-        schemes = plan(recipe, checkpoint).schemes
+        schemes = quantization_plan(recipe, checkpoint).schemes
     except InputError as error:
         return [Forecast(recipe.name, target.target, None, str(error)) for target in recipe.targets]
     config, forecasts = checkpoint.config, list[Forecast]()

@@ -1,12 +1,10 @@
 """The whole pipeline: checkpoint → quantized checkpoint → artifacts → proof → bundle."""
 
-import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,7 +21,6 @@ from exporter.bundle.artifact import (
 from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
 from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
 from exporter.bundle.bundle import (
-    SEAL,
     Bundle,
     bundle_identity,
     bundle_output,
@@ -31,157 +28,47 @@ from exporter.bundle.bundle import (
     is_bundle,
     is_bundle_of,
     open_bundle,
-    sealed_files,
     write_seal,
 )
-from exporter.errors import InputError
-from exporter.files import (
-    check_folder,
-    claim_folder,
-    differing_files,
-    made_from,
-    read_json,
+from exporter.calibration.quantize import (
+    QuantizationInputs,
+    join_distillation,
+    quantization_inputs,
+    quantization_plan,
+    quantize_checkpoint,
 )
+from exporter.calibration.torchrun import joined_processes
+from exporter.errors import InputError
+from exporter.files import check_folder, claim_folder, made_from, may_be_made_from
 from exporter.model.checkpoint import Checkpoint
+from exporter.progress import Progress, TensorCounter, no_progress
+from exporter.quantization.plan import QuantizationPlan
 from exporter.quantization.quantized_checkpoint import (
     DEQUANTIZED_OUTPUT,
     QUANTIZED_OUTPUT,
-    REPORTS,
-    Plan,
     QuantizedCheckpoint,
-    finished_quantized,
     open_quantized,
-    plan_schemes,
     quantized_identity,
     require_whole,
     source_hashes,
     write_dequantized,
-    write_quantized,
 )
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.recipe import Recipe
 from exporter.verification import (
     Check,
     Text,
-    check_integers,
-    check_logits,
+    check_bundle_files,
+    check_models,
     check_quantized,
+    check_quantized_files,
     verification_text,
 )
 
-if TYPE_CHECKING:  # imported where it is needed: it takes its time
-    from exporter.calibration.calibrate import Prepared
-
-
-class Progress(Protocol):
-    """Told of each step: the stage's name, how many of its steps are done, of how many, and what
-    else is worth showing."""
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
-
-
-def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
-    """Show nothing."""
-
-
-class _Counter:
-    """Counts the tensors of a stage for a `Progress`."""
-
-    def __init__(self, progress: Progress, stage: str, total: int) -> None:
-        self._progress, self._stage, self._total, self._done = progress, stage, total, 0
-        progress(stage, 0, total)
-
-    def __call__(self, name: str) -> None:
-        self._done = min(self._done + 1, self._total)
-        self._progress(self._stage, self._done, self._total)
-
-
-def plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
-    """How the recipe stores each tensor of the checkpoint. Raises InputError."""
-    linear, embedding, overrides = recipe.quantization.schemes()
-    shapes = checkpoint.config.parameter_shapes()
-    return plan_schemes(shapes, linear, embedding, overrides, recipe.quantization.method)
-
 
 @dataclass(frozen=True)
-class Decided:
-    """Everything that is decided before any weight is written."""
-
-    plan: Plan
-    prepared: "Prepared | None"
-    identity: dict[str, Any]
-
-
-def decide(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Decided:
-    """The plan and, where the recipe calibrates, the text and what a budget allows.
-
-    Raises InputError.
-    """
-    decided = plan(recipe, checkpoint)
-    if not recipe.quantization.calibrated:
-        return Decided(decided, None, quantized_identity(checkpoint, decided))
-    from exporter.calibration.calibrate import prepare
-    from exporter.calibration.sensitivity import WIDER
-
-    source = source_hashes(checkpoint)
-    prepared = prepare(checkpoint, recipe, decided.schemes, source, _stages(progress))
-    schemes = {**decided.schemes, **dict.fromkeys(prepared.wider, WIDER)}
-    decided = replace(decided, schemes=schemes)
-    identity = quantized_identity(checkpoint, decided, prepared.identity())
-    return Decided(decided, prepared, identity)
-
-
-def _stages(progress: Progress) -> Callable[[str], Callable[[int, int, str], None]]:
-    return lambda stage: partial(progress, stage)
-
-
-def _write_quantized(
-    checkpoint: Checkpoint, decided: Decided, out: Path, progress: Progress
-) -> QuantizedCheckpoint:
-    """The quantized checkpoint in `out`: the finished one that is there, or a new one."""
-    folder = out / f".{REPORTS}.tmp"
-    quantized = finished_quantized(out, decided.identity)
-    if quantized is None:
-        weights, reports = None, list[str]()
-        shutil.rmtree(out / REPORTS, ignore_errors=True)  # of an unfinished run
-        if decided.prepared is not None:
-            from exporter.calibration.calibrate import calibrate, write_reports
-
-            folder.mkdir(parents=True, exist_ok=True)  # marks `out` as ours until weights do
-            schemes = decided.plan.schemes
-            result = calibrate(checkpoint, decided.prepared, schemes, folder, _stages(progress))
-            weights = result.weights
-            written = write_reports(out / REPORTS, result.reports)
-            reports = [path.relative_to(out).as_posix() for path in written]
-        counter = _Counter(progress, "quantize", len(decided.plan.schemes))
-        quantized = write_quantized(
-            checkpoint, decided.plan, decided.identity, out, counter, weights, reports
-        )
-    shutil.rmtree(folder, ignore_errors=True)  # also what a run left that was killed just here
-    return quantized
-
-
-def check_targets(recipe: Recipe, checkpoint: Checkpoint, decided: Plan) -> None:
-    """Refuse what a target cannot hold before anything is made. Raises InputError."""
-    for target in recipe.targets:
-        backend(target.target).check(checkpoint.config, decided.schemes, target)
-
-
-def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """The recipe for these of its targets only; for all of them where no name is given."""
-    kinds = [target.target for target in recipe.targets]
-    for name in names:
-        if name not in kinds:
-            raise InputError(
-                f"--target {name}", f"is not in the recipe {recipe.name}", f"It has: {kinds}"
-            )
-    chosen = tuple(target for target in recipe.targets if target.target in names)
-    return recipe.model_copy(update={"targets": chosen}) if names else recipe
-
-
-@dataclass(frozen=True)
-class Dequantized:
-    """Where to write an ordinary model folder with the quantized values, and how exactly."""
+class DequantizedFolder:
+    """Where to write an ordinary Hugging Face folder with the quantized values, and their type."""
 
     path: Path
     dtype: torch.dtype
@@ -193,69 +80,47 @@ def quantize(
     out: Path,
     progress: Progress,
     overwrite: bool = False,
-    dequantized: Dequantized | None = None,
+    dequantized: DequantizedFolder | None = None,
 ) -> QuantizedCheckpoint | None:
     """Checkpoint → quantized checkpoint, and on request → a Hugging Face folder of its values.
 
-    Started by ``torchrun``, all processes distil together and the first one writes.
+    Started by ``torchrun``, all processes distil together and the first one writes; the others
+    return None. Raises InputError.
     """
-    base = quantized_identity(checkpoint, plan(recipe, checkpoint))
-    known = {key: base[key] for key in ("source", "method", "versions")}
-    check_folder(out, QUANTIZED_OUTPUT, _may_be_of(out / QUANTIZED_MANIFEST, known), overwrite)
+    plan = quantization_plan(recipe, checkpoint)
+    source = source_hashes(checkpoint)
+    identity = quantized_identity(checkpoint, plan, source)
+    known = {key: identity[key] for key in ("source", "method", "versions")}
+    same = may_be_made_from(out / QUANTIZED_MANIFEST, known)
+    check_folder(out, QUANTIZED_OUTPUT, same, overwrite)
     checkpoint.check_weights()
-    if "RANK" in os.environ:
-        from exporter.calibration.parallel import processes, rank
-
-        with processes():
-            if rank():
-                return _join_as_worker(checkpoint, decide(recipe, checkpoint, no_progress), out)
-            decided = decide(recipe, checkpoint, progress)
-            return _quantize(checkpoint, decided, out, progress, overwrite, dequantized)
-    decided = decide(recipe, checkpoint, progress)
-    return _quantize(checkpoint, decided, out, progress, overwrite, dequantized)
+    with joined_processes() as first:
+        told = progress if first else no_progress
+        inputs = quantization_inputs(recipe, checkpoint, plan, source, told)
+        if not first:
+            join_distillation(checkpoint, inputs, out)
+            return None
+        return _write_quantized(checkpoint, inputs, out, progress, overwrite, dequantized)
 
 
-def _may_be_of(manifest: Path, known: Mapping[str, Any]) -> bool:
-    """Whether a finished result may be of the same inputs, as far as these are known before a
-    calibration, which can take long. What is missing or damaged may be."""
-    try:
-        found = read_json(manifest)
-    except InputError:
-        return True
-    return all(found.get(key) == value for key, value in known.items())
-
-
-def _join_as_worker(
-    checkpoint: Checkpoint, decided: Decided, out: Path
-) -> QuantizedCheckpoint | None:
-    """What a process does that is not the first: its part of a distillation."""
-    from exporter.calibration.calibrate import calibrate
-
-    prepared = decided.prepared
-    if prepared and prepared.method == "distill" and not finished_quantized(out, decided.identity):
-        folder = out / f".{REPORTS}.tmp"
-        calibrate(checkpoint, prepared, decided.plan.schemes, folder, _stages(no_progress))
-    return None
-
-
-def _quantize(
+def _write_quantized(
     checkpoint: Checkpoint,
-    decided: Decided,
+    inputs: QuantizationInputs,
     out: Path,
     progress: Progress,
     overwrite: bool,
-    dequantized: Dequantized | None,
+    dequantized: DequantizedFolder | None,
 ) -> QuantizedCheckpoint:
-    same = made_from(out / QUANTIZED_MANIFEST, decided.identity)
+    same = made_from(out / QUANTIZED_MANIFEST, inputs.identity)
     if dequantized:
         if dequantized.path.resolve() == checkpoint.path.resolve():
             raise InputError(dequantized.path, "is the checkpoint itself", "Give another folder")
         check_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite)
     with claim_folder(out, QUANTIZED_OUTPUT, same, overwrite):
-        quantized = _write_quantized(checkpoint, decided, out, progress)
+        quantized = quantize_checkpoint(checkpoint, inputs, out, progress)
     if dequantized:
         with claim_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite):
-            counter = _Counter(progress, "dequantize", len(quantized.schemes))
+            counter = TensorCounter(progress, "dequantize", len(quantized.schemes))
             write_dequantized(quantized, dequantized.dtype, dequantized.path, counter)
     return quantized
 
@@ -309,25 +174,28 @@ def export(
     text: Path | None = None,
 ) -> Export:
     """Checkpoint → a verified bundle. A stage that is finished is not run again."""
-    check_targets(recipe, checkpoint, plan(recipe, checkpoint))
+    plan = quantization_plan(recipe, checkpoint)
+    _check_targets(recipe, checkpoint, plan)
     texts: dict[str, Text] = {
         target.target: verification_text(checkpoint, target.max_context, text)
         for target in recipe.targets
     }
     checkpoint.check_weights()
-    known = {"recipe": recipe.to_dict()}
-    check_folder(out, bundle_output(), _may_be_of(out / BUNDLE_MANIFEST, known), overwrite)
-    decided = decide(recipe, checkpoint, progress)
+    may_be_same = may_be_made_from(out / BUNDLE_MANIFEST, {"recipe": recipe.to_dict()})
+    check_folder(out, bundle_output(), may_be_same, overwrite)
+    source = source_hashes(checkpoint)
+    inputs = quantization_inputs(recipe, checkpoint, plan, source, progress)
+    _check_targets(recipe, checkpoint, inputs.plan)  # again: a budget gives some weights 8 bits
     packages: dict[str, dict[str, str]] = {
         target.target: artifact_versions(target) for target in recipe.targets
     }
-    manifest = bundle_identity(recipe, decided.identity, packages)
-    same = is_bundle_of(out, manifest, decided.identity)
+    manifest = bundle_identity(recipe, inputs.identity, packages)
+    same = is_bundle_of(out, manifest, inputs.identity)
     with claim_folder(out, bundle_output(), same, overwrite):
         # An unfinished run of another recipe may have left these.
         for other in set(backend_names()) - packages.keys():
             shutil.rmtree(out / other, ignore_errors=True)
-        quantized = _write_quantized(checkpoint, decided, out / BUNDLE_QUANTIZED, progress)
+        quantized = quantize_checkpoint(checkpoint, inputs, out / BUNDLE_QUANTIZED, progress)
         artifacts: dict[str, FinishedArtifact] = {
             target.target: _lower(
                 quantized,
@@ -338,7 +206,7 @@ def export(
             )
             for target in recipe.targets
         }
-        checks = _verify_models(quantized, artifacts, texts, progress)
+        checks = check_models(quantized, artifacts, texts, progress)
         if not all(check.passed for check in checks):
             return Export(None, quantized, artifacts, checks)
         if not is_bundle(out) or file_problems(out):
@@ -346,15 +214,30 @@ def export(
         return Export(open_bundle(out), quantized, artifacts, checks)
 
 
+def _check_targets(recipe: Recipe, checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
+    """Refuse what a target cannot hold before anything is made. Raises InputError."""
+    for target in recipe.targets:
+        backend(target.target).check(checkpoint.config, plan.schemes, target)
+
+
+def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe for these of its targets only; for all of them where no name is given."""
+    kinds = [target.target for target in recipe.targets]
+    for name in names:
+        if name not in kinds:
+            raise InputError(
+                f"--target {name}", f"is not in the recipe {recipe.name}", f"It has: {kinds}"
+            )
+    chosen = tuple(target for target in recipe.targets if target.target in names)
+    return recipe.model_copy(update={"targets": chosen}) if names else recipe
+
+
 def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Check]:
     """Every check of a finished bundle, or of a quantized checkpoint alone."""
     if (path / QUANTIZED_MANIFEST).is_file() and not is_bundle(path):
         quantized = open_quantized(path)
-        problems = differing_files(path, quantized.manifest["files"])
-        return _file_checks(tuple(quantized.manifest["files"]), problems) + check_quantized(
-            quantized
-        )
-    files = _verify_files(path)
+        return check_quantized_files(quantized) + check_quantized(quantized)
+    files = check_bundle_files(path)
     try:
         bundle = open_bundle(path)
     except InputError as error:
@@ -370,48 +253,4 @@ def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Che
         except InputError:
             if not damaged:
                 raise
-    return files + _verify_models(bundle.quantized, bundle.artifacts, texts, progress, damaged)
-
-
-def _verify_files(path: Path) -> list[Check]:
-    if not is_bundle(path):
-        open_bundle(path)  # says why not
-    try:
-        return _file_checks(sealed_files(path), file_problems(path))
-    except InputError as error:  # the seal itself is damaged
-        return [Check("files", None, SEAL, False, 1, 0, error.problem)]
-
-
-def _file_checks(names: tuple[str, ...], problems: Mapping[str, str]) -> list[Check]:
-    return [
-        Check(
-            "files", None, name, name not in problems, name in problems, 0, problems.get(name, "")
-        )
-        for name in dict.fromkeys((*names, *problems))
-    ]
-
-
-def _verify_models(
-    quantized: QuantizedCheckpoint,
-    artifacts: Mapping[str, FinishedArtifact],
-    texts: Mapping[str, Text],
-    progress: Progress,
-    damaged: Collection[str] = (),
-) -> list[Check]:
-    """Quantized checkpoint, integers and logits; a `damaged` file never reaches a runtime."""
-    checks = check_quantized(quantized)
-    for target, finished in artifacts.items():
-        counter = _Counter(progress, f"verify {target}: integers", len(quantized.schemes))
-        checks += check_integers(quantized, finished, counter)
-        stage = f"verify {target}: logits"
-        progress(stage, 0, 1)
-        needed = [f"{target}/{name}" for name in finished.manifest["files"]]
-        broken = [name for name in needed if name in damaged]
-        if broken or target not in texts:
-            subject = (broken or sorted(damaged))[0]
-            note = "not run: the file is damaged"
-            checks.append(Check("logits", target, subject, False, 1, 0, note))
-            continue
-        checks += check_logits(quantized, finished, texts[target])
-        progress(stage, 1, 1)
-    return checks
+    return files + check_models(bundle.quantized, bundle.artifacts, texts, progress, damaged)

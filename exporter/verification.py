@@ -5,7 +5,7 @@
 A check never raises for what it finds: everything found is in the list, with where and how much.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from exporter.backends import Runner, backend
 from exporter.bundle.artifact import FinishedArtifact
+from exporter.bundle.bundle import SEAL, file_problems, is_bundle, open_bundle, sealed_files
 from exporter.errors import InputError
 from exporter.evaluation.agreement import Agreement, compare_logits
-from exporter.inference.reference import score
+from exporter.files import differing_files
+from exporter.inference.reference import score_each
 from exporter.model.checkpoint import Checkpoint
+from exporter.progress import Progress, TensorCounter
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, damaged_tensors
 from exporter.quantization.schemes import QuantizedTensor
 from exporter.text.tokenizer import load_tokenizer
@@ -55,6 +58,32 @@ class Text:
     real: bool
 
 
+def check_quantized_files(quantized: QuantizedCheckpoint) -> list[Check]:
+    """The hash of every file of a quantized checkpoint; one check a file."""
+    hashes = quantized.manifest["files"]
+    return _file_checks(tuple(hashes), differing_files(quantized.path, hashes))
+
+
+def check_bundle_files(path: Path) -> list[Check]:
+    """The hash of every file of a bundle; one check a file. Raises InputError where there is no
+    bundle."""
+    if not is_bundle(path):
+        open_bundle(path)  # says why not
+    try:
+        return _file_checks(sealed_files(path), file_problems(path))
+    except InputError as error:  # the seal itself is damaged
+        return [Check("files", None, SEAL, False, 1, 0, error.problem)]
+
+
+def _file_checks(names: tuple[str, ...], problems: Mapping[str, str]) -> list[Check]:
+    return [
+        Check(
+            "files", None, name, name not in problems, name in problems, 0, problems.get(name, "")
+        )
+        for name in dict.fromkeys((*names, *problems))
+    ]
+
+
 def check_quantized(quantized: QuantizedCheckpoint) -> list[Check]:
     """Codes in range, scales on the portable grid, floats finite; one check a tensor."""
     problems = damaged_tensors(quantized)
@@ -71,10 +100,13 @@ def check_integers(
     artifact = finished.artifact
     target = artifact.target.target
     checks, seen = list[Check](), set[str]()
+    stored: tuple[str, QuantizedTensor | Tensor] | None = None
     try:
         for name, place, found in backend(target).weights(artifact, quantized):
             seen.add(name)
-            count, note = _differences(quantized.read(name), found)
+            if stored is None or stored[0] != name:  # table and filter of one weight follow
+                stored = name, quantized.read(name)
+            count, note = _differences(stored[1], found)
             subject = f"{name} ({place})"
             checks.append(Check("integers", target, subject, count == 0, count, 0, note))
             on_tensor(name)
@@ -173,14 +205,12 @@ def check_logits(
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
     positions = [length - 1 for length in lengths] + list(range(lengths[-1], len(text.tokens)))
     activations = _LargestActivations(partial(module.largest_activation, artifact.target))
-    reference = score(quantized, text.tokens, positions, observe=activations)
+    rounding = module.rounding(quantized.schemes, artifact.target, lengths[-1])
+    roundings = [None, rounding] if rounding else [None]
+    reference, *simulated = score_each(quantized, text.tokens, positions, roundings, activations)
     activations("lm_head", "output", reference)
     found = compare_logits(reference, logits)
-    expected = None
-    rounding = module.rounding(quantized.schemes, artifact.target, lengths[-1])
-    if rounding:
-        simulated = score(quantized, text.tokens, positions, rounding)
-        expected = compare_logits(reference, simulated)
+    expected = compare_logits(reference, simulated[0]) if simulated else None
     kl, top1, difference = _limits(expected, reference.std().item(), text.real)
     largest = found.max_difference
     steps = len(text.tokens) - lengths[-1]
@@ -201,6 +231,32 @@ def check_logits(
         check("max_difference", largest, largest <= difference, difference, ""),
         *second,
     ]
+
+
+def check_models(
+    quantized: QuantizedCheckpoint,
+    artifacts: Mapping[str, FinishedArtifact],
+    texts: Mapping[str, Text],
+    progress: Progress,
+    damaged: Collection[str] = (),
+) -> list[Check]:
+    """Quantized checkpoint, integers and logits; a `damaged` file never reaches a runtime."""
+    checks = check_quantized(quantized)
+    for target, finished in artifacts.items():
+        counter = TensorCounter(progress, f"verify {target}: integers", len(quantized.schemes))
+        checks += check_integers(quantized, finished, counter)
+        stage = f"verify {target}: logits"
+        progress(stage, 0, 1)
+        needed = [f"{target}/{name}" for name in finished.manifest["files"]]
+        broken = [name for name in needed if name in damaged]
+        if broken or target not in texts:
+            subject = (broken or sorted(damaged))[0]
+            note = "not run: the file is damaged"
+            checks.append(Check("logits", target, subject, False, 1, 0, note))
+            continue
+        checks += check_logits(quantized, finished, texts[target])
+        progress(stage, 1, 1)
+    return checks
 
 
 _WIDER = "overflows in float16: set the target's activations to float32"

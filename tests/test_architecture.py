@@ -20,7 +20,7 @@ DEVICES = ROOT / "devices"
 #: From the bottom up; a module may import from its own layer and those below it.
 LAYERS = (
     {"errors"},
-    {"files", "settings"},
+    {"files", "progress", "settings"},
     {"model", "text"},
     {"quantization"},
     {"backends"},

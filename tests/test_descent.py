@@ -15,13 +15,8 @@ from torch import Tensor
 from exporter.quantization import descent
 from exporter.quantization.coordinate_descent import coordinate_descent
 from exporter.quantization.gptq import gptq
-from exporter.quantization.schemes import (
-    CODE_RANGE,
-    QuantizedTensor,
-    Scheme,
-    quantize,
-    to_scale_grid,
-)
+from exporter.quantization.rounding import quantize, to_scale_grid
+from exporter.quantization.schemes import CODE_RANGE, QuantizedTensor, Scheme
 
 
 def started(weight: Tensor, hessian: Tensor, scheme: Scheme) -> QuantizedTensor:

@@ -12,7 +12,7 @@ from executorch.exir._serialize import _program as pte
 from executorch.extension.pybindings import portable_lib
 
 from exporter import pipeline
-from exporter.backends import executorch
+from exporter.backends.executorch import lowering as executorch
 from exporter.backends.executorch.graph import decode_filter, filter_bytes, scale_bytes
 from exporter.backends.executorch.segments import exchange_columns
 from exporter.bundle.artifact import FinishedArtifact
@@ -24,7 +24,8 @@ from exporter.model.config import EMBEDDING
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.quantization.schemes import QuantizedTensor, parse_scheme, quantize
+from exporter.quantization.rounding import quantize
+from exporter.quantization.schemes import QuantizedTensor, parse_scheme
 from exporter.recipe import parse_recipe
 from exporter.verification import check_integers, run_teacher_forced
 
@@ -314,6 +315,6 @@ def test_no_weight_is_left_as_a_float_matrix(lower: Lower) -> None:
 def test_a_filter_read_back_is_the_one_written(scheme: str) -> None:
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
     stored = quantize(weight, parse_scheme(scheme, "test"), "mse")
-    found = decode_filter(filter_bytes(stored), scale_bytes(stored), (6, 128), stored)
+    found = decode_filter(filter_bytes(stored), scale_bytes(stored), (6, 128), stored.scheme)
     assert torch.equal(found.codes, stored.codes)
     assert torch.equal(found.scales, stored.scales)

@@ -17,14 +17,8 @@ from torch import Tensor
 from exporter.calibration.gptq import gptq_weights
 from exporter.model.checkpoint import open_checkpoint
 from exporter.quantization.gptq import GptqResult, gptq
-from exporter.quantization.schemes import (
-    CODE_RANGE,
-    FLOAT,
-    QuantizedTensor,
-    Scheme,
-    quantize,
-    to_scale_grid,
-)
+from exporter.quantization.rounding import quantize, to_scale_grid
+from exporter.quantization.schemes import CODE_RANGE, FLOAT, QuantizedTensor, Scheme
 from exporter.text.documents import read_documents
 from exporter.text.sequences import cut_sequences
 from exporter.text.tokenizer import load_tokenizer

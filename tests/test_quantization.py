@@ -16,37 +16,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from exporter.backends.executorch.schemes import FILTER, TABLE
+from exporter.backends.onnx.schemes import UNSIGNED
 from exporter.errors import InputError
 from exporter.files import differing_files, sha256
 from exporter.inference.reference import score
 from exporter.model.checkpoint import COMPANION_FILES, Checkpoint, open_checkpoint
 from exporter.model.config import parse_config
+from exporter.quantization.packing import TWOS_COMPLEMENT, Packing
+from exporter.quantization.plan import QuantizationPlan, plan_schemes
 from exporter.quantization.quantized_checkpoint import (
     MANIFEST,
     WEIGHTS,
-    Plan,
     QuantizedCheckpoint,
     damaged_tensors,
     finished_quantized,
     open_quantized,
-    plan_schemes,
     quantized_identity,
+    source_hashes,
     write_dequantized,
     write_quantized,
 )
+from exporter.quantization.rounding import LARGEST_SCALE, SMALLEST_SCALE, quantize, to_scale_grid
 from exporter.quantization.schemes import (
     CODE_RANGE,
     FLOAT,
     GROUP_SIZES,
-    LARGEST_SCALE,
-    SMALLEST_SCALE,
     QuantizedTensor,
     Scheme,
-    pack_int4,
     parse_scheme,
-    quantize,
-    to_scale_grid,
-    unpack_int4,
 )
 
 INT4, INT8 = Scheme(4, 32), Scheme(8)
@@ -226,17 +224,31 @@ def test_a_scale_goes_to_the_nearest_on_the_grid(scale: float, nearest: float) -
     assert to_scale_grid(torch.tensor([scale])).item() == nearest
 
 
-def test_unpacking_is_the_inverse_of_packing_for_every_byte() -> None:
+#: Every way in which a format keeps codes.
+PACKINGS = {
+    "two's complement": TWOS_COMPLEMENT,
+    "XNNPACK": FILTER,
+    "an embedding of ExecuTorch": TABLE,
+    "MatMulNBits": UNSIGNED,
+}
+each_packing = pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS)
+
+
+@each_packing
+def test_unpacking_is_the_inverse_of_packing_for_every_byte(packing: Packing) -> None:
     packed = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
-    codes = unpack_int4(packed)
-    assert codes.shape == (16, 32)
-    assert (codes.min(), codes.max()) == (-8, 7)
-    assert torch.equal(pack_int4(codes), packed)
+    for bits, lowest, highest in ((4, -8, 7), (8, -128, 127)):
+        codes = packing.unpack(packed, bits)
+        assert (codes.dtype, codes.shape) == (torch.int8, (16, 16 * 8 // bits))
+        assert (codes.min(), codes.max()) == (lowest, highest)
+        assert torch.equal(packing.pack(codes, bits), packed)
 
 
-def test_packing_is_the_inverse_of_unpacking_for_every_pair_of_codes() -> None:
+@each_packing
+def test_packing_is_the_inverse_of_unpacking_for_every_pair_of_codes(packing: Packing) -> None:
     pairs = torch.cartesian_prod(*[torch.arange(-8, 8, dtype=torch.int8)] * 2)
-    assert torch.equal(unpack_int4(pack_int4(pairs)), pairs)
+    for codes in (pairs, pairs.t().contiguous().t()):  # also where they do not lie in order
+        assert torch.equal(packing.unpack(packing.pack(codes, 4), 4), codes)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +256,61 @@ def test_packing_is_the_inverse_of_unpacking_for_every_pair_of_codes() -> None:
     [(0, 0, 0x00), (7, 0, 0x07), (0, 7, 0x70), (-1, 0, 0x0F), (0, -8, 0x80), (-8, 7, 0x78)],
 )
 def test_even_columns_lie_in_the_low_nibble(low: int, high: int, byte: int) -> None:
-    assert pack_int4(torch.tensor([[low, high]], dtype=torch.int8)).item() == byte
+    assert TWOS_COMPLEMENT.pack(torch.tensor([[low, high]], dtype=torch.int8), 4).item() == byte
+
+
+@pytest.mark.parametrize(
+    ("packing", "byte"), [(FILTER, 0xF0), (UNSIGNED, 0xF0), (TABLE, 0x0F), (TWOS_COMPLEMENT, 0x78)]
+)
+def test_the_lowest_and_the_highest_code_lie_as_each_format_wants_them(
+    packing: Packing, byte: int
+) -> None:
+    assert packing.pack(torch.tensor([[-8, 7]], dtype=torch.int8), 4).item() == byte
+
+
+@pytest.mark.parametrize(
+    ("packing", "byte"), [(FILTER, 0x81), (UNSIGNED, 0x01), (TABLE, 0x81), (TWOS_COMPLEMENT, 0x81)]
+)
+def test_a_code_of_int8_lies_as_each_format_wants_it(packing: Packing, byte: int) -> None:
+    assert packing.pack(torch.tensor([[-127]], dtype=torch.int8), 8).item() == byte
+
+
+@each_packing
+@pytest.mark.parametrize("bits", [2, 5, 6, 16])
+def test_codes_of_other_bits_are_packed_nowhere(packing: Packing, bits: int) -> None:
+    codes = torch.zeros(2, 4, dtype=torch.int8)
+    with pytest.raises(ValueError, match=f"codes of {bits} bits"):
+        packing.pack(codes, bits)
+    with pytest.raises(ValueError, match=f"codes of {bits} bits"):
+        packing.unpack(codes.view(torch.uint8), bits)
+
+
+@pytest.mark.parametrize("bits", [0, 3, 5, 6, 16])
+def test_there_is_no_scheme_of_other_bits(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"no scheme of {bits} bits"):
+        Scheme(bits)
+
+
+def test_a_weight_left_in_float_has_no_codes() -> None:
+    with pytest.raises(ValueError, match="has no codes"):
+        FLOAT.parts((4, 64))
+
+
+@each_scheme
+def test_a_weight_is_stored_in_the_parts_that_its_scheme_names(scheme: Scheme) -> None:
+    result = quantize(normal(8, 256), scheme, "absmax")
+    stored = scheme.pack(result)
+    described = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in stored.items()}
+    assert described == scheme.parts((8, 256))
+    found = scheme.unpack(stored.__getitem__)
+    assert torch.equal(found.codes, result.codes)
+    assert torch.equal(found.scales, result.scales)
+    assert (found.scales.dtype, found.scheme) == (torch.float32, scheme)
+
+
+def test_a_method_that_needs_more_than_the_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="'gptq'"):
+        quantize(normal(8, 64), INT4, "gptq")
 
 
 @pytest.mark.parametrize(
@@ -301,9 +367,9 @@ def test_a_shape_that_a_scheme_can_hold_has_no_problem(scheme: str, shape: tuple
 @each_scheme
 def test_stored_bytes_are_those_of_packed_codes_and_float16_scales(scheme: Scheme) -> None:
     result = quantize(normal(8, 256), scheme, "absmax")
-    codes = pack_int4(result.codes) if scheme.bits == 4 else result.codes
-    scales = result.scales.to(torch.float16)
-    assert scheme.stored_bytes((8, 256)) == codes.nbytes + scales.nbytes
+    packed = scheme.pack(result)
+    assert scheme.stored_bytes((8, 256)) == sum(part.nbytes for part in packed.values())
+    assert packed["codes"].nbytes == 256 * (scheme.bits or 0)
 
 
 # Plans.
@@ -315,7 +381,7 @@ def shapes_of(config: dict[str, Any] = LLAMA4) -> dict[str, tuple[int, ...]]:
 
 def planned(
     overrides: dict[str, Scheme] | None = None, embedding: Scheme = INT8, linear: Scheme = INT4
-) -> Plan:
+) -> QuantizationPlan:
     return plan_schemes(shapes_of(), linear, embedding, overrides or {}, "mse")
 
 
@@ -394,7 +460,7 @@ def write(checkpoint: Checkpoint, out: Path, **overrides: Scheme) -> QuantizedCh
     patterns = {V_PROJ: FLOAT, **overrides}
     shapes = checkpoint.config.parameter_shapes()
     plan = plan_schemes(shapes, INT4, INT8, patterns, "mse")
-    identity = quantized_identity(checkpoint, plan)
+    identity = quantized_identity(checkpoint, plan, source_hashes(checkpoint))
     done = finished_quantized(out, identity)
     return done or write_quantized(checkpoint, plan, identity, out, no_tensor)
 
@@ -868,7 +934,11 @@ def write_nano(out: Path) -> QuantizedCheckpoint:
     checkpoint = open_checkpoint(NANO)
     plan = plan_schemes(checkpoint.config.parameter_shapes(), INT4, INT4, {}, "absmax")
     return write_quantized(
-        checkpoint, plan, quantized_identity(checkpoint, plan), out / "nano", no_tensor
+        checkpoint,
+        plan,
+        quantized_identity(checkpoint, plan, source_hashes(checkpoint)),
+        out / "nano",
+        no_tensor,
     )
 
 

@@ -24,8 +24,8 @@ from exporter.calibration.sensitivity import (
 from exporter.errors import InputError
 from exporter.model.checkpoint import Checkpoint
 from exporter.pipeline import quantize
+from exporter.quantization.rounding import quantize as quantize_weight
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
-from exporter.quantization.schemes import quantize as quantize_weight
 
 V_PROJ, EMBEDDING = "model.layers.1.self_attn.v_proj.weight", "model.embed_tokens.weight"
 SUBJECT = "quantization.budget"

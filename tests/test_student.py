@@ -16,15 +16,8 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.model.decoder import attend_causal, load_decoder
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.gptq import GptqResult
-from exporter.quantization.schemes import (
-    CODE_RANGE,
-    FLOAT,
-    SMALLEST_SCALE,
-    QuantizedTensor,
-    Scheme,
-    quantize,
-    to_scale_grid,
-)
+from exporter.quantization.rounding import SMALLEST_SCALE, quantize, to_scale_grid
+from exporter.quantization.schemes import CODE_RANGE, FLOAT, QuantizedTensor, Scheme
 
 EMBEDDING = "model.embed_tokens.weight"
 SCHEMES = pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(8, 64), Scheme(4)], ids=str)

@@ -26,6 +26,7 @@ from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import load_recipe
 from exporter.verification import (
     Check,
+    check_bundle_files,
     check_integers,
     check_logits,
     failures,
@@ -346,7 +347,7 @@ def test_a_flipped_bit_anywhere_in_the_bundle_is_found_and_named(bundle_copy: Pa
         file = files[trial % len(files)]
         offset, bit = rng.randrange(file.stat().st_size), rng.randrange(8)
         flip(file, offset, bit)
-        checks = pipeline._verify_files(bundle_copy)
+        checks = check_bundle_files(bundle_copy)
         wrong = {check.subject for check in checks if not check.passed}
         name = file.relative_to(bundle_copy).as_posix()
         # A flip in the seal shows at the file whose line it hit, or as a broken seal.
@@ -354,7 +355,7 @@ def test_a_flipped_bit_anywhere_in_the_bundle_is_found_and_named(bundle_copy: Pa
             missed.append((name, offset, bit, wrong))
         flip(file, offset, bit)
     assert missed == []
-    assert all(check.passed for check in pipeline._verify_files(bundle_copy))
+    assert all(check.passed for check in check_bundle_files(bundle_copy))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exporter.calibration import parallel
 from exporter.calibration.cache import cache_folder, cache_lock
-from exporter.calibration.data import CalibrationText, OnStep, check_sources, hash_of, read_text
+from exporter.calibration.data import CalibrationText, check_sources, hash_of, read_text
 from exporter.calibration.distill import TrainingHistory, distill
 from exporter.calibration.gptq import gptq_weights
 from exporter.calibration.importance import token_weights
@@ -36,16 +36,27 @@ from exporter.calibration.teacher import Teacher, open_teacher
 from exporter.errors import InputError
 from exporter.files import read_json, replacing, write_json, write_tensors
 from exporter.model.checkpoint import Checkpoint
+from exporter.progress import Progress
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.gptq import GptqResult
 from exporter.quantization.quantized_checkpoint import source_hashes
-from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme, quantize
+from exporter.quantization.rounding import quantize
+from exporter.quantization.schemes import (
+    FLOAT,
+    QuantizedTensor,
+    Scheme,
+    entry_name,
+    pack_entries,
+    unpack_entry,
+)
 from exporter.recipe import Recipe
 
 START, IDENTITY = "start.safetensors", "identity.json"
+#: In `START`, beside the parts of a scheme: the float weight that was rounded.
+_WEIGHT = "weight"
 
-#: A stage by its name → who is told of its steps.
-Stages = Callable[[str], OnStep]
+#: Of what lies in the folder of an unfinished run. In format 1, codes and scales lay unpacked.
+_FOLDER_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ class WeightRounding:
     calibration: Calibration
     text: CalibrationText
     precision: torch.dtype
-    stages: Stages
+    progress: Progress
 
     def __call__(self, schemes: Mapping[str, Scheme]) -> dict[str, GptqResult]:
         """Every weight that `schemes` quantizes."""
@@ -65,10 +76,10 @@ class WeightRounding:
         if self.method == "gptq":
             weights = self._token_weights
             each = gptq_weights(self.checkpoint, schemes, self.tokens, self.precision, weights)
-            on_step = self.stages("gptq")
+            on_step = partial(self.progress, "gptq")
         else:
             each = self._one_by_one(quantized)
-            on_step = self.stages("round")
+            on_step = partial(self.progress, "round")
         found = dict[str, GptqResult]()
         for name, one in each:
             found[name] = one
@@ -89,14 +100,17 @@ class WeightRounding:
     @cached_property
     def _token_weights(self) -> dict[str, Tensor]:
         """They do not depend on schemes: worked out once, also where a search rounds first."""
-        seed, on_step = self.calibration.seed, self.stages("weigh tokens")
+        seed, on_step = self.calibration.seed, partial(self.progress, "weigh tokens")
         return token_weights(self.checkpoint, self.tokens, self.precision, seed, on_step)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that is known before any weight is rounded: the text, and what sensitive weights
-    become."""
+class CalibrationInputs:
+    """All that is known before any weight is rounded.
+
+    `source` and `teacher_source` are the hashes of the checkpoint's and of the teacher's files;
+    `wider` names the weights to which a budget gives 8 bits, after their `sensitivities`.
+    """
 
     calibration: Calibration
     method: str
@@ -105,17 +119,18 @@ class Prepared:
     precision: torch.dtype
     source: Mapping[str, str]
     teacher: Checkpoint
-    found: tuple[Sensitivity, ...]
+    teacher_source: Mapping[str, str]
+    sensitivities: tuple[Sensitivity, ...]
     wider: tuple[str, ...]
 
     def identity(self) -> dict[str, Any]:
         """Everything of the calibration that decides the integers, for the manifest."""
         settings = self.calibration.model_dump()
         del settings["data"], settings["cache_teacher"], settings["teacher"]
-        teacher = source_hashes(self.teacher)
+        other = self.teacher_source != self.source
         return {
             **settings,
-            **({"teacher": teacher} if teacher != self.source else {}),
+            **({"teacher": dict(self.teacher_source)} if other else {}),
             "precision": str(self.precision).removeprefix("torch."),
             "text": self.text.identity(),
             "processes": parallel.world_size(),
@@ -123,13 +138,13 @@ class Prepared:
         }
 
 
-def prepare(
+def calibration_inputs(
     checkpoint: Checkpoint,
     recipe: Recipe,
     schemes: Mapping[str, Scheme],
     source: Mapping[str, str],
-    stages: Stages,
-) -> Prepared:
+    progress: Progress,
+) -> CalibrationInputs:
     """Read the text, or let the checkpoint write it, and search where there is a budget.
 
     `source` has the hashes of the checkpoint's files. What takes long comes out of the cache when
@@ -150,27 +165,38 @@ def prepare(
         check_budget(used, budget, subject)
     if parallel.rank():
         parallel.wait_for_all()  # until the first process has written the cache
+    on_text = partial(progress, "write calibration text")
     text = read_text(
         checkpoint,
         calibration,
         [
-            written_text(
-                checkpoint, one, calibration, precision, source, stages("write calibration text")
-            )
+            written_text(checkpoint, one, calibration, precision, source, on_text)
             for one in calibration.data
             if one.self_generated
         ],
     )
     method = quantization.method
     rounded_by = calibration.start if method == "distill" else method
-    rounding = WeightRounding(checkpoint, rounded_by, calibration, text, precision, stages)
+    rounding = WeightRounding(checkpoint, rounded_by, calibration, text, precision, progress)
     found, wider = tuple[Sensitivity, ...](), tuple[str, ...]()
     if budget:
         found = _sensitivities(rounding, schemes, source)
         wider = search(found, used, budget, subject)
     if not parallel.rank():
         parallel.wait_for_all()
-    return Prepared(calibration, method, rounding, text, precision, source, teacher, found, wider)
+    teacher_source = source if teacher is checkpoint else source_hashes(teacher)
+    return CalibrationInputs(
+        calibration,
+        method,
+        rounding,
+        text,
+        precision,
+        source,
+        teacher,
+        teacher_source,
+        found,
+        wider,
+    )
 
 
 def _check_length(calibration: Calibration, checkpoint: Checkpoint) -> None:
@@ -204,7 +230,7 @@ def _sensitivities(
     path = cache_folder() / f"{hash_of('sensitivity', *parts)}.json"
     if kept := _kept_sensitivities(path):
         return kept
-    on_step = rounding.stages("measure sensitivity")
+    on_step = partial(rounding.progress, "measure sensitivity")
     with cache_lock(path, on_step):
         if kept := _kept_sensitivities(path):
             return kept
@@ -222,7 +248,7 @@ def _kept_sensitivities(path: Path) -> tuple[Sensitivity, ...]:
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class CalibrationResult:
     """The integers, and the reports as files: name → content."""
 
     weights: Mapping[str, QuantizedTensor]
@@ -231,50 +257,51 @@ class Calibrated:
 
 def calibrate(
     checkpoint: Checkpoint,
-    prepared: Prepared,
+    inputs: CalibrationInputs,
     schemes: Mapping[str, Scheme],
     folder: Path,
-    stages: Stages,
-) -> Calibrated:
+    progress: Progress,
+) -> CalibrationResult:
     """Round every weight as the recipe says. `folder` keeps what a killed run had reached."""
     quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
-    calibration, text, precision = prepared.calibration, prepared.text, prepared.precision
+    calibration, text, precision = inputs.calibration, inputs.text, inputs.precision
     history = None
-    if prepared.method == "distill":
+    if inputs.method == "distill":
         if not parallel.rank():
-            _claim(folder, {"source": prepared.source, **prepared.identity()}, quantized)
+            _claim(folder, {"source": inputs.source, **inputs.identity()}, quantized)
             if not (folder / START).is_file():
-                _save(folder / START, prepared.rounding(schemes))
+                _save(folder / START, inputs.rounding(schemes))
         parallel.wait_for_all()
         starts = _load(folder / START, quantized)
         rounding = round_rows_to_int8 if calibration.activations == "int8" else None
         distilled = distill(
             Student(checkpoint, starts, calibration.sequence_length, rounding),
-            Teacher(prepared.teacher, calibration, _answers_folder(prepared)),
+            Teacher(inputs.teacher, calibration, _answers_folder(inputs)),
             calibration,
             text,
             folder,
             precision,
-            stages("distil"),
+            partial(progress, "distil"),
         )
         weights, history = distilled.weights, distilled.history
     else:
-        weights = {name: start.rounded for name, start in prepared.rounding(schemes).items()}
-    return Calibrated(weights, _reports(prepared, history))
+        weights = {name: start.rounded for name, start in inputs.rounding(schemes).items()}
+    return CalibrationResult(weights, _reports(inputs, history))
 
 
-def _answers_folder(prepared: Prepared) -> Path | None:
+def _answers_folder(inputs: CalibrationInputs) -> Path | None:
     """Where the teacher's answers are kept, if they are."""
-    calibration = prepared.calibration
+    calibration = inputs.calibration
     if not calibration.cache_teacher:
         return None
-    settings = calibration.top_k, calibration.temperature, str(prepared.precision)
-    return cache_folder() / hash_of("teacher", source_hashes(prepared.teacher), settings)
+    settings = calibration.top_k, calibration.temperature, str(inputs.precision)
+    return cache_folder() / hash_of("teacher", inputs.teacher_source, settings)
 
 
 def _claim(folder: Path, identity: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> None:
     """Go on with what lies in `folder` if it is of the same calibration; else clear it."""
-    whole = {**identity, "schemes": {name: str(scheme) for name, scheme in schemes.items()}}
+    names = {name: str(scheme) for name, scheme in schemes.items()}
+    whole = {"format": _FOLDER_FORMAT, **identity, "schemes": names}
     plain = json.loads(json.dumps(whole))
     with suppress(InputError):
         if read_json(folder / IDENTITY) == plain:
@@ -285,37 +312,32 @@ def _claim(folder: Path, identity: Mapping[str, Any], schemes: Mapping[str, Sche
 
 
 def _save(path: Path, starts: Mapping[str, GptqResult]) -> None:
-    entries = dict[str, Tensor]()
-    for name, start in starts.items():
-        codes, scales = start.rounded.codes, start.rounded.scales
-        parts = {"weight": start.weight, "codes": codes, "scales": scales}
-        entries |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    write_tensors(path, entries)
+    entries = pack_entries({name: start.rounded for name, start in starts.items()})
+    weights = {entry_name(name, _WEIGHT): start.weight for name, start in starts.items()}
+    write_tensors(path, entries | weights)
 
 
 def _load(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, GptqResult]:
     with safe_open(path, framework="pt") as file:
         return {
             name: GptqResult(
-                QuantizedTensor(
-                    file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), scheme
-                ),
-                file.get_tensor(f"{name}.weight"),
+                unpack_entry(name, scheme, file.get_tensor),
+                file.get_tensor(entry_name(name, _WEIGHT)),
             )
             for name, scheme in schemes.items()
         }
 
 
-def _reports(prepared: Prepared, history: TrainingHistory | None) -> dict[str, bytes]:
+def _reports(inputs: CalibrationInputs, history: TrainingHistory | None) -> dict[str, bytes]:
     """What was measured, as tables and plots."""
     reports = dict[str, bytes]()
     if history is not None:
         reports["distillation.json"] = _json(asdict(history) | {"best": asdict(history.best)})
         reports["distillation.png"] = plot_history(history)
-    if prepared.found:
-        rows = [asdict(one) | {"wider": one.name in prepared.wider} for one in prepared.found]
+    if inputs.sensitivities:
+        rows = [asdict(one) | {"wider": one.name in inputs.wider} for one in inputs.sensitivities]
         reports["sensitivity.json"] = _json({"sensitivities": rows})
-        reports["sensitivity.png"] = plot_sensitivities(prepared.found, prepared.wider)
+        reports["sensitivity.png"] = plot_sensitivities(inputs.sensitivities, inputs.wider)
     return reports
 
 

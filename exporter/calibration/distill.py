@@ -27,7 +27,7 @@ from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher
 from exporter.errors import InputError
 from exporter.files import write_tensors
-from exporter.quantization.schemes import QuantizedTensor, Scheme
+from exporter.quantization.schemes import QuantizedTensor, Scheme, pack_entries, unpack_entry
 
 STATE, BEST = "state.safetensors", "best.safetensors"
 
@@ -206,10 +206,7 @@ class _Run:
         if parallel.rank():
             return
         if integers:
-            entries = dict[str, Tensor]()
-            for name, stored in integers.items():
-                entries |= {f"{name}.codes": stored.codes, f"{name}.scales": stored.scales}
-            write_tensors(self.folder / BEST, entries)
+            write_tensors(self.folder / BEST, pack_entries(integers))
         step = str(len(history.losses))
         metadata = {"step": step, "history": json.dumps(asdict(history))}
         write_tensors(self.folder / STATE, state, metadata)
@@ -238,5 +235,4 @@ def _read_integers(
 ) -> Iterator[tuple[str, QuantizedTensor]]:
     with safe_open(path, framework="pt") as file:
         for name, scheme in schemes.items():
-            codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
-            yield name, QuantizedTensor(codes, scales, scheme)
+            yield name, unpack_entry(name, scheme, file.get_tensor)

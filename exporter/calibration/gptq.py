@@ -21,7 +21,8 @@ from exporter.model.decoder import (
 from exporter.model.rope import rope_tables
 from exporter.quantization.coordinate_descent import coordinate_descent
 from exporter.quantization.gptq import GptqResult, gptq
-from exporter.quantization.schemes import FLOAT, Scheme, quantize
+from exporter.quantization.rounding import quantize
+from exporter.quantization.schemes import FLOAT, Scheme
 
 #: Share of a Hessian's mean diagonal that is added to it.
 DAMPING = 0.01

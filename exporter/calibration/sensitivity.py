@@ -18,7 +18,8 @@ from exporter.errors import InputError
 from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig
 from exporter.model.decoder import FloatWeights, attend_causal, load_final_norm, stream_layers
 from exporter.model.rope import rope_tables
-from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme, quantize
+from exporter.quantization.rounding import quantize
+from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 
 #: What a sensitive weight is stored as instead.
 WIDER = Scheme(8)

@@ -19,13 +19,8 @@ from exporter.model.config import EMBEDDING
 from exporter.model.decoder import Decoder, FloatWeights, attend_causal, fill_weights
 from exporter.quantization.activations import Rounding
 from exporter.quantization.gptq import GptqResult
-from exporter.quantization.schemes import (
-    CODE_RANGE,
-    QuantizedTensor,
-    Scheme,
-    row_blocks,
-    to_scale_grid,
-)
+from exporter.quantization.rounding import row_blocks, to_scale_grid
+from exporter.quantization.schemes import CODE_RANGE, QuantizedTensor, Scheme
 
 
 class _Rounded(torch.autograd.Function):

@@ -43,7 +43,7 @@ def quantize(args: argparse.Namespace) -> int:
     with display.progress() as progress, display.Clock() as clock:
         dequantized = None
         if args.dequantize:
-            dequantized = pipeline.Dequantized(args.dequantize, getattr(torch, args.dtype))
+            dequantized = pipeline.DequantizedFolder(args.dequantize, getattr(torch, args.dtype))
         quantized = pipeline.quantize(
             recipe, checkpoint, args.output, progress, args.overwrite, dequantized
         )

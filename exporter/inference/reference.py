@@ -6,10 +6,12 @@ runtime on request.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from exporter.model.decoder import (
     Attend,
@@ -89,24 +91,54 @@ def score(
     goes into each linear layer and normalization and what comes out is shown to `observe`, and so
     are keys, values and scores of each attention.
     """
-    config, attend = source.config, _show_attention(observe) if observe else attend_causal
+    return score_each(source, tokens, positions, [rounding], observe)[0]
+
+
+@torch.inference_mode()
+def score_each(
+    source: FloatWeights,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    roundings: Sequence[Rounding | None],
+    observe: Observe | None = None,
+) -> list[Tensor]:
+    """What `score` gives for each of these roundings, in one pass over the weights; the first one
+    is shown to `observe`."""
+    config = source.config
     cos, sin = rope_tables(config, len(tokens))
     x = embed(source, torch.tensor([list(tokens)]))
+    states = [x] * len(roundings)
     for layer in stream_layers(source):
-        if rounding:
-            _round_inputs(layer, rounding)
-        if observe:
-            _show(layer, layer.prefix.removesuffix("."), observe)
-        x = layer(x, cos, sin, attend)
-    norm = load_final_norm(source)
-    if observe:
-        _show(norm, "model.norm", observe)
-    states = norm(x[0, list(positions)])
-    states = rounding(states[:, None])[:, 0] if rounding else states
-    return F.linear(states, source.float_weight(config.output_weight))
+        for number, rounding in enumerate(roundings):
+            shown = None if number else observe
+            with _hooked(layer, layer.prefix.removesuffix("."), rounding, shown):
+                attend = _show_attention(shown) if shown else attend_causal
+                states[number] = layer(states[number], cos, sin, attend)
+    norm, output = load_final_norm(source), source.float_weight(config.output_weight)
+    logits = []
+    for number, rounding in enumerate(roundings):
+        with _hooked(norm, "model.norm", None, None if number else observe):
+            normal = norm(states[number][0, list(positions)])
+        normal = rounding(normal[:, None])[:, 0] if rounding else normal
+        logits.append(F.linear(normal, output))
+    return logits
 
 
-def _show(module: nn.Module, prefix: str, observe: Observe) -> None:
+@contextmanager
+def _hooked(
+    module: nn.Module, prefix: str, rounding: Rounding | None, observe: Observe | None
+) -> Iterator[None]:
+    """Round the inputs of the module's products and show what it computes, for a while."""
+    hooks = _round_inputs(module, rounding) if rounding else []
+    hooks += _show(module, prefix, observe) if observe else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _show(module: nn.Module, prefix: str, observe: Observe) -> list[RemovableHandle]:
     """Call `observe` at every linear layer and normalization of `module`."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -116,9 +148,11 @@ def _show(module: nn.Module, prefix: str, observe: Observe) -> None:
 
         return show
 
-    for name, part in module.named_modules():
-        if isinstance(part, nn.Linear | RMSNorm):
-            part.register_forward_hook(hook(f"{prefix}.{name}".removesuffix(".")))
+    return [
+        part.register_forward_hook(hook(f"{prefix}.{name}".removesuffix(".")))
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear | RMSNorm)
+    ]
 
 
 def _show_attention(observe: Observe) -> Attend:
@@ -135,10 +169,12 @@ def _show_attention(observe: Observe) -> Attend:
     return attend
 
 
-def _round_inputs(parent: nn.Module, rounding: Rounding) -> None:
-    for module in parent.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
+def _round_inputs(parent: nn.Module, rounding: Rounding) -> list[RemovableHandle]:
+    return [
+        module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
+        for module in parent.modules()
+        if isinstance(module, nn.Linear)
+    ]
 
 
 def _round_single_inputs(layer: nn.Linear, rounding: Rounding) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from exporter.quantization.gptq import COLUMNS_AT_ONCE, GptqResult, damped
-from exporter.quantization.schemes import CODE_RANGE, QuantizedTensor, to_scale_grid
+from exporter.quantization.rounding import to_scale_grid
+from exporter.quantization.schemes import QuantizedTensor
 
 _ROUNDS = 3
 _ROWS_AT_ONCE_VALUES = 1 << 22
@@ -28,12 +29,11 @@ def coordinate_descent(
     `hessian` and `damping` are those of `gptq`. The weight that comes back has each value where it
     would lie best for all other codes as they are, if it need not be whole.
     """
-    assert start.scheme.bits is not None
     weight, hessian = weight.float(), damped(hessian, damping)
     codes, scales = start.codes.float(), start.scales
     for _ in range(_ROUNDS):
         scales = _best_scales(weight, hessian, codes, scales)
-        codes = _better_codes(weight, hessian, codes, scales, *CODE_RANGE[start.scheme.bits])
+        codes = _better_codes(weight, hessian, codes, scales, *start.scheme.code_range)
     by_column = scales.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
     pull = ((codes * by_column - weight) @ hessian) / hessian.diagonal() / by_column
     exact = (codes - pull.clamp_(-_INSIDE, _INSIDE)) * by_column

@@ -9,12 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exporter.quantization.schemes import (
-    CODE_RANGE,
-    QuantizedTensor,
-    Scheme,
-    least_squared_error_scales,
-)
+from exporter.quantization.rounding import least_squared_error_scales
+from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 COLUMNS_AT_ONCE = 128
 
@@ -33,8 +29,7 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float = 0.01)
     `hessian` [in_features, in_features] is the sum of x xᵀ over calibration inputs x; `damping` is
     the share of its mean diagonal that is added to it. Inputs of the largest norm come first.
     """
-    assert scheme.bits is not None
-    lowest, highest = CODE_RANGE[scheme.bits]
+    lowest, highest = scheme.code_range
     weight = weight.float()
     hessian = damped(hessian, damping)
     scales = least_squared_error_scales(weight, scheme, hessian.diagonal())

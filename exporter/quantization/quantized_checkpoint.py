@@ -1,10 +1,9 @@
-"""The quantized checkpoint: a quantized checkpoint on disk, in the format of this package's README.
+"""A quantized checkpoint on disk: ``quantized.safetensors`` and its manifest.
 
     mobilellm quantize recipes/mobilellm-r1-nano-int4.yaml \\
         --checkpoint examples/mobilellm-r1-nano -o build/nano-int4
 """
 
-import fnmatch
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from exporter.errors import InputError
 from exporter.files import (
+    SAFETENSORS_NAMES,
     Output,
     copy_file,
     differing_files,
@@ -31,18 +31,17 @@ from exporter.model.checkpoint import (
     Checkpoint,
     special_tokens,
 )
-from exporter.model.config import EMBEDDING, ModelConfig, parse_config
+from exporter.model.config import ModelConfig, parse_config
+from exporter.quantization.plan import QuantizationPlan
+from exporter.quantization.rounding import LARGEST_SCALE, problem_with_values, quantize
 from exporter.quantization.schemes import (
-    CODE_RANGE,
     FLOAT,
-    LARGEST_SCALE,
     QuantizedTensor,
     Scheme,
-    pack_int4,
+    entry_name,
+    pack_entries,
     parse_scheme,
-    quantize,
-    to_scale_grid,
-    unpack_int4,
+    unpack_entry,
 )
 
 FORMAT_VERSION = 1
@@ -56,52 +55,6 @@ OnTensor = Callable[[str], None]
 
 QUANTIZED_OUTPUT = Output(WEIGHTS, MANIFEST, (*COMPANION_FILES, REPORTS))
 DEQUANTIZED_OUTPUT = Output("model.safetensors", "config.json", COMPANION_FILES)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How scales are chosen, the scheme of every tensor, and why some are left in float."""
-
-    method: str
-    schemes: Mapping[str, Scheme]
-    reasons: Mapping[str, str]
-
-
-def plan_schemes(
-    shapes: Mapping[str, tuple[int, ...]],
-    linear: Scheme,
-    embedding: Scheme,
-    overrides: Mapping[str, Scheme],
-    method: str,
-) -> Plan:
-    """Decide how each tensor is stored; the last override whose pattern matches wins.
-
-    Raises InputError for a pattern that matches nothing and for a scheme that does not fit.
-    """
-    schemes, reasons = dict[str, Scheme](), dict[str, str]()
-    for name, shape in shapes.items():
-        if len(shape) != 2:
-            schemes[name], reasons[name] = FLOAT, "a normalization weight, one vector"
-        else:
-            schemes[name] = embedding if name == EMBEDDING else linear
-    for pattern, scheme in overrides.items():
-        matched = [name for name in shapes if fnmatch.fnmatchcase(name, pattern)]
-        if not matched:
-            raise InputError(
-                f"quantization.overrides: {pattern}",
-                "matches no tensor of this checkpoint",
-                f"Names look like {next(n for n in shapes if n.endswith('q_proj.weight'))}",
-            )
-        schemes |= dict.fromkeys(matched, scheme)
-    for name, shape in shapes.items():
-        problem = schemes[name].problem_with(shape)
-        if problem:
-            raise InputError(
-                f"quantization of {name}", problem, "Choose another scheme for it with an override"
-            )
-        if schemes[name] == FLOAT:
-            reasons.setdefault(name, "the recipe keeps it in float")
-    return Plan(method, schemes, reasons)
 
 
 @dataclass(frozen=True)
@@ -122,9 +75,7 @@ class QuantizedCheckpoint:
             if scheme == FLOAT:
                 tensor: torch.Tensor = file.get_tensor(name)
                 return tensor
-            codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
-        codes = unpack_int4(codes) if scheme.bits == 4 else codes
-        return QuantizedTensor(codes, scales.to(torch.float32), scheme)
+            return unpack_entry(name, scheme, file.get_tensor)
 
     def float_weight(self, name: str) -> torch.Tensor:
         """The weight as float32, exactly what the codes stand for."""
@@ -136,7 +87,7 @@ class QuantizedCheckpoint:
 
 def write_quantized(
     checkpoint: Checkpoint,
-    plan: Plan,
+    plan: QuantizationPlan,
     identity: Mapping[str, Any],
     out: Path,
     on_tensor: OnTensor,
@@ -149,28 +100,31 @@ def write_quantized(
     of the folder that belong to it.
     """
     (out / MANIFEST).unlink(missing_ok=True)
-    done: tuple[str, QuantizedTensor] | None = None
+    packed = dict[str, torch.Tensor]()
 
     def produce(entry: str) -> torch.Tensor:
-        """The tensor of one entry; codes come before their scales, so one weight is kept."""
-        nonlocal done
-        name, _, part = entry.rpartition(".")
+        """The tensor of one entry; the parts of a weight follow each other, so one is kept."""
+        nonlocal packed
         if entry in plan.schemes:
             on_tensor(entry)
             return checkpoint.read(entry)
-        if part == "codes":
+        if entry not in packed:
+            name = weight_of[entry]
             if calibrated is None:
                 result = quantize(checkpoint.read(name), plan.schemes[name], plan.method)
             else:
                 result = calibrated[name]
             _check_range(name, result)
-            done = name, result
+            packed = pack_entries({name: result})
             on_tensor(name)
-            return pack_int4(result.codes) if result.scheme.bits == 4 else result.codes
-        assert done is not None and done[0] == name
-        return done[1].scales.to(torch.float16)
+        return packed[entry]
 
-    write_safetensors(out / WEIGHTS, _layout(checkpoint, plan), produce, {"format": "pt"})
+    layout, weight_of = dict[str, tuple[torch.dtype, tuple[int, ...]]](), dict[str, str]()
+    for name, stored in checkpoint.tensors.items():
+        entries = _entries(name, plan.schemes[name], stored.shape, stored.dtype)
+        layout |= entries
+        weight_of |= dict.fromkeys(entries, name)
+    write_safetensors(out / WEIGHTS, layout, produce, {"format": "pt"})
     written = [WEIGHTS, *reports]
     for name in COMPANION_FILES:
         if (checkpoint.path / name).is_file():
@@ -192,9 +146,15 @@ def finished_quantized(out: Path, identity: Mapping[str, Any]) -> QuantizedCheck
 
 
 def quantized_identity(
-    checkpoint: Checkpoint, plan: Plan, calibration: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint,
+    plan: QuantizationPlan,
+    source: Mapping[str, str],
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of a quantized checkpoint, its calibration included."""
+    """Everything that decides the bytes of a quantized checkpoint, its calibration included.
+
+    `source` has the hashes of the checkpoint's files (`source_hashes`).
+    """
     return {
         **({"calibration": dict(calibration)} if calibration else {}),
         "format_version": FORMAT_VERSION,
@@ -205,32 +165,27 @@ def quantized_identity(
             | ({"reason": plan.reasons[name]} if scheme == FLOAT else {})
             for name, scheme in plan.schemes.items()
         },
-        "source": source_hashes(checkpoint),
+        "source": dict(source),
         "versions": package_versions("mobilellm-exporter", "torch", "safetensors"),
     }
 
 
 def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """sha256 of every file of the checkpoint that decides the result."""
+    """sha256 of every file of the checkpoint that decides the result: file name → hash. Reads the
+    whole checkpoint, so a run calls it once and passes the result on."""
     weights = {stored.file for stored in checkpoint.tensors.values()}
     companions = {checkpoint.path / name for name in COMPANION_FILES}
     return {file.name: sha256(file) for file in sorted(weights | companions) if file.is_file()}
 
 
-def _layout(checkpoint: Checkpoint, plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]()
-    for name, stored in checkpoint.tensors.items():
-        scheme = plan.schemes[name]
-        if scheme == FLOAT:
-            layout[name] = stored.dtype, stored.shape
-            continue
-        rows, columns = stored.shape
-        int4 = scheme.bits == 4
-        layout[f"{name}.codes"] = (
-            (torch.uint8, (rows, columns // 2)) if int4 else (torch.int8, (rows, columns))
-        )
-        layout[f"{name}.scales"] = torch.float16, scheme.scale_shape(stored.shape)
-    return layout
+def _entries(
+    name: str, scheme: Scheme, shape: tuple[int, ...], float_type: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The entries of one tensor in the file, with their types and shapes; `float_type` is that of
+    a tensor which is left in float."""
+    if scheme == FLOAT:
+        return {name: (float_type, shape)}
+    return {entry_name(name, part): stored for part, stored in scheme.parts(shape).items()}
 
 
 def _check_range(name: str, result: QuantizedTensor) -> None:
@@ -261,21 +216,28 @@ def open_quantized(folder: Path) -> QuantizedCheckpoint:
         )
     if not isinstance(manifest.get("files"), dict):
         raise InputError(f"{folder / MANIFEST}: files", "is missing", "Quantize again")
-    schemes = {
-        name: _stored_scheme(entry, shapes[name], f"{folder / MANIFEST}: {name}")
-        for name, entry in tensors.items()
-    }
+    schemes = _stored_schemes(tensors, shapes, folder / MANIFEST)
     quantized = QuantizedCheckpoint(folder, config, bos, eos, manifest, schemes)
     _check_entries(quantized)
     return quantized
 
 
-def _stored_scheme(entry: object, shape: tuple[int, ...], subject: str) -> Scheme:
-    scheme = parse_scheme(entry.get("scheme") if isinstance(entry, dict) else None, subject)
-    problem = scheme.problem_with(shape)
-    if problem:
-        raise InputError(subject, problem, "Quantize again")
-    return scheme
+def _stored_schemes(
+    tensors: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]], manifest: Path
+) -> dict[str, Scheme]:
+    """The scheme of every tensor; each distinct one is parsed once. Raises InputError."""
+    schemes, parsed = dict[str, Scheme](), dict[str, Scheme]()
+    for name, entry in tensors.items():
+        text = entry.get("scheme") if isinstance(entry, dict) else None
+        scheme = parsed.get(text) if isinstance(text, str) else None
+        if scheme is None:
+            scheme = parse_scheme(text, f"{manifest}: {name}")
+            parsed[str(scheme)] = scheme
+        problem = scheme.problem_with(shapes[name])
+        if problem:
+            raise InputError(f"{manifest}: {name}", problem, "Quantize again")
+        schemes[name] = scheme
+    return schemes
 
 
 def require_whole(quantized: QuantizedCheckpoint) -> None:
@@ -297,16 +259,8 @@ def _check_entries(quantized: QuantizedCheckpoint) -> None:
         ) from error
     for name, shape in quantized.config.parameter_shapes().items():
         scheme = quantized.schemes[name]
-        expected: dict[str, tuple[tuple[int, ...], Collection[str]]]
-        expected = {name: (shape, WEIGHT_DTYPES)}
-        if scheme != FLOAT:
-            int4 = scheme.bits == 4
-            columns = shape[1] // 2 if int4 else shape[1]
-            expected = {
-                f"{name}.codes": ((shape[0], columns), ("U8",) if int4 else ("I8",)),
-                f"{name}.scales": (scheme.scale_shape(shape), ("F16",)),
-            }
-        for entry, (entry_shape, kinds) in expected.items():
+        for entry, (dtype, entry_shape) in _entries(name, scheme, shape, torch.float32).items():
+            kinds = WEIGHT_DTYPES if scheme == FLOAT else (SAFETENSORS_NAMES[dtype],)
             found, kind = present.pop(entry, (None, ""))
             if found != entry_shape:
                 raise InputError(
@@ -325,19 +279,13 @@ def _check_entries(quantized: QuantizedCheckpoint) -> None:
 def damaged_tensors(quantized: QuantizedCheckpoint) -> dict[str, str]:
     """Tensors whose codes or scales break the format's promises: name → what is wrong."""
     problems = dict[str, str]()
-    for name, scheme in quantized.schemes.items():
+    for name in quantized.schemes:
         stored = quantized.read(name)
         if not isinstance(stored, QuantizedTensor):
             if not torch.isfinite(stored).all():
                 problems[name] = "holds NaN or infinity"
-            continue
-        assert scheme.bits is not None
-        lowest, highest = CODE_RANGE[scheme.bits]
-        if stored.codes.min() < lowest or stored.codes.max() > highest:
-            problems[name] = f"has a code outside {lowest}..{highest}"
-        elif not torch.equal(to_scale_grid(stored.scales), stored.scales):
-            worst = stored.scales[to_scale_grid(stored.scales) != stored.scales][0].item()
-            problems[name] = f"has the scale {worst}, which is not on the portable grid"
+        elif problem := problem_with_values(stored):
+            problems[name] = problem
     return problems
 
 

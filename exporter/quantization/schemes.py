@@ -1,42 +1,63 @@
-"""Symmetric integers on a portable scale grid.
+"""Schemes: how a weight is stored as symmetric integers and their scales.
 
 A weight ``w`` [out_features, in_features] becomes codes ``q`` and scales ``s`` with
 ``w ≈ q * s``; groups of ``group_size`` inputs, or a whole row, share one scale.
 
-Every scale is exactly representable in bfloat16 AND in float16 (8 significant bits, at least
-2^-14), because XNNPACK keeps group scales as bfloat16, Core ML as float16 and ONNX Runtime as
-float32: on this grid they all hold the same number.
+A scheme owns its parts: the range of its codes, the tensors in which a weight is stored, with
+their types and shapes, and how codes and scales become these tensors and are read from them. What
+is written to disk (`quantized_checkpoint`, a calibration that can go on after a kill) iterates
+over the parts and knows none of them by name.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from exporter.errors import InputError
+from exporter.quantization.packing import TWOS_COMPLEMENT
 
 GROUP_SIZES = (32, 64, 128, 256)
+#: Bits of a code → the lowest and the highest one.
 CODE_RANGE = {4: (-8, 7), 8: (-127, 127)}
-SMALLEST_SCALE = 2.0**-14
-LARGEST_SCALE = 65280.0
-#: Shares of the absolute maximum that `mse` tries as the range of a group.
-CLIPPING_SHARES = torch.linspace(0.6, 1.1, 26)
-_ROWS_AT_ONCE_VALUES = 1 << 18
+#: The type of packed codes in the quantized checkpoint, by bits: two int4 codes a byte.
+_CODE_TYPES = {4: torch.uint8, 8: torch.int8}
+
+CODES, SCALES = "codes", "scales"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight is stored: ``int4-g32``, ``int8`` (one scale a row), ``float``."""
+    """How one weight is stored: ``int4-g32``, ``int8`` (one scale a row), ``float``.
+
+    `bits` is None for a weight that is left in float. Raises ValueError for unknown bits.
+    """
 
     bits: int | None
     group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.bits not in CODE_RANGE:
+            raise ValueError(f"there is no scheme of {self.bits} bits")
 
     def __str__(self) -> str:
         if self.bits is None:
             return "float"
         return f"int{self.bits}" + (f"-g{self.group_size}" if self.group_size else "")
+
+    @property
+    def code_bits(self) -> int:
+        """The bits of a code. Raises ValueError for ``float``, which has no codes."""
+        if self.bits is None:
+            raise ValueError("a weight that is left in float has no codes")
+        return self.bits
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        return CODE_RANGE[self.code_bits]
 
     def problem_with(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be stored so, or None."""
@@ -54,11 +75,34 @@ class Scheme:
         """[out_features, number of groups in a row]."""
         return shape[0], shape[1] // self.group_size if self.group_size else 1
 
+    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The tensors that store a weight of this shape: part → type and shape, in the order of
+        the file. Raises ValueError for ``float``, which is stored as it is."""
+        bits = self.code_bits
+        return {
+            CODES: (_CODE_TYPES[bits], (shape[0], shape[1] * bits // 8)),
+            SCALES: (torch.float16, self.scale_shape(shape)),
+        }
+
+    def pack(self, quantized: "QuantizedTensor") -> dict[str, Tensor]:
+        """Codes and scales as the tensors that `parts` describes."""
+        bits = self.code_bits
+        packed = TWOS_COMPLEMENT.pack(quantized.codes, bits)
+        return {
+            CODES: packed.view(_CODE_TYPES[bits]),
+            SCALES: quantized.scales.to(torch.float16),
+        }
+
+    def unpack(self, part: Callable[[str], Tensor]) -> "QuantizedTensor":
+        """The inverse of `pack`; `part` gives the tensor of each part by its name."""
+        codes = TWOS_COMPLEMENT.unpack(part(CODES).view(torch.uint8), self.code_bits)
+        return QuantizedTensor(codes, part(SCALES).to(torch.float32), self)
+
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """Codes and float16 scales of a weight of this shape."""
-        assert self.bits is not None
-        rows, groups = self.scale_shape(shape)
-        return rows * (shape[1] * self.bits // 8 + 2 * groups)
+        """All parts of a weight of this shape, in bytes."""
+        return sum(
+            dtype.itemsize * torch.Size(size).numel() for dtype, size in self.parts(shape).values()
+        )
 
 
 FLOAT = Scheme(None)
@@ -79,6 +123,14 @@ def parse_scheme(text: object, subject: str) -> Scheme:
     return Scheme(int(match[1]), int(match[2]) if match[2] else None)
 
 
+def every_scheme() -> Iterator[Scheme]:
+    """All schemes that there are, smallest first; ``float`` last."""
+    for bits in sorted(CODE_RANGE):
+        for group_size in (None, *reversed(GROUP_SIZES)):
+            yield Scheme(bits, group_size)
+    yield FLOAT
+
+
 @dataclass(frozen=True)
 class QuantizedTensor:
     """codes int8 [out_features, in_features]; scales float32 [out_features, groups]."""
@@ -94,85 +146,20 @@ class QuantizedTensor:
         return weight
 
 
-def to_scale_grid(scales: Tensor) -> Tensor:
-    """The nearest portable scale: bfloat16's 8 significant bits within float16's normal range."""
-    on_grid = scales.to(torch.bfloat16).to(torch.float32)
-    return on_grid.clamp(SMALLEST_SCALE, LARGEST_SCALE)
+def entry_name(weight: str, part: str) -> str:
+    """The name of a part of a weight in a file: ``lm_head.weight.codes``."""
+    return f"{weight}.{part}"
 
 
-def quantize(weight: Tensor, scheme: Scheme, method: str) -> QuantizedTensor:
-    """Round a weight [out_features, in_features] to codes.
-
-    ``absmax`` takes the smallest scale that clips nothing; ``mse`` tries smaller ranges too and
-    keeps, for each group, the scale of least squared error.
-    """
-    assert scheme.bits is not None
-    lowest, highest = CODE_RANGE[scheme.bits]
-    groups = scheme.scale_shape(tuple(weight.shape))[1]
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], groups)
-    for rows in row_blocks(weight):
-        block = weight[rows].to(torch.float32).unflatten(1, (groups, -1))
-        widest = torch.maximum(block.amax(-1) / highest, block.amin(-1) / lowest)
-        if method == "mse":
-            scale = _least_squared_error(block, widest, lowest, highest)
-        else:
-            scale = to_scale_grid(widest)
-        scales[rows] = scale
-        codes[rows] = round_codes(block, scale, lowest, highest).flatten(1).to(torch.int8)
-    return QuantizedTensor(codes, scales, scheme)
+def pack_entries(weights: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    """The parts of all these weights as the entries of a safetensors file."""
+    return {
+        entry_name(name, part): tensor
+        for name, weight in weights.items()
+        for part, tensor in weight.scheme.pack(weight).items()
+    }
 
 
-def row_blocks(weight: Tensor) -> Iterator[slice]:
-    """Blocks of rows small enough to stay in the processor's cache."""
-    rows = max(1, _ROWS_AT_ONCE_VALUES // weight.shape[1])
-    return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
-
-
-def round_codes(block: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
-    """Codes, still as floats, of block [rows, groups, group_size] with scale [rows, groups]."""
-    return (block / scale[..., None]).round_().clamp_(lowest, highest)
-
-
-def least_squared_error_scales(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
-    """Scales [out_features, groups] of least squared error, where the error of each input counts
-    as `importance` [in_features] says."""
-    assert scheme.bits is not None
-    lowest, highest = CODE_RANGE[scheme.bits]
-    groups = scheme.scale_shape(tuple(weight.shape))[1]
-    scales = torch.empty(weight.shape[0], groups)
-    for rows in row_blocks(weight):
-        block = weight[rows].to(torch.float32).unflatten(1, (groups, -1))
-        widest = torch.maximum(block.amax(-1) / highest, block.amin(-1) / lowest)
-        scales[rows] = _least_squared_error(
-            block, widest, lowest, highest, importance.unflatten(0, (groups, -1))
-        )
-    return scales
-
-
-def _least_squared_error(
-    block: Tensor, widest: Tensor, lowest: int, highest: int, importance: Tensor | None = None
-) -> Tensor:
-    """The best scale on the grid for each group of block [rows, groups, group_size]."""
-    best_scale, best_error = to_scale_grid(widest), torch.full_like(widest, torch.inf)
-    for share in CLIPPING_SHARES.tolist():
-        scale = to_scale_grid(widest * share)
-        error = round_codes(block, scale, lowest, highest).mul_(scale[..., None]).sub_(block)
-        error = error.square_()
-        error = (error if importance is None else error.mul_(importance)).sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-    return best_scale
-
-
-def pack_int4(codes: Tensor) -> Tensor:
-    """Codes -8..7 [rows, columns] to two's complement nibbles, uint8 [rows, columns // 2]."""
-    nibbles = codes.view(torch.uint8) & 0x0F
-    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """The inverse of `pack_int4`: int8 [rows, columns]."""
-    signed = packed.view(torch.int8)
-    return torch.stack(((signed << 4) >> 4, signed >> 4), -1).flatten(1)
+def unpack_entry(name: str, scheme: Scheme, entry: Callable[[str], Tensor]) -> QuantizedTensor:
+    """A weight out of a file that holds its parts; `entry` gives a tensor by its name in it."""
+    return scheme.unpack(lambda part: entry(entry_name(name, part)))

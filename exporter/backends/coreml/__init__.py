@@ -50,6 +50,9 @@ class Target(backends.Target):
 
 def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> None:
     """Refuse what the program cannot be. Raises InputError."""
+    from exporter.backends._storage import check_stored
+    from exporter.backends.coreml.schemes import stores
+
     check_context(config, target)
     if not 2 <= target.prefill <= target.max_context:
         raise InputError(
@@ -57,6 +60,7 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             f"{target.prefill} tokens are not between 2 and max_context ({target.max_context})",
             "128 suits most phones",
         )
+    check_stored(config, schemes, stores)
 
 
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:

@@ -31,6 +31,9 @@ LOGITS, TOKEN = "logits", "token"
 #: What is added to the score of a position that must not be seen; float16 holds it exactly.
 _UNSEEN = -10000.0
 
+#: Bits of the codes → their type as arrays of coremltools.
+_CODE_TYPES = {4: types.np_int4_dtype, 8: np.dtype(np.int8)}
+
 Var = Any  # of coremltools, which has no annotations
 
 
@@ -85,7 +88,7 @@ class _Constants:
             exact = torch.equal(stored.half().float(), stored.float())
             float_type = self.float_type if exact else np.float32
             return self.shared(mil, stored.float().numpy().astype(float_type))
-        code_type = types.np_int4_dtype if stored.scheme.bits == 4 else np.dtype(np.int8)
+        code_type = _CODE_TYPES[stored.scheme.code_bits]
         codes, scales = stored.codes.numpy(), stored.scales.numpy()
         return mb.constexpr_blockwise_shift_scale(
             data=self.shared(f"{mil}_codes", codes.astype(code_type)),

@@ -22,6 +22,7 @@ from exporter.backends.coreml.graph import (
 )
 from exporter.backends.coreml.interpreter import Interpreter, State, readers_of
 from exporter.backends.coreml.package import Package, Value, open_package, write_manifest
+from exporter.backends.coreml.schemes import CODE_KINDS
 from exporter.backends.coreml.toolkit import Program, coremltools
 from exporter.backends.coreml.toolkit import load as to_specification
 from exporter.errors import InputError
@@ -123,7 +124,7 @@ def _stored(
     if "offset" in given:
         raise InputError(name, "has an offset, which the quantized checkpoint has not")
     codes, scales = package.value(given["data"]), package.value(given["scale"])
-    if codes.kind != f"int{scheme.bits}":
+    if codes.kind != CODE_KINDS[scheme.code_bits]:
         raise InputError(name, f"has {codes.kind} codes, not {scheme}")
     return QuantizedTensor(codes.data, scales.data, scheme)
 

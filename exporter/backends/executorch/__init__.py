@@ -3,12 +3,13 @@
     mobilellm lower build/nano-int4 --target executorch -o build/nano
 
 The program is small: an embedding, and between two attentions one XNNPACK call that holds all
-the rest of a layer. `layers` says what is in such a call, `graph` writes it down, `program` puts
+the rest of a layer. `segments` says what is in such a call, `graph` writes it down, `program` puts
 the program around it, `file` knows the bytes, `lowering` makes the file. With ``delegate=coreml``
 it is one call, see `coreml_delegate`.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -53,7 +54,9 @@ def embedded(target: Target) -> coreml.Target:
 
 def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> None:
     """Refuse what the delegate or the model cannot do. Raises InputError."""
-    from exporter.model.config import EMBEDDING
+    from exporter.backends._storage import check_stored
+    from exporter.backends.coreml.schemes import stores as stored_by_coreml
+    from exporter.backends.executorch.schemes import stores
 
     check_context(config, target)
     if target.delegate == "coreml":
@@ -64,6 +67,7 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
                 "Leave it out",
             )
         backend("coreml")
+        check_stored(config, schemes, stored_by_coreml)
         return
     if target.activations != "float32":
         raise InputError(
@@ -71,14 +75,7 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             f"XNNPACK's are float32 and int8, not {target.activations}",
             "Leave it out, or set delegate to coreml",
         )
-    for name, scheme in schemes.items():
-        multiplied = name != EMBEDDING or config.tie_word_embeddings
-        if multiplied and scheme.bits == 8 and scheme.group_size:
-            raise InputError(
-                f"{name}: {scheme}",
-                "XNNPACK multiplies int8 weights with one scale a row only",
-                "Use int8, or an int4 scheme",
-            )
+    check_stored(config, schemes, partial(stores, tied=config.tie_word_embeddings))
 
 
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:

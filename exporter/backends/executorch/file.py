@@ -10,11 +10,12 @@ from executorch.exir.schema import DataLocation, DataSegment
 from torch import Tensor
 
 from exporter.backends.executorch.graph import decode_filter
+from exporter.backends.executorch.schemes import TABLE
 from exporter.backends.executorch.segments import exchange_columns
 from exporter.errors import InputError
 from exporter.model.config import EMBEDDING
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.quantization.schemes import QuantizedTensor
+from exporter.quantization.schemes import FLOAT, QuantizedTensor
 
 _ALIGNMENT = 128
 
@@ -123,9 +124,9 @@ def read_weights(
             continue
         if name not in named:
             raise InputError(f"{path}: {name}", "is not in the program")
-        like = quantized.read(name)
+        scheme = quantized.schemes[name]
         content = bytes(segment(named[name]))
-        if not isinstance(like, QuantizedTensor):
+        if scheme == FLOAT:
             yield (
                 name,
                 "constant",
@@ -133,8 +134,8 @@ def read_weights(
             )
             continue
         scales = bytes(segment(named[f"{name}.scales"]))
-        found = decode_filter(content, scales, (shape[0], shape[1]), like)
-        if name == EMBEDDING and like.scheme.bits == 4:
+        found = decode_filter(content, scales, (shape[0], shape[1]), scheme)
+        if name == EMBEDDING and scheme.bits == 4:
             found = QuantizedTensor(exchange_columns(found.codes), found.scales, found.scheme)
         yield name, "filter", found
     table = _embedding_table(program, segment, quantized)
@@ -153,27 +154,23 @@ def _embedding_table(
         start = offsets[plan.values[argument].val.data_buffer_idx]
         return bytes(constants[start : start + size])
 
-    like, rows = quantized.read(EMBEDDING), quantized.config.vocab_size
+    scheme, rows = quantized.schemes[EMBEDDING], quantized.config.vocab_size
     columns = quantized.config.hidden_size
     for instruction in plan.chains[0].instructions:
         call = instruction.instr_args
         op_index = getattr(call, "op_index", None)
         if op_index is None or "embedding" not in plan.operators[op_index].name:
             continue
-        if not isinstance(like, QuantizedTensor):
+        if scheme == FLOAT:
             raw = bytearray(constant(call.args[0], rows * columns * 4))
             return torch.frombuffer(raw, dtype=torch.float32).view(rows, columns)
-        assert like.scheme.bits is not None
-        codes = torch.frombuffer(
-            bytearray(constant(call.args[0], rows * columns * like.scheme.bits // 8)),
-            dtype=torch.uint8,
+        bits, (_, groups) = scheme.code_bits, scheme.scale_shape((rows, columns))
+        packed = torch.frombuffer(
+            bytearray(constant(call.args[0], rows * columns * bits // 8)), dtype=torch.uint8
         )
         scales = torch.frombuffer(
-            bytearray(constant(call.args[1], like.scales.numel() * 4)), dtype=torch.float32
+            bytearray(constant(call.args[1], rows * groups * 4)), dtype=torch.float32
         )
-        if like.scheme.bits == 4:
-            codes = torch.stack((codes >> 4, codes & 0x0F), -1).flatten().to(torch.int8) - 8
-        else:
-            codes = codes.view(torch.int8)
-        return QuantizedTensor(codes.view(rows, columns), scales.view_as(like.scales), like.scheme)
+        codes = TABLE.unpack(packed.view(rows, -1), bits)
+        return QuantizedTensor(codes, scales.view(rows, groups), scheme)
     raise InputError("forward", "has no embedding instruction")

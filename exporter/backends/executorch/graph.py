@@ -19,8 +19,13 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import (
 )
 from executorch.exir._serialize._named_data_store import NamedDataStore
 
-from exporter.quantization.schemes import QuantizedTensor
+from exporter.backends.executorch.schemes import FILTER
+from exporter.quantization.schemes import QuantizedTensor, Scheme
 
+_TYPES = schema.XNNDatatype
+#: Bits of the codes → XNNPACK's type of weights with a scale for each group, or for each row.
+_GROUP_TYPES = {4: _TYPES.xnn_datatype_qbint4}
+_ROW_TYPES = {4: _TYPES.xnn_datatype_qcint4, 8: _TYPES.xnn_datatype_qcint8}
 _NO_ID = 0xFFFFFFFF
 _EXTERNAL_INPUT, _EXTERNAL_OUTPUT = 1, 2
 _TRANSPOSE_B = 1
@@ -30,11 +35,8 @@ INFERRED = 0
 
 
 def filter_bytes(weight: QuantizedTensor) -> bytes:
-    """Codes as XNNPACK reads them: int8 as they are; int4 plus 8, low nibble first."""
-    if weight.scheme.bits == 8:
-        return weight.codes.numpy().tobytes()
-    unsigned = (weight.codes + 8).view(torch.uint8)
-    return (unsigned[:, 0::2] | unsigned[:, 1::2] << 4).numpy().tobytes()
+    """Codes as XNNPACK reads them."""
+    return FILTER.pack(weight.codes, weight.scheme.code_bits).contiguous().numpy().tobytes()
 
 
 def scale_bytes(weight: QuantizedTensor) -> bytes:
@@ -45,20 +47,17 @@ def scale_bytes(weight: QuantizedTensor) -> bytes:
 
 
 def decode_filter(
-    codes: bytes, scales: bytes, shape: tuple[int, int], like: QuantizedTensor
+    codes: bytes, scales: bytes, shape: tuple[int, int], scheme: Scheme
 ) -> QuantizedTensor:
-    """The inverse of `filter_bytes` and `scale_bytes`, for a weight stored as `like` is."""
+    """The inverse of `filter_bytes` and `scale_bytes`."""
     raw = torch.from_numpy(np.frombuffer(codes, np.uint8).copy())
-    if like.scheme.bits == 8:
-        values = raw.view(torch.int8)
-    else:
-        values = torch.stack((raw & 0x0F, raw >> 4), -1).flatten().to(torch.int8) - 8
-    if like.scheme.group_size:
+    values = FILTER.unpack(raw.view(shape[0], -1), scheme.code_bits)
+    if scheme.group_size:
         pairs = torch.from_numpy(np.frombuffer(scales, np.int16).copy())
         decoded = pairs.view(torch.bfloat16).to(torch.float32)
     else:
         decoded = torch.from_numpy(np.frombuffer(scales, np.float32).copy())
-    return QuantizedTensor(values.view(shape), decoded.view(shape[0], -1), like.scheme)
+    return QuantizedTensor(values.view(shape), decoded.view(shape[0], -1), scheme)
 
 
 @dataclass
@@ -101,7 +100,7 @@ class XnnpackGraph:
         data = self._store(name, filter_bytes(weight))
         scales = self._store(f"{name}.scales", scale_bytes(weight))
         if scheme.group_size:
-            kind = schema.XNNDatatype.xnn_datatype_qbint4
+            kind = _GROUP_TYPES[scheme.code_bits]
             parameters: schema.XNNQuantParams = schema.PerChannelGroupQuant(
                 scale=[],
                 channel_dim=0,
@@ -110,9 +109,7 @@ class XnnpackGraph:
                 num_scales=rows * groups,
             )
         else:
-            int8 = scheme.bits == 8
-            kinds = schema.XNNDatatype
-            kind = kinds.xnn_datatype_qcint8 if int8 else kinds.xnn_datatype_qcint4
+            kind = _ROW_TYPES[scheme.code_bits]
             parameters = schema.PerChannelQuant(
                 scale=[], channel_dim=0, scale_buffer_idx=scales, num_scales=rows
             )

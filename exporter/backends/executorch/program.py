@@ -17,12 +17,15 @@ from executorch.extension.llm.custom_ops import custom_ops as _custom_ops  # noq
 from torch import Tensor, nn
 
 from exporter.backends.executorch import Target
+from exporter.backends.executorch.schemes import TABLE
 from exporter.backends.executorch.segments import Segment, Segments
 from exporter.model.config import EMBEDDING
 from exporter.model.rope import paired_rope_tables
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 
+#: Bits of the codes → the type in which an embedding operator takes them.
+_TABLE_TYPES = {4: torch.uint8, 8: torch.int8}
 #: Added to the scores of positions that a token must not see.
 _HIDDEN = -1e9
 
@@ -160,12 +163,10 @@ class Program(nn.Module):
             self.embedding_bits = None
             self.register_buffer("embedding", stored.to(torch.float32))
             return
-        self.embedding_bits = stored.scheme.bits
-        codes = stored.codes
-        if stored.scheme.bits == 4:  # the kernel reads the high nibble first, codes plus 8
-            unsigned = (codes + 8).view(torch.uint8)
-            codes = unsigned[:, 0::2] << 4 | unsigned[:, 1::2]
-        self.register_buffer("embedding", codes)
+        self.embedding_bits = stored.scheme.code_bits
+        packed = TABLE.pack(stored.codes, self.embedding_bits)
+        # The operator of int8 wants codes of that type.
+        self.register_buffer("embedding", packed.view(_TABLE_TYPES[self.embedding_bits]))
         by_row = stored.scales.shape[1] == 1
         self.register_buffer("embedding_scales", stored.scales[:, 0] if by_row else stored.scales)
 

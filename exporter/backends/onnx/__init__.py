@@ -48,6 +48,9 @@ class Target(backends.Target):
 
 def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> None:
     """Refuse what the form cannot hold. Raises InputError."""
+    from exporter.backends._storage import check_stored
+    from exporter.backends.onnx.schemes import stores
+
     check_context(config, target)
     if target.form == "portable" and target.products == "int8":
         raise InputError(
@@ -55,6 +58,7 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             "'int8' needs ONNX Runtime's own operators, which the portable form leaves out",
             "Set products to float, or form to contrib",
         )
+    check_stored(config, schemes, partial(stores, target=target))
 
 
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
@@ -89,7 +93,7 @@ def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Tar
 
 def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "Rounding | None":
     """Blocks in MatMulNBits; in DynamicQuantizeMatMul all that is read at once together."""
-    from exporter.backends.onnx.layout import LARGEST_BLOCK
+    from exporter.backends.onnx.schemes import LARGEST_BLOCK
     from exporter.model.config import EMBEDDING, OUTPUT
     from exporter.quantization.activations import round_blocks_to_int8, round_prompt_to_int8
     from exporter.quantization.schemes import FLOAT, Scheme

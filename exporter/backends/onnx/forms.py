@@ -20,13 +20,15 @@ from exporter.backends.onnx.layout import (
     transposed_bytes,
     unsigned_bytes,
 )
-from exporter.model.config import EMBEDDING, OUTPUT
+from exporter.backends.onnx.schemes import in_whole_rows
 from exporter.model.rope import rope_tables
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 
 #: `accuracy_level` of MatMulNBits: how activations may be rounded.
 _FLOAT32, _INT8 = 1, 4
+#: Bits of the codes → their type in ONNX itself.
+_CODE_TYPES = {4: TensorProto.INT4, 8: TensorProto.INT8}
 CONTRIB_OPSET, PORTABLE_OPSET = 21, 23
 LOGITS = "logits"
 
@@ -195,7 +197,7 @@ class ContribForm(_Form):
             return self.float_embed(weight)
         codes, scales = self._blocks(weight, stored)
         rows, columns = stored.codes.shape
-        bits = stored.scheme.bits or 0
+        bits = stored.scheme.code_bits
         table = self.g.alias(
             f"{weight}.table", codes, TensorProto.UINT8, [rows, columns * bits // 8]
         )
@@ -224,9 +226,7 @@ class ContribForm(_Form):
 
     def _product(self, x: str, name: str, weight: QuantizedTensor) -> str:
         rows, columns = weight.codes.shape
-        whole_rows = weight.scheme.bits == 8 and weight.scheme.group_size is None
-        # The table of a tied embedding is read as it lies, so it keeps its layout.
-        if whole_rows and self.target.products == "int8" and name not in (EMBEDDING, OUTPUT):
+        if in_whole_rows(name, weight.scheme, self.target):
             content = transposed_bytes(weight)
             codes = self.g.tensor(f"{name}.transposed", TensorProto.INT8, [columns, rows], content)
             scales = self.g.tensor(
@@ -243,7 +243,7 @@ class ContribForm(_Form):
     def _blocks(self, name: str, weight: QuantizedTensor) -> tuple[str, str]:
         """Codes [rows, blocks, bytes of a block] and scales [rows, blocks]."""
         rows, columns = weight.codes.shape
-        block, bits = block_size(weight), weight.scheme.bits or 0
+        block, bits = block_size(weight), weight.scheme.code_bits
         dims = [rows, columns // block, block * bits // 8]
         codes = self.g.tensor(name, TensorProto.UINT8, dims, unsigned_bytes(weight))
         content = float_bytes(block_scales(weight), self.kind)
@@ -411,7 +411,7 @@ class PortableForm(_Form):
 
     def _codes(self, name: str, weight: QuantizedTensor) -> tuple[str, str]:
         """Codes [rows, columns] as INT4 or INT8 and scales [rows, blocks]."""
-        kind = TensorProto.INT4 if weight.scheme.bits == 4 else TensorProto.INT8
+        kind = _CODE_TYPES[weight.scheme.code_bits]
         codes = self.g.tensor(name, kind, weight.codes.shape, signed_bytes(weight))
         spread = block_scales(weight)
         content = float_bytes(spread, self.kind)

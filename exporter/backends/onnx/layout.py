@@ -11,21 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.quantization.schemes import QuantizedTensor, pack_int4, unpack_int4
+from exporter.backends.onnx.schemes import UNSIGNED, block_of
+from exporter.quantization.packing import TWOS_COMPLEMENT
+from exporter.quantization.schemes import QuantizedTensor, Scheme
 
-#: The largest block that ONNX Runtime's kernels are made for.
-LARGEST_BLOCK = 256
-SMALLEST_BLOCK = 16
+#: How the codes of a layout lie in bytes; `transposed` ones are [in_features, out_features].
+_PACKINGS = {"unsigned": UNSIGNED, "signed": TWOS_COMPLEMENT, "transposed": TWOS_COMPLEMENT}
 
 
 def block_size(weight: QuantizedTensor) -> int:
     """The group size; for one scale a row, the largest block that divides the row."""
-    if weight.scheme.group_size:
-        return weight.scheme.group_size
-    columns, block = weight.codes.shape[1], LARGEST_BLOCK
-    while columns % block:
-        block //= 2
-    return block
+    return block_of(weight.scheme, weight.codes.shape[1])
 
 
 def block_scales(weight: QuantizedTensor) -> Tensor:
@@ -36,21 +32,21 @@ def block_scales(weight: QuantizedTensor) -> Tensor:
 
 def unsigned_bytes(weight: QuantizedTensor) -> bytes:
     """Codes plus 8 in nibbles, low one first; int8 codes plus 128."""
-    if weight.scheme.bits == 8:
-        return (weight.codes.to(torch.int16) + 128).to(torch.uint8).numpy().tobytes()
-    return pack_int4(weight.codes ^ -8).numpy().tobytes()
+    return _bytes(UNSIGNED.pack(weight.codes, weight.scheme.code_bits))
 
 
 def signed_bytes(weight: QuantizedTensor) -> bytes:
     """ONNX's INT4 (two's complement nibbles, low one first) or INT8."""
-    codes = pack_int4(weight.codes) if weight.scheme.bits == 4 else weight.codes
-    content: bytes = codes.contiguous().numpy().tobytes()
-    return content
+    return _bytes(TWOS_COMPLEMENT.pack(weight.codes, weight.scheme.code_bits))
 
 
 def transposed_bytes(weight: QuantizedTensor) -> bytes:
     """int8 codes [in_features, out_features]."""
-    content: bytes = weight.codes.t().contiguous().numpy().tobytes()
+    return _bytes(TWOS_COMPLEMENT.pack(weight.codes.t(), weight.scheme.code_bits))
+
+
+def _bytes(packed: Tensor) -> bytes:
+    content: bytes = packed.contiguous().numpy().tobytes()
     return content
 
 
@@ -62,23 +58,18 @@ class StoredWeight:
     content: bytes
     scales: np.ndarray
 
-    def decode(self, like: QuantizedTensor) -> QuantizedTensor:
-        """Codes and scales of a weight that is stored in the quantized checkpoint as `like` is."""
-        rows, columns = like.codes.shape
+    def decode(self, scheme: Scheme, shape: tuple[int, ...]) -> QuantizedTensor:
+        """Codes and scales of a weight [out_features, in_features] of this scheme."""
         raw = torch.from_numpy(np.frombuffer(self.content, np.uint8).copy())
-        if self.layout == "transposed":
-            codes = raw.view(torch.int8).view(columns, rows).t().contiguous()
-        elif like.scheme.bits == 4:
-            codes = unpack_int4(raw.view(rows, columns // 2))
-            codes = codes ^ -8 if self.layout == "unsigned" else codes
-        elif self.layout == "unsigned":
-            codes = (raw.to(torch.int16) - 128).to(torch.int8).view(rows, columns)
-        else:
-            codes = raw.view(torch.int8).view(rows, columns)
-        scales = torch.from_numpy(self.scales.astype(np.float32)).view(rows, -1)
-        if like.scales.shape[1] == 1 and (scales == scales[:, :1]).all():
+        transposed = self.layout == "transposed"
+        packed = raw.view(shape[1] if transposed else shape[0], -1)
+        codes = _PACKINGS[self.layout].unpack(packed, scheme.code_bits)
+        codes = codes.t().contiguous() if transposed else codes
+        scales = torch.from_numpy(self.scales.astype(np.float32)).view(shape[0], -1)
+        by_row = scheme.scale_shape(shape)[1] == 1
+        if by_row and (scales == scales[:, :1]).all():
             scales = scales[:, :1].contiguous()
-        return QuantizedTensor(codes, scales, like.scheme)
+        return QuantizedTensor(codes, scales, scheme)
 
 
 def concatenate(weights: list[QuantizedTensor]) -> QuantizedTensor:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from exporter.errors import InputError
 from exporter.files import copy_file, replacing, write_json
 from exporter.model.walk import walk
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.quantization.schemes import QuantizedTensor
+from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 
 
 def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact:
@@ -150,22 +150,23 @@ def weights(
     def content(name: str) -> bytes:
         return _content(found[name], data)
 
+    shapes = quantized.config.parameter_shapes()
     for stored, tensor in found.items():
         base = stored.removesuffix(".transposed")
         names = tuple(base.split("+"))
         if not all(name in quantized.schemes for name in names):
             continue
-        like = [quantized.read(name) for name in names]
-        if not all(isinstance(weight, QuantizedTensor) for weight in like):
+        like = {name: (quantized.schemes[name], shapes[name]) for name in names}
+        if any(scheme == FLOAT for scheme, _ in like.values()):
             array = np.frombuffer(content(stored), _numpy_type(tensor))
             value = torch.from_numpy(array.astype(np.float32)).view(*tensor.dims)
             yield base, "float", value.t().contiguous() if stored != base else value
             continue
         scales = np.frombuffer(content(f"{base}.scales"), _numpy_type(found[f"{base}.scales"]))
-        yield from _taken_apart(tensor, content(stored), scales, names, quantized)
+        yield from _taken_apart(tensor, content(stored), scales, like)
         table = f"{stored}.table"
         if table in found:
-            read = _taken_apart(tensor, content(table), scales, names, quantized)
+            read = _taken_apart(tensor, content(table), scales, like)
             yield from ((name, "table", weight) for name, _, weight in read)
 
 
@@ -173,12 +174,12 @@ def _taken_apart(
     tensor: TensorProto,
     content: bytes,
     scales: np.ndarray,
-    names: tuple[str, ...],
-    quantized: QuantizedCheckpoint,
+    like: Mapping[str, tuple[Scheme, tuple[int, ...]]],
 ) -> Iterator[tuple[str, str, QuantizedTensor]]:
-    """The weights that lie in one tensor, one after the other along their outputs."""
-    shapes = [quantized.config.parameter_shapes()[name] for name in names]
-    total, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+    """The weights that lie in one tensor, one after the other along their outputs; `like` has
+    scheme and shape of each."""
+    total = sum(shape[0] for _, shape in like.values())
+    columns = next(iter(like.values()))[1][1]
     codes, layout = np.frombuffer(content, np.uint8), "signed"
     if tensor.name.endswith(".transposed"):
         codes, layout = codes.reshape(columns, total), "transposed"
@@ -186,12 +187,11 @@ def _taken_apart(
         codes = codes.reshape(total, -1)
         layout = "unsigned" if tensor.data_type == TensorProto.UINT8 else "signed"
     by_row, start = scales.reshape(total, -1), 0
-    for name, shape in zip(names, shapes, strict=True):
+    for name, (scheme, shape) in like.items():
         rows = slice(start, start + shape[0])
         part = codes[:, rows] if layout == "transposed" else codes[rows]
-        like = quantized.read(name)
-        assert isinstance(like, QuantizedTensor)
-        yield name, "filter", StoredWeight(layout, part.tobytes(), by_row[rows]).decode(like)
+        stored = StoredWeight(layout, part.tobytes(), by_row[rows])
+        yield name, "filter", stored.decode(scheme, shape)
         start += shape[0]
 
 
