@@ -156,7 +156,7 @@ def test_an_architecture_without_compiler_or_runner_is_told(
 ) -> None:
     with pytest.raises(BadDeviceError, match="architecture riscv64: has no runner"):
         runner.build("riscv64")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MOBILELLM_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(BadDeviceError, match="Run: apt install g"):
         runner.build(platform.machine())
