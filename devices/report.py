@@ -14,9 +14,10 @@ from devices.errors import BadDeviceError
 from devices.files import sha256
 from devices.operators import audit
 from devices.prediction import Speed, predict_on, predict_speed
+from devices.progress import Progress
 from devices.resume_log import ResumeLog
 from devices.session import profile_device
-from devices.session_state import PLACES, Job, Progress, SessionState, Settings, summaries
+from devices.session_state import PLACES, Job, SessionState, Settings, summaries
 from devices.statistics import Summary
 from devices.transports import Device
 

@@ -19,8 +19,9 @@ from devices.engines import Engine, Model, Plan, Record, native, official, pytho
 from devices.errors import BadDeviceError, DeviceError
 from devices.files import cache_folder, sha256
 from devices.identity import Identity
+from devices.progress import Progress
 from devices.resume_log import ResumeLog
-from devices.session_state import Job, Progress, SessionState, Settings, hash_of, plan_of, summaries
+from devices.session_state import Job, SessionState, Settings, hash_of, plan_of, summaries
 from devices.statistics import FEWEST
 from devices.transports import Device, transport_of
 

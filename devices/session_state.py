@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from devices.energy import Energy
 from devices.engines import Engine, Model, Plan, Record
@@ -35,13 +34,6 @@ class Settings:
     max_repeats: int = 20
     threads: int = 0
     timeout: float = 1800.0
-
-
-class Progress(Protocol):
-    """Told of each step: the stage's name, how many of its steps are done, of how many, and what
-    else is worth showing."""
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,6 +45,7 @@ from exporter.files import (
     read_json,
 )
 from exporter.model.checkpoint import Checkpoint
+from exporter.progress import Progress, no_progress
 from exporter.quantization.quantized_checkpoint import (
     DEQUANTIZED_OUTPUT,
     QUANTIZED_OUTPUT,
@@ -74,17 +75,6 @@ from exporter.verification import (
 
 if TYPE_CHECKING:  # imported where it is needed: it takes its time
     from exporter.calibration.calibrate import Prepared
-
-
-class Progress(Protocol):
-    """Told of each step: the stage's name, how many of its steps are done, of how many, and what
-    else is worth showing."""
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
-
-
-def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
-    """Show nothing."""
 
 
 class _Counter:

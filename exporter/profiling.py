@@ -11,12 +11,13 @@ from devices.comparison import Comparison, compare
 from devices.engines import Model
 from devices.errors import DeviceError
 from devices.files import write_json
-from devices.session_state import Job, Progress, Settings
+from devices.session_state import Job, Settings
 from devices.transports import parse_device
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import MANIFEST, Bundle, open_bundle
 from exporter.errors import InputError
 from exporter.files import differing_files, package_versions, read_json
+from exporter.progress import Progress
 from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
 from exporter.quantization.schemes import FLOAT
 from exporter.recipe import ExecuTorchTarget, OnnxTarget, Profile, parse_profile

@@ -21,7 +21,7 @@ DEVICES = ROOT / "devices"
 #: From the bottom up; a module may import from its own layer and those below it.
 LAYERS = (
     {"errors"},
-    {"files"},
+    {"files", "progress"},
     {"model", "text"},
     {"quantization", "recipe"},
     {

@@ -211,7 +211,34 @@ def test_of_two_runs_that_want_the_same_text_one_waits_and_writes_it_only_if_the
     assert waiting.result()[0].read_bytes() == content
     assert said[:2] == ["0 of 1 waits for another run that makes it", "1 of 1"]
     assert said[2:] == ([] if made else steps)
-    assert [place.name for place in path.parent.iterdir()] == [path.name]
+    assert {place.name for place in path.parent.iterdir()} == {path.name, f".{path.name}.lock"}
+
+
+def test_one_run_at_a_time_holds_the_lock_of_a_cached_result(tmp_path: Path) -> None:
+    inside, most = list[int](), list[int]()
+
+    def hold(number: int) -> None:
+        with cache_lock(tmp_path / "answers"):
+            inside.append(number)
+            time.sleep(0.002)
+            most.append(len(inside))
+            inside.remove(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, range(40)))
+    assert most == [1] * 40
+
+
+def test_a_finished_cache_may_be_read_only(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    path, _ = write(checkpoint)
+    path.parent.chmod(0o555)
+    try:
+        moment = path.parent.stat().st_mtime_ns
+        assert write(checkpoint) == (path, [])
+        assert path.parent.stat().st_mtime_ns == moment  # not even a lock file was made
+    finally:
+        path.parent.chmod(0o755)
 
 
 def test_written_text_is_of_the_wanted_length_and_of_the_model_s_tokens(
@@ -344,7 +371,7 @@ def test_prompts_of_which_none_fits_are_refused(
     prompts.write_text(content)
     with pytest.raises(InputError, match=problem):
         write(checkpoint, Source(prompts=str(prompts), continue_after=continue_after, tokens=600))
-    assert contents(own_cache) == {}
+    assert list(own_cache.glob("*.jsonl")) == []
 
 
 @pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4", "llama"])

@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from devices.files import cache_folder
 from exporter.calibration import parallel
-from exporter.calibration.cache import cache_folder, cache_lock
-from exporter.calibration.data import CalibrationText, OnStep, check_sources, hash_of, read_text
+from exporter.calibration.cache import cache_lock
+from exporter.calibration.data import CalibrationText, check_sources, hash_of, read_text
 from exporter.calibration.distill import TrainingHistory, distill
 from exporter.calibration.gptq import gptq_weights
 from exporter.calibration.importance import token_weights
@@ -35,6 +36,7 @@ from exporter.calibration.teacher import Teacher, open_teacher
 from exporter.errors import InputError
 from exporter.files import read_json, replacing, write_json, write_tensors
 from exporter.model.checkpoint import Checkpoint
+from exporter.progress import OnStep
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.gptq import GptqResult
 from exporter.quantization.quantized_checkpoint import source_hashes

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter.calibration.data import OnStep
 from exporter.calibration.loss import compare
 from exporter.errors import InputError
 from exporter.model.decoder import (
@@ -24,6 +23,7 @@ from exporter.model.decoder import (
     fill_weights,
     rope_tables,
 )
+from exporter.progress import OnStep
 from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme, quantize
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from statistics import median
 
 from exporter.errors import InputError
-from exporter.evaluation.perplexity import OnStep, bands
+from exporter.evaluation.perplexity import bands
 from exporter.inference.generation import Generation, Sampling
 from exporter.inference.loaded_model import LoadedModel
+from exporter.progress import OnStep
 
 
 @dataclass(frozen=True)

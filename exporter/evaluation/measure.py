@@ -1,6 +1,6 @@
 """Everything that `mobilellm evaluate` measures of one model, checked before it is started."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,10 @@ from exporter.evaluation.generations import (
 from exporter.evaluation.perplexity import TextScore, score_text
 from exporter.evaluation.tasks import TaskScore, read_problems, score_problems
 from exporter.inference.loaded_model import LoadedModel, open_model, open_simulated
+from exporter.progress import Progress
 from exporter.text.documents import Document, read_documents
 from exporter.text.sequences import cut_sequences
 from exporter.text.tokenizer import TextTokenizer, load_tokenizer
-
-#: Told of each step: the stage, how many of its steps are done, of how many, what to show.
-Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Every kind of model is given the same sequences, those of `exporter.text.sequenc
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,9 +17,8 @@ from exporter.backends import Runner
 from exporter.errors import InputError
 from exporter.evaluation.agreement import divergence, log_probabilities, same_choice
 from exporter.inference.reference import ReferenceRunner
+from exporter.progress import OnStep
 
-#: Told how many of how many steps are done, and what is worth showing.
-OnStep = Callable[[int, int, str], None]
 #: Logits of this many positions are in memory at once; a vocabulary of 128k takes 0.5 MB each.
 ROWS = 64
 

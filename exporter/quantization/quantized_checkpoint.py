@@ -5,7 +5,7 @@
 """
 
 import fnmatch
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from exporter.model.checkpoint import (
     special_tokens,
 )
 from exporter.model.decoder import ModelConfig
+from exporter.progress import OnTensor
 from exporter.quantization.schemes import (
     CODE_RANGE,
     FLOAT,
@@ -52,9 +53,6 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 #: What a calibration reports, as files in a folder of this name.
 REPORTS = "calibration"
-
-#: Called with a tensor's name when it is done: progress for whoever shows it.
-OnTensor = Callable[[str], None]
 
 QUANTIZED_OUTPUT = Output(WEIGHTS, MANIFEST, (*COMPANION_FILES, REPORTS))
 DEQUANTIZED_OUTPUT = Output("model.safetensors", "config.json", COMPANION_FILES)

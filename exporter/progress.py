@@ -1,0 +1,16 @@
+"""The callbacks through which long work reports its progress; the command line shows it."""
+
+from collections.abc import Callable
+
+from devices.progress import Progress
+
+__all__ = ("OnStep", "OnTensor", "Progress", "no_progress")
+
+#: A `Progress` of one stage: called with the steps done, their number, and a note for display.
+OnStep = Callable[[int, int, str], None]
+#: Called with a tensor's name when that tensor is done.
+OnTensor = Callable[[str], None]
+
+
+def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
+    """A `Progress` that shows nothing."""
