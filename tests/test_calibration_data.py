@@ -18,10 +18,11 @@ from conftest import LLAMA, LLAMA4, MakeCheckpoint
 
 from exporter.calibration.cache import cache_lock
 from exporter.calibration.data import CalibrationText, SourceText, read_text
-from exporter.calibration.self_generation import _draw, continue_texts, written_text
+from exporter.calibration.self_generation import continue_texts, written_text
 from exporter.errors import InputError
 from exporter.files import sha256
 from exporter.inference.reference import ReferenceRunner
+from exporter.inference.sampling import draw, sample
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.decoder import load_decoder
 from exporter.recipe import Calibration, Source
@@ -345,10 +346,26 @@ def test_texts_are_gone_on_with_after_their_first_tokens_and_as_they_are(
 
 def test_tokens_are_drawn_as_often_as_their_share_says() -> None:
     shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).repeat(20_000, 1)
-    drawn = _draw(shares, torch.Generator().manual_seed(0))
+    drawn = draw(shares, torch.Generator().manual_seed(0))
     found = torch.bincount(drawn[:, 0], minlength=6) / len(shares)
     assert (found - shares[0]).abs().max() < 0.015  # four standard deviations
     assert found[[0, 2, 5]].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        (1.0, 1.0, [59, 26, 364, 56, 209, 121, 211, 292]),
+        (0.7, 0.9, [393, 26, 448, 244, 180, 448, 48, 238]),
+    ],
+)
+def test_a_seed_gives_the_tokens_that_it_always_gave(
+    temperature: float, top_p: float, expected: list[int]
+) -> None:
+    """Or texts in the cache, and results that were made with them, could not be made again."""
+    logits = 3 * torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    found = sample(logits, temperature, top_p, torch.Generator().manual_seed(1))
+    assert found[:8] == expected
 
 
 @pytest.mark.parametrize(

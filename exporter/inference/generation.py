@@ -10,6 +10,7 @@ from torch import Tensor
 
 from exporter.backends import Runner
 from exporter.errors import InputError
+from exporter.inference.sampling import sample
 
 FinishReason = Literal["stop", "length"]
 
@@ -88,15 +89,13 @@ class Generation:
 
 
 def _chooser(sampling: Sampling) -> Callable[[Tensor], int]:
+    """The function from logits [vocab_size] to the next token."""
     if sampling.temperature == 0:
         return lambda logits: int(logits.argmax())
     generator = torch.Generator().manual_seed(sampling.seed)
 
-    def sample(logits: Tensor) -> int:
+    def choose(logits: Tensor) -> int:
         below = logits.double() - logits.max()  # so that no temperature is too small
-        shares, order = (below / sampling.temperature).softmax(-1).sort(descending=True)
-        # A token stays while the likelier ones do not yet make up top_p: the first always does.
-        shares[shares.cumsum(-1) - shares >= sampling.top_p] = 0
-        return int(order[torch.multinomial(shares, 1, generator=generator)])
+        return sample(below[None], sampling.temperature, sampling.top_p, generator)[0]
 
-    return sample
+    return choose
