@@ -4,10 +4,10 @@ import os
 import shlex
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from devices.errors import DeviceError, UnreachableError
-from devices.identity import Identity, Memory
 from devices.transports import Device, posix
 from devices.transports.supervised import Completed, OnLine, supervise
 
@@ -29,18 +29,6 @@ def connected() -> list[str]:
 
 def workspace(device: Device) -> str:
     return _WORKSPACE
-
-
-def identify(device: Device) -> Identity:
-    return posix.identify(_runner(device), device)
-
-
-def memory(device: Device) -> Memory:
-    return posix.memory(_runner(device), device)
-
-
-def free_space(device: Device, folder: str) -> int:
-    return posix.free_space(_runner(device), device, folder)
 
 
 def run(
@@ -68,16 +56,15 @@ def push(device: Device, local: Path, remote: str) -> bool:
             reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
             raise DeviceError(device, f"adb push failed ({''.join(reason)})")
 
-    return posix.push(_runner(device), copy, device, local, remote)
+    return posix.push(run, copy, device, local, remote)
 
 
-def pull(device: Device, remote: str, local: Path) -> None:
-    posix.pull(_runner(device), device, remote, local)
+# The rest needs only a way to run commands.
+identify = partial(posix.identify, run)
+memory = partial(posix.memory, run)
+free_space = partial(posix.free_space, run)
+pull = partial(posix.pull, run)
 
 
 def remove(device: Device, remote: str) -> None:
-    posix.remove(_runner(device), device, workspace(device), remote)
-
-
-def _runner(device: Device) -> posix.Run:
-    return lambda argv, timeout: run(device, argv, timeout)
+    posix.remove(run, device, workspace(device), remote)

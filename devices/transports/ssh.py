@@ -12,10 +12,10 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from devices.errors import DeviceError, UnreachableError
-from devices.identity import Identity, Memory
 from devices.transports import Device, posix
 from devices.transports.supervised import Completed, OnLine, supervise
 
@@ -40,18 +40,6 @@ def workspace(device: Device) -> str:
     return ".cache/mobilellm/device"
 
 
-def identify(device: Device) -> Identity:
-    return posix.identify(_runner(device), device)
-
-
-def memory(device: Device) -> Memory:
-    return posix.memory(_runner(device), device)
-
-
-def free_space(device: Device, folder: str) -> int:
-    return posix.free_space(_runner(device), device, folder)
-
-
 def run(
     device: Device, argv: Sequence[str], timeout: float, on_line: OnLine | None = None
 ) -> Completed:
@@ -73,15 +61,18 @@ def push(device: Device, local: Path, remote: str) -> bool:
             reason = "".join(done.stderr.strip().splitlines()[-1:])
             raise DeviceError(device, f"{part} cannot be written ({reason})")
 
-    return posix.push(_runner(device), copy, device, local, remote)
+    return posix.push(run, copy, device, local, remote)
 
 
-def pull(device: Device, remote: str, local: Path) -> None:
-    posix.pull(_runner(device), device, remote, local)
+# The rest needs only a way to run commands.
+identify = partial(posix.identify, run)
+memory = partial(posix.memory, run)
+free_space = partial(posix.free_space, run)
+pull = partial(posix.pull, run)
 
 
 def remove(device: Device, remote: str) -> None:
-    posix.remove(_runner(device), device, workspace(device), remote)
+    posix.remove(run, device, workspace(device), remote)
 
 
 def _client(device: Device, command: Sequence[str]) -> list[str]:
@@ -105,7 +96,3 @@ def _socket_folder(config: str | None) -> Path:
     if folder.stat().st_uid != os.getuid() or folder.is_symlink():
         raise UnreachableError(folder, "belongs to another user", "Set TMPDIR to a folder of yours")
     return folder
-
-
-def _runner(device: Device) -> posix.Run:
-    return lambda argv, timeout: run(device, argv, timeout)
