@@ -80,7 +80,7 @@ def read_trace(format: str, path: Path) -> list[Operator]:  # noqa: A002  # as i
     try:
         leaves = list(readers[format](path))
     except _UNREADABLE as error:
-        raise DeviceError(path.name, f"is no trace of {format} ({error})") from error
+        raise DeviceError(path.name, f"is not a trace of {format} ({error})") from error
     if not leaves:
         raise DeviceError(path.name, "holds no operator")
     return _table(leaves)

@@ -33,7 +33,7 @@ class Summary:
         confident = self.confidence >= CONFIDENCE
         return confident and max(self.high - self.p50, self.p50 - self.low) <= precision * self.p50
 
-    def read_within(self, error: float) -> "Summary":
+    def widened(self, error: float) -> "Summary":
         """The summary for a clock that is wrong by up to `error`: both ends move that far out."""
         return replace(self, low=max(0.0, self.low - error), high=self.high + error)
 

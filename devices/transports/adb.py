@@ -1,4 +1,4 @@
-"""Android devices, through the adb client: ``adb:SERIAL``, as `adb devices` lists them."""
+"""Android devices, with the adb client: ``adb:SERIAL``, as `adb devices` lists them."""
 
 import os
 import shlex
@@ -11,12 +11,12 @@ from devices.errors import DeviceError, UnreachableError
 from devices.transports import Device, posix
 from devices.transports.supervised import Completed, OnLine, supervise
 
-#: The one folder where the shell user may write and execute.
+#: The only folder in which adb's shell user may both write and execute.
 _WORKSPACE = "/data/local/tmp/mobilellm"
 
 
 def connected() -> list[str]:
-    """Those that are ready; an unauthorized or offline device is left out."""
+    """The devices that are ready; unauthorized and offline ones are left out."""
     try:
         done = subprocess.run(
             ["adb", "devices"], capture_output=True, text=True, check=False, timeout=20
@@ -35,7 +35,7 @@ def run(
     device: Device, argv: Sequence[str], timeout: float, on_line: OnLine | None = None
 ) -> Completed:
     def spawn(command: Sequence[str]) -> list[str]:
-        # -T: no terminal, so that binary output stays what it is.
+        # -T: without a terminal, which would change binary output.
         return ["adb", "-s", device.address, "shell", "-T", shlex.join(command)]
 
     return supervise(device, spawn, argv, timeout, on_line)

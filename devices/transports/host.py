@@ -1,4 +1,4 @@
-"""This machine itself, through the same supervisor as any device. Linux; a Mac is `mac`."""
+"""This machine itself, with the same supervisor as other devices. Linux only; a Mac is `mac`."""
 
 import os
 import platform

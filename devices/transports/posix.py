@@ -48,7 +48,7 @@ def _free_bytes(output: str, device: Device, folder: str) -> int:
     """The available space in the last row that `df -k -P` printed."""
     numbers = re.findall(r"\s(\d+)\s+(\d+)\s+(\d+)\s+\d+%", output)
     if not numbers:
-        raise DeviceError(device, f"df says nothing of {folder} that can be read")
+        raise DeviceError(device, f"the output of df for {folder} cannot be parsed")
     return int(numbers[-1][2]) * 1024
 
 

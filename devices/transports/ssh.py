@@ -1,8 +1,8 @@
-"""Linux devices, through the ssh client: ``ssh:USER@HOST[:PORT]``, or an alias of your ssh config.
+"""Linux devices, with the ssh client: ``ssh:USER@HOST[:PORT]``, or an alias of your ssh config.
 
-Your own configuration holds (keys, jump hosts); ``MOBILELLM_SSH_CONFIG`` names another file.
-Nothing is asked: a host key must be known and a key or agent must open the door. One connection
-carries all commands, and ends a minute after the last.
+Your own ssh configuration applies (keys, jump hosts); ``MOBILELLM_SSH_CONFIG`` names another file.
+There are no prompts: the host key must be known, and a key or an agent must authenticate you. One
+connection carries all commands, and is closed a minute after the last one.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ _OPTIONS = {
 
 
 def connected() -> list[str]:
-    """None: whatever can be reached by ssh cannot be listed."""
+    """Empty: hosts with an ssh server cannot be listed."""
     return []
 
 
 def workspace(device: Device) -> str:
-    # Relative to the home folder, where every session begins.
+    # Relative to the home folder, where every ssh session starts.
     return ".cache/mobilellm/device"
 
 
@@ -76,6 +76,7 @@ def remove(device: Device, remote: str) -> None:
 
 
 def _client(device: Device, command: Sequence[str]) -> list[str]:
+    """The ssh command that runs `command` on the device."""
     parts = re.fullmatch(r"(?:(.+)@)?\[?(.+?)\]?(?::(\d+))?", device.address)
     assert parts is not None, device
     user, host, port = parts.groups()
@@ -89,7 +90,8 @@ def _client(device: Device, command: Sequence[str]) -> list[str]:
 
 
 def _socket_folder(config: str | None) -> Path:
-    """For this user alone, and for each configuration apart; short, as a socket's path must be."""
+    """The folder of the connection's socket, one for each user and configuration. Its path is
+    short, as a socket needs."""
     name = hashlib.sha256((config or "").encode()).hexdigest()[:8]
     folder = Path(tempfile.gettempdir()) / f"mobilellm-ssh-{os.getuid()}-{name}"
     folder.mkdir(mode=0o700, exist_ok=True)

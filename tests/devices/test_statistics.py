@@ -48,7 +48,7 @@ def test_a_rate_keeps_its_slow_side() -> None:
 
 
 def test_a_coarse_clock_widens_the_interval() -> None:
-    summary = summarize([[20.0]] * 6).read_within(1.0)
+    summary = summarize([[20.0]] * 6).widened(1.0)
     assert (summary.low, summary.p50, summary.high) == (19.0, 20.0, 21.0)
     assert summary.narrow(0.05) and not summary.narrow(0.04)
-    assert summarize([[0.0]] * 6).read_within(1.0).low == 0
+    assert summarize([[0.0]] * 6).widened(1.0).low == 0
