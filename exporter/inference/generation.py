@@ -1,4 +1,4 @@
-"""Text from any runner: greedy or sampled, one token at a time."""
+"""Generate text with any runner, greedily or by sampling, one token at a time."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,11 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 is greedy; `top_p` keeps the likeliest tokens that make up this share."""
+    """How tokens are chosen. `temperature` 0 is greedy.
+
+    `top_p` keeps the most likely tokens that together have this share. Raises InputError for values
+    out of range.
+    """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -39,7 +43,11 @@ class Sampling:
 
 @dataclass
 class Generation:
-    """A running generation: iterate for the token ids, then read how it ended."""
+    """A generation: iterate over it for the token ids, then read how it ended.
+
+    `end_ids` are the tokens that end a text. `seconds` has the time of "prefill" and "decode".
+    Raises InputError for a prompt that is empty, too long, or not of the model's vocabulary.
+    """
 
     runner: Runner
     prompt: Sequence[int]
@@ -68,7 +76,7 @@ class Generation:
             )
 
     def __iter__(self) -> Iterator[int]:
-        """New token ids; the end-of-text id is not among them."""
+        """The new token ids, without the token that ends the text."""
         choose = _chooser(self.sampling)
         room = self.runner.context - len(self.prompt)
         started = time.perf_counter()
