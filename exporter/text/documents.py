@@ -164,7 +164,7 @@ def _text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"cannot be read as text ({error})", "Give a UTF-8 file") from error
     if not text:
-        raise InputError(path, "is empty", "Give a file with text")
+        raise InputError(path, "is empty", "Give a file with some text")
     return text
 
 
