@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from devices.progress import Progress
 
-__all__ = ("OnStep", "OnTensor", "Progress", "no_progress")
+__all__ = ("OnStep", "OnTensor", "Progress", "no_progress", "no_step")
 
 #: A `Progress` of one stage: called with the steps done, their number, and a note for display.
 OnStep = Callable[[int, int, str], None]
@@ -14,3 +14,7 @@ OnTensor = Callable[[str], None]
 
 def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
     """A `Progress` that shows nothing."""
+
+
+def no_step(done: int, total: int, note: str) -> None:
+    """An `OnStep` that shows nothing."""

@@ -210,7 +210,7 @@ def test_two_runs_in_different_folders_are_equal_to_the_last_byte(
 KILLED_AND_GONE_ON = """
 import os, signal, sys
 from pathlib import Path
-from exporter.model.decoder.checkpoint import open_checkpoint
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import quantize
 from exporter.recipe import load_recipe
 from exporter.calibration.distill import Evaluation, Journal
@@ -519,7 +519,7 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batch(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from exporter.model.decoder.checkpoint import open_checkpoint
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import quantize
 from exporter.recipe import load_recipe
 def progress(stage, done, total, note=""):

@@ -6,14 +6,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from exporter.progress import OnStep
-
-
-def _no_step(_done: int, _total: int, _note: str) -> None: ...
+from exporter.progress import OnStep, no_step
 
 
 @contextmanager
-def cache_lock(path: Path, on_step: OnStep = _no_step) -> Iterator[None]:
+def cache_lock(path: Path, on_step: OnStep = no_step) -> Iterator[None]:
     """Hold the lock of `path`, a file or a folder of the cache, to make what is missing there.
 
     Another run that wants the same waits, and reports that it waits. Since the holder may have
