@@ -1,4 +1,4 @@
-"""Devices: how to reach them, what runs on them, and what is measured there.
+"""Profiling on devices: connections to them, the programs that run there, and the measurements.
 
-Nothing here knows the exporter: this package knows commands, files and seconds.
+Nothing here imports the exporter: this package deals with commands, files and seconds.
 """

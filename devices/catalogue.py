@@ -13,7 +13,8 @@ from devices.errors import BadDeviceError
 
 @dataclass(frozen=True)
 class KnownCores:
-    """So many equal cores at up to so many Hz, each beginning so many int8 products a cycle."""
+    """A group of equal cores: their number, name, highest clock in Hz, and the int8 multiply-adds
+    that each starts in a cycle."""
 
     count: int
     name: str
@@ -23,7 +24,11 @@ class KnownCores:
 
 @dataclass(frozen=True)
 class KnownDevice:
-    """An entry of the catalogue. `bandwidth` is the memory's peak in bytes a second."""
+    """An entry of the catalogue.
+
+    `match` holds the model names by which the device identifies itself. `bandwidth` is the peak of
+    its memory in bytes/s, `threads` the recommended number of threads.
+    """
 
     key: str
     name: str
@@ -44,7 +49,7 @@ def _content() -> Mapping[str, Any]:
 
 @functools.cache
 def catalogue() -> Mapping[str, KnownDevice]:
-    """Every known device by its key."""
+    """All known devices, by key."""
     products = _content()["int8_products_per_cycle"]
     return {
         key: KnownDevice(
@@ -65,25 +70,27 @@ def catalogue() -> Mapping[str, KnownDevice]:
 
 
 def known_device(key: str) -> KnownDevice:
-    """An entry by its key. Raises BadDeviceError."""
+    """The entry with this key. Raises BadDeviceError where there is none."""
     if key not in catalogue():
         raise BadDeviceError(key, "is not in the catalogue", f"Known: {', '.join(catalogue())}")
     return catalogue()[key]
 
 
 def find(name: str) -> KnownDevice | None:
-    """The entry of a device that calls itself so: the longest model name that `name` ends with
-    or, for a board, begins with."""
-    fitting = [
+    """The entry of the device whose own name is `name`, or None.
+
+    Of the model names that `name` ends with or, for a board, begins with, the longest decides.
+    """
+    matching = [
         (len(model), known)
         for known in catalogue().values()
         for model in known.match
         if name.endswith(f" {model}") or name == model or name.startswith(f"{model} ")
     ]
-    return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
+    return max(matching, key=lambda pair: pair[0])[1] if matching else None
 
 
 def core_name(implementer: int, part: int) -> str:
-    """A core's name from the two numbers in /proc/cpuinfo."""
+    """The name of a core whose `CPU implementer` and `CPU part` in /proc/cpuinfo are these."""
     name = _content()["parts"].get(implementer, {}).get(part)
     return name or f"implementer {implementer:#x} part {part:#x}"

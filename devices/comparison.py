@@ -1,4 +1,4 @@
-"""Two reports side by side, and the refusal to compare what cannot be compared."""
+"""Compare the reports of two profiles of the same format on the same model of device."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,8 +11,11 @@ Session = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """`ratio` of the medians, before to now: above 1 it is faster now. `clear` says whether the
-    two intervals do not touch."""
+    """One phase in two reports; times are medians in milliseconds.
+
+    `ratio` is the time before divided by the time now: above 1 it is faster now. `clear` says
+    whether the confidence intervals of the two medians are disjoint.
+    """
 
     format: str
     what: str
@@ -23,12 +26,15 @@ class Comparison:
 
 
 def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[Comparison]:
-    """Complete sessions of the same format on the same kind and model of device. Raises
-    BadDeviceError where one is emulated, or nothing of the same is there."""
+    """Compare all complete sessions of the same format.
+
+    Raises BadDeviceError where a device is emulated, where kind or model of the devices differ, and
+    where `before` has no session of any of the formats.
+    """
     rows: list[Comparison] = []
     for ours in _complete(now):
-        fitting = [theirs for theirs in _complete(before) if _format(theirs) == _format(ours)]
-        for theirs in fitting:
+        matching = [theirs for theirs in _complete(before) if _format(theirs) == _format(ours)]
+        for theirs in matching:
             _require_comparable(ours, theirs)
             rows += _compare_sessions(ours, theirs)
     if not rows:
@@ -59,13 +65,13 @@ def _require_comparable(ours: Session, theirs: Session) -> None:
 
 
 def _compare_sessions(ours: Session, theirs: Session) -> Iterator[Comparison]:
-    for kind, place in (("prefill", "tokens"), ("decode", "depth")):
-        earlier = {entry[place]: entry["ms"] for entry in theirs[kind]}
+    for kind, key in (("prefill", "tokens"), ("decode", "depth")):
+        earlier = {entry[key]: entry["ms"] for entry in theirs[kind]}
         for entry in ours[kind]:
-            old, new = earlier.get(entry[place]), entry["ms"]
+            old, new = earlier.get(entry[key]), entry["ms"]
             if old is None:
                 continue
             clear = old["low"] > new["high"] or old["high"] < new["low"]
             before, now = old["p50"], new["p50"]
-            what = f"{kind} {entry[place]}"
+            what = f"{kind} {entry[key]}"
             yield Comparison(_format(ours), what, before, now, before / now, clear)

@@ -1,9 +1,9 @@
-"""What the system counts of energy: RAPL on PCs, the battery's gauge on phones and boards."""
+"""Energy from the system's counters: RAPL on PCs, the battery's fuel gauge on phones and boards."""
 
 import re
 from dataclasses import dataclass
 
-#: Prints "path value" for each counter that can be read.
+#: A shell script that prints "path value" for each counter that can be read.
 READ_COUNTERS = r"""
 for f in /sys/class/powercap/*/energy_uj /sys/class/power_supply/*/energy_now \
   /sys/class/power_supply/*/charge_counter /sys/class/power_supply/*/charge_now \
@@ -16,21 +16,25 @@ true
 
 @dataclass(frozen=True)
 class Energy:
-    """What was used between two readings, and the counter that says so."""
+    """The energy that was used between two readings, and the counters that it was read from."""
 
     joules: float
     source: str
 
 
 def parse_counters(text: str) -> dict[str, int]:
+    """The output of `READ_COUNTERS`: path → value in the unit of that counter."""
     return {path: int(value) for path, value in re.findall(r"^(/sys/\S+) (-?\d+)$", text, re.M)}
 
 
 def used(before: dict[str, int], after: dict[str, int]) -> Energy | None:
-    """None where there is no counter, or it did not move: a battery's gauge is coarse, and on
-    mains it counts up."""
+    """The energy used between two readings by `parse_counters`.
+
+    None where there is no counter or none changed: a fuel gauge has coarse steps, and it counts up
+    while the battery is charged.
+    """
     packages = [p for p in before if re.search(r"/(intel-rapl|amd-rapl)?:?\d*/energy_uj$", p)]
-    packages = [p for p in packages if p.count(":") <= 1]  # not a part of another
+    packages = [p for p in packages if p.count(":") <= 1]  # a whole package, not one of its domains
     if packages:
         micro = sum(after.get(path, before[path]) - before[path] for path in packages)
         return Energy(micro / 1e6, ", ".join(sorted(packages))) if micro > 0 else None

@@ -1,4 +1,4 @@
-"""What can go wrong with a device, each with the value, the reason and the remedy."""
+"""Errors of devices, each with the value, the reason and the remedy."""
 
 
 class DeviceError(Exception):
@@ -10,7 +10,7 @@ class DeviceError(Exception):
 
 
 class BadDeviceError(DeviceError):
-    """What the user gave names no device, engine or file that can be used."""
+    """The user named a device, engine or file that cannot be used."""
 
 
 class UnreachableError(DeviceError):

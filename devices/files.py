@@ -1,4 +1,4 @@
-"""Files of this machine: hashes, and files that appear whole or not at all."""
+"""Files of this machine: hashes, files that appear whole or not at all, and the cache folder."""
 
 import hashlib
 import json
@@ -8,18 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+from platformdirs import user_cache_path
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary name beside `path`; on success fsync and rename, else remove."""
+    """Write to a temporary name beside `path`; on success fsync and rename, else remove.
+
+    The temporary name is fixed, so that the next run overwrites what a killed one left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -28,16 +25,37 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Make the content of a file, or a rename inside a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as indented JSON, with `replacing`."""
     with replacing(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def sha256(path: Path) -> str:
+    """The hash of a file's content, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def cache_folder() -> Path:
-    """Where this machine keeps what can be made again."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mobilellm"
+    """The folder for results that can be computed again: ``MOBILELLM_CACHE``, or ``mobilellm``
+    in the folder where the system keeps caches."""
+    named = os.environ.get("MOBILELLM_CACHE")
+    return Path(named).absolute() if named else user_cache_path("mobilellm")

@@ -1,4 +1,4 @@
-"""What a device is, read from what its system tells. Nothing it says is ever executed."""
+"""Identify a device from the output of its system. None of that output is ever executed."""
 
 import re
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Literal
 from devices.catalogue import core_name
 from devices.errors import DeviceError
 
-#: One script for all: what a system does not have leaves its section empty.
+#: One script for all systems: a section stays empty where the system lacks its source.
 IDENTIFY = r"""
 each() { for f in "$@"; do [ -r "$f" ] && printf '%s ' "$f" && cat "$f" && echo; done 2>/dev/null; }
 cpu=/sys/devices/system/cpu
@@ -33,7 +33,7 @@ Kind = Literal["real", "virtual", "emulated"]
 
 @dataclass(frozen=True)
 class Core:
-    """So many equal cores, and how fast they may run in kHz where the system tells."""
+    """A group of equal cores, and their highest clock in kHz where the system tells it."""
 
     name: str
     count: int
@@ -42,7 +42,7 @@ class Core:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes."""
+    """Main memory in bytes: all of it, and what is available now."""
 
     total: int
     available: int
@@ -50,8 +50,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Identity:
-    """A device. An `emulated` one runs another machine's instructions in software, a `virtual` one
-    shares a machine; `kind_reason` says what gave it away. Temperatures are degrees Celsius."""
+    """What a device is.
+
+    `kind` is emulated where the instructions of another architecture run in software, and virtual
+    in a virtual machine; `kind_reason` is the evidence. `features` are those of the CPU,
+    `governors` those of its clock. `temperatures` are in degrees Celsius, by sensor.
+    """
 
     name: str
     machine: str
@@ -68,14 +72,15 @@ class Identity:
 
     @property
     def core_count(self) -> int:
+        """The number of all cores."""
         return sum(core.count for core in self.cores)
 
 
 def parse_identity(text: str) -> Identity:
-    """What `IDENTIFY` printed. Raises DeviceError where it is cut off."""
+    """Parse the output of `IDENTIFY`. Raises DeviceError where it is cut off."""
     sections = _sections(text)
     if "end" not in sections:
-        raise DeviceError("device", "does not tell what it is", "Its shell may be restricted")
+        raise DeviceError("device", "does not identify itself", "Its shell may be restricted")
     properties = dict(re.findall(r"^\[(.+?)\]: \[(.*?)\]$", sections["getprop"], re.MULTILINE))
     release = dict(re.findall(r'^(\w+)="?(.*?)"?$', sections["release"], re.MULTILINE))
     board = [line.strip() for line in sections["board"].splitlines() if line.strip()]
@@ -102,13 +107,15 @@ def parse_identity(text: str) -> Identity:
 
 
 def parse_meminfo(text: str) -> Memory:
+    """Parse /proc/meminfo. Raises DeviceError where it has no MemTotal."""
     found = {key: int(value) * 1024 for key, value in re.findall(r"(\w+):\s+(\d+) kB", text)}
     if "MemTotal" not in found:
-        raise DeviceError("/proc/meminfo", "does not tell the memory")
+        raise DeviceError("/proc/meminfo", "has no MemTotal")
     return Memory(found["MemTotal"], found.get("MemAvailable", found.get("MemFree", 0)))
 
 
 def _sections(text: str) -> dict[str, str]:
+    """Name → content of each section of the output of `IDENTIFY`."""
     parts = re.split(r"^@@(\w+)\r?\n", text.replace("\r\n", "\n"), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -116,7 +123,10 @@ def _sections(text: str) -> dict[str, str]:
 def _kind(
     sections: Mapping[str, str], properties: Mapping[str, str], board: list[str]
 ) -> tuple[Kind, str]:
-    """An emulator of single processes shows as the program that runs the shell."""
+    """The kind of the device and the evidence for it.
+
+    An emulator of single processes is seen in the program that runs the shell.
+    """
     program = sections["process"].strip()
     if "qemu" in program.lower():
         return "emulated", f"its shell is run by {program}"
@@ -139,7 +149,7 @@ def _kind(
 
 
 def _cores(cpuinfo: str, frequencies: str) -> tuple[Core, ...]:
-    """Equal cores counted together, the fastest first."""
+    """Groups of equal cores, the fastest first."""
     speeds = {int(n): int(khz) for n, khz in re.findall(r"cpu(\d+)/\S+ (\d+)", frequencies)}
     counted = Counter[tuple[str, int | None]]()
     for block in re.split(r"\n\s*\n", cpuinfo):
@@ -163,6 +173,6 @@ def _features(cpuinfo: str) -> tuple[str, ...]:
 
 
 def _temperatures(text: str) -> dict[str, float]:
-    """Millidegrees on most systems; what no part of a phone can have is left out."""
+    """Degrees Celsius by sensor, from millidegrees. Values outside 1 to 150 °C are left out."""
     found = re.findall(r"^(\S+) (-?\d+)$", text, re.MULTILINE)
     return {name: int(value) / 1000 for name, value in found if 1000 <= int(value) <= 150_000}

@@ -1,7 +1,7 @@
-"""Where the time goes: one table of operators for every runtime, and an audit of its delegates.
+"""The time of each operator, in one table for every runtime, and an audit of the delegates.
 
-ExecuTorch's ETDump, ONNX Runtime's profile and Core ML's compute plan nest or mix what is measured
-with what is planned; here only leaves count, so that the shares add up to one.
+ExecuTorch's ETDump, ONNX Runtime's profile and Core ML's compute plan nest their events. A row here
+counts only the time that no other row counts, so the shares add up to one.
 """
 
 import contextlib
@@ -11,16 +11,23 @@ import logging
 import re
 import subprocess
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from devices.errors import DeviceError
 
 
 @dataclass(frozen=True)
 class Operator:
-    """All calls of one operator: `share` of the time of all; `delegate` is who ran it, or ''."""
+    """All calls of one operator.
+
+    `share` is its part of the time of all operators. `delegate` names the delegate or the
+    optimized kernel that ran it, and is '' for an ordinary kernel of the CPU. `product` says
+    whether it multiplies matrices.
+    """
 
     name: str
     calls: int
@@ -32,6 +39,8 @@ class Operator:
 
 @dataclass(frozen=True)
 class _Leaf:
+    """Calls of one operator, as one event of a trace has them. Their time is in no other leaf."""
+
     name: str
     calls: int
     milliseconds: float
@@ -44,13 +53,19 @@ _PRODUCTS = re.compile(
     r"|scaled_dot_product|sdpa|attention",
     re.IGNORECASE,
 )
-#: Kernels of ExecuTorch that fuse a whole attention; no delegate is meant to take them.
-_EXECUTORCH_KERNELS = ("custom_sdpa",)
-#: Products of ONNX Runtime that work on the integers themselves, or fuse a whole attention.
-_ONNX_KERNELS = (
+#: Stands for a delegate where a kernel of the CPU is the optimized one for a product.
+_CPU_KERNEL = "CPU kernel"
+#: Kernels of ExecuTorch that fuse a whole attention; no delegate has them.
+_EXECUTORCH_KERNELS = frozenset({"llama::custom_sdpa.out", "llama::custom_quantized_sdpa.out"})
+#: Kernels of ONNX Runtime that multiply the integers themselves, or fuse a whole attention.
+_ONNX_KERNELS = frozenset({
     "MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger",
     "QLinearMatMul", "QGemm", "GroupQueryAttention", "MultiHeadAttention", "Attention",
-)  # fmt: skip
+})  # fmt: skip
+#: Events of ExecuTorch's interpreter around the events of kernels and delegates, and its own
+#: instructions, which run no operator.
+_CALLS = frozenset({"OPERATOR_CALL", "DELEGATE_CALL"})
+_INTERPRETER = frozenset({"Method::execute", "JF_CALL", "MOVE_CALL", "FREE_CALL"})
 
 
 #: What readers raise on a file that is something else; ExecuTorch's runs flatc on it.
@@ -65,7 +80,7 @@ def read_trace(format: str, path: Path) -> list[Operator]:  # noqa: A002  # as i
     try:
         leaves = list(readers[format](path))
     except _UNREADABLE as error:
-        raise DeviceError(path.name, f"is no trace of {format} ({error})") from error
+        raise DeviceError(path.name, f"is not a trace of {format} ({error})") from error
     if not leaves:
         raise DeviceError(path.name, "holds no operator")
     return _table(leaves)
@@ -95,32 +110,50 @@ def _table(leaves: Iterable[_Leaf]) -> list[Operator]:
 
 
 def _read_etdump(path: Path) -> Iterator[_Leaf]:
-    """Rows nest: execute > operator or delegate call > operators of the delegate."""
+    """Every block ``Execute`` holds the runs of one method."""
     with _quietly():
         from executorch.devtools import Inspector
 
         blocks = Inspector(etdump_path=str(path)).event_blocks
     for block in blocks:
-        if block.name != "Execute":
+        if block.name == "Execute":
+            yield from _executed([event for event in block.events if event.perf_data is not None])
+
+
+def _executed(events: Sequence[Any]) -> Iterator[_Leaf]:
+    """The operators of one block.
+
+    A call of the interpreter (`_CALLS`) and the events inside it have the same instruction id: one
+    event of a kernel, or one for each operator of a delegate. What a delegate's call takes beyond
+    its operators is a row of its own. The overhead of a kernel's call is in no row.
+    """
+    delegates = dict[int, str]()
+    inside = defaultdict[int, float](float)
+    for event in events:
+        if event.name in _CALLS | _INTERPRETER:
             continue
-        events = [event for event in block.events if event.perf_data is not None]
-        opened = {event._instruction_id for event in events if event.is_delegated_op}
-        for event in events:
-            calls = len(event.perf_data.raw)
-            milliseconds = float(sum(event.perf_data.raw))
-            if event.is_delegated_op:
-                # XNNPACK numbers its operators within each graph: "Add (ND) #3".
-                name = re.sub(r" #\d+$", "", event.name)
-                yield _Leaf(
-                    name, calls, milliseconds, event.delegate_backend_name or "XnnpackBackend"
-                )
-            elif event.name.startswith("native_call_"):
-                name = event.name.removeprefix("native_call_")
-                yield _Leaf(name, calls, milliseconds, "")
-            elif event.name == "DELEGATE_CALL" and event._instruction_id not in opened:
-                yield _Leaf(
-                    "delegate call", calls, milliseconds, event.delegate_backend_name or "?"
-                )
+        instruction, milliseconds = event._instruction_id, float(sum(event.perf_data.raw))
+        inside[instruction] += milliseconds
+        if event.is_delegated_op:
+            # XNNPACK numbers its operators within each graph: "Add (ND) #3".
+            name = re.sub(r" #\d+$", "", event.name)
+            delegate = event.delegate_backend_name or "XnnpackBackend"
+            delegates[instruction] = delegate
+        else:  # a kernel that ExecuTorch generates has a prefix, a custom operator has none
+            name = event.name.removeprefix("native_call_")
+            delegate = _CPU_KERNEL if name in _EXECUTORCH_KERNELS else ""
+        yield _Leaf(name, len(event.perf_data.raw), milliseconds, delegate)
+    for event in events:
+        if event.name not in _CALLS:
+            continue
+        instruction, calls = event._instruction_id, len(event.perf_data.raw)
+        rest = float(sum(event.perf_data.raw)) - inside[instruction]
+        if event.name == "DELEGATE_CALL" and rest > 0:
+            delegate = delegates.get(instruction) or event.delegate_backend_name or "?"
+            name = "delegate call" + (" beyond its operators" if instruction in delegates else "")
+            yield _Leaf(name, calls, rest, delegate)
+        elif event.name == "OPERATOR_CALL" and not inside[instruction]:
+            yield _Leaf("operator without a name", calls, rest, "")
 
 
 def _read_onnx(path: Path) -> Iterator[_Leaf]:
@@ -131,7 +164,7 @@ def _read_onnx(path: Path) -> Iterator[_Leaf]:
         name, provider = event["args"]["op_name"], event["args"].get("provider", "")
         delegate = provider.removesuffix("ExecutionProvider")
         if delegate == "CPU":
-            delegate = "CPU kernel" if name in _ONNX_KERNELS else ""
+            delegate = _CPU_KERNEL if name in _ONNX_KERNELS else ""
         yield _Leaf(name, 1, event["dur"] / 1000, delegate)
 
 

@@ -1,4 +1,4 @@
-"""A report as one picture: speed by depth, time to the first token, memory, and speed over time."""
+"""Plot a report: speed by depth, time to the first token, memory, and speed over time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from devices.files import replacing
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Write `path` in the format of its suffix. Sessions without a result are left out."""
+    """Write the plot to `path`, in the format of its suffix. Incomplete sessions are left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -53,7 +53,7 @@ def _label(session: Mapping[str, Any]) -> str:
 
 
 def _line(axes: Any, points: list[tuple[int, Mapping[str, float]]], label: str) -> None:
-    """Medians with their intervals."""
+    """Plot medians with their confidence intervals: (x, summary) for each point."""
     places = [place for place, _ in points]
     middle = [summary["p50"] for _, summary in points]
     errors = [

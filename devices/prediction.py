@@ -1,8 +1,7 @@
-"""How fast a model will be on a device, before it is there: a roofline, and the share of it that
-programs reach.
+"""Predict the speed of a model on a device: a roofline, times the share of it that programs reach.
 
-A decode step reads every weight and the cache once, and multiplies every weight once; whichever
-takes longer bounds it. A prompt multiplies as much for each token and reads the weights only once.
+A decode step reads every weight and the cache once, and multiplies every weight once; the longer of
+the two times bounds it. A prompt takes as many products for each token, but reads the weights once.
 """
 
 from dataclasses import dataclass
@@ -17,8 +16,12 @@ DECODE_SHARE, PREFILL_SHARE = 0.5, 0.4
 
 @dataclass(frozen=True)
 class Workload:
-    """Of one model: bytes of weights that a step reads, multiply-adds of a token with weights, and
-    both for each position of the cache (all layers). `memory` is the predicted use in bytes."""
+    """What one token costs in a model.
+
+    `weight_bytes` are read in each step; `products` are the multiply-adds with weights.
+    `cache_bytes` and `cache_products` are the same for each position of the cache, over all layers.
+    `memory` is the predicted use in bytes.
+    """
 
     weight_bytes: int
     products: int
@@ -29,8 +32,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second: expected, and the roofline that cannot be passed. `fits` says whether the
-    predicted memory is at most half of the device's, as far as an app can count on."""
+    """Predicted tokens/s after `depth` tokens; `…_at_most` is the roofline itself.
+
+    `prefill` is None where the device's products/s are unknown. `fits` says whether the predicted
+    memory is at most half of the device's, which an app can count on; None where that is unknown.
+    """
 
     depth: int
     decode: float
@@ -47,7 +53,10 @@ def predict_speed(
     products_per_second: float | None = None,
     memory: int | None = None,
 ) -> Speed:
-    """`bandwidth` in bytes/s; without `products_per_second` (int8) only memory bounds."""
+    """The speed on a device of this bandwidth (bytes/s) and memory (bytes).
+
+    Without `products_per_second` (int8 multiply-adds/s) only the bandwidth bounds decoding.
+    """
     times = [(workload.weight_bytes + depth * workload.cache_bytes) / bandwidth]
     prefill = None
     if products_per_second is not None:
@@ -65,14 +74,14 @@ def predict_speed(
 
 
 def predict_on(workload: Workload, device: KnownDevice, depth: int) -> Speed:
-    """On a device of the catalogue, with the threads that are recommended there."""
+    """The speed on a device of the catalogue, with the number of threads recommended for it."""
     return predict_speed(
         workload, depth, device.bandwidth, products_per_second(device), device.memory_bytes
     )
 
 
 def products_per_second(device: KnownDevice) -> float:
-    """int8 multiply-adds a second of the fastest cores, as many as threads are recommended."""
+    """int8 multiply-adds/s of as many of the fastest cores as threads are recommended."""
     left, total = device.threads, 0.0
     for cores in device.cores:
         used = min(left, cores.count)

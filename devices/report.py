@@ -1,4 +1,4 @@
-"""Sessions as one JSON object that follows ``schema.json``."""
+"""Profile on several devices, and report the sessions as JSON that follows ``schema.json``."""
 
 import json
 import time
@@ -14,14 +14,15 @@ from devices.errors import BadDeviceError
 from devices.files import sha256
 from devices.operators import audit
 from devices.prediction import Speed, predict_on, predict_speed
+from devices.progress import Progress
 from devices.resume_log import ResumeLog
 from devices.session import profile_device
-from devices.session_state import PLACES, Job, Progress, SessionState, Settings, summaries
+from devices.session_state import PHASE_NAMES, Job, SessionState, Settings, summaries
 from devices.statistics import Summary
 from devices.transports import Device
 
 SCHEMA_VERSION = 1
-#: Windows of a sustained run.
+#: A sustained run is divided into so many windows of equal time.
 _WINDOWS = 10
 _TOO_SHORT = "as short as the runner's clock is coarse: ask for more tokens"
 
@@ -31,18 +32,21 @@ def profile(
     jobs: Sequence[Job],
     settings: Settings,
     progress: Progress,
-    journal_path: Path | None = None,
+    resume_path: Path | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Profile on all devices at the same time; one that fails does not spoil the others. What a
-    stopped run left in the resume log is not measured again."""
-    resume_log = ResumeLog(journal_path)
+    """Profile every job on every device, on all devices at the same time.
+
+    A device that fails does not affect the others. What a stopped run left in the resume log at
+    `resume_path` is not measured again.
+    """
+    resume_log = ResumeLog(resume_path)
     with ThreadPoolExecutor(max_workers=max(1, len(devices))) as pool:
         futures = [
             pool.submit(profile_device, device, jobs, settings, progress, resume_log)
             for device in devices
         ]
-        sessions = [describe(one) for future in futures for one in future.result()]
+        sessions = [describe(session) for future in futures for session in future.result()]
     report = {
         "schema_version": SCHEMA_VERSION,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -54,18 +58,19 @@ def profile(
     return plain
 
 
-def finish(journal_path: Path | None) -> None:
-    """The result is written: the resume log is of no more use."""
-    ResumeLog(journal_path).remove()
+def finish(resume_path: Path | None) -> None:
+    """Delete the resume log, once the report is written."""
+    ResumeLog(resume_path).remove()
 
 
 def schema() -> dict[str, Any]:
+    """The JSON schema of a report."""
     content: dict[str, Any] = json.loads(Path(__file__).with_name("schema.json").read_text())
     return content
 
 
 def validate(report: Mapping[str, Any]) -> None:
-    """Raises BadDeviceError with the place that does not follow the schema."""
+    """Raise BadDeviceError, with the path in the report, where it does not follow the schema."""
     import jsonschema
 
     try:
@@ -75,60 +80,66 @@ def validate(report: Mapping[str, Any]) -> None:
         raise BadDeviceError(place, f"does not follow the schema ({error.message})") from error
 
 
-def describe(one: SessionState) -> dict[str, Any]:
-    """One session as plain data."""
-    model, identity = one.job.model, one.identity
+def describe(session: SessionState) -> dict[str, Any]:
+    """One session as JSON-compatible data."""
+    model, identity = session.job.model, session.identity
     paths = {name: model.folder / name for name in model.files}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     files = {name: {"bytes": sizes[name], "sha256": sha256(path)} for name, path in paths.items()}
-    found = summaries(one.rounds)
+    found = summaries(session.rounds)
     speeds = {place: times for place, times in found.items() if times.low > 0}
     too_short = {
-        PLACES[phase].format(n): _TOO_SHORT
+        PHASE_NAMES[phase].format(n): _TOO_SHORT
         for phase, n in sorted(found.keys() - speeds.keys())
-        if phase in PLACES
+        if phase in PHASE_NAMES
     }
-    status = "failed" if one.error else "skipped" if one.skipped else "complete"
+    status = "failed" if session.error else "skipped" if session.skipped else "complete"
     return {
-        "device": str(one.device),
+        "device": str(session.device),
         "kind": identity.kind if identity else None,
         "comparable": identity is not None and identity.kind != "emulated",
         "identity": asdict(identity) if identity else None,
         "status": status,
-        "problem": one.error or one.skipped,
+        "problem": session.error or session.skipped,
         "artifact": {"format": model.format, "context": model.context, "files": files},
-        "engine": {
-            "name": one.engine.name, "versions": dict(one.engine.versions), "threads": one.threads,
-        } if one.engine else None,
-        "load": _times(found.get(("load", 0)), one.settings),
-        "first_load_ms": _first_load(one.first),
+        "engine": _engine(session),
+        "load": _times(found.get(("load", 0)), session.settings),
+        "first_load_ms": _first_load(session.first),
         "prefill": [
-            {"tokens": place, **_times_and_rates(summary, one.settings, place)}
+            {"tokens": place, **_times_and_rates(summary, session.settings, place)}
             for (phase, place), summary in sorted(speeds.items())
             if phase == "prefill"
         ],
         "decode": [
-            {"depth": place, **_times_and_rates(summary, one.settings, 1)}
+            {"depth": place, **_times_and_rates(summary, session.settings, 1)}
             for (phase, place), summary in sorted(speeds.items())
             if phase == "decode"
         ],
-        "execute": _times(found.get(("execute", 0)), one.settings),
-        "sustained": _sustained(one),
-        "energy": _energy(one),
-        "memory": _memory(one, sum(sizes.values())),
-        "temperatures": {when: dict(values) for when, values in one.temperatures.items()},
-        "bandwidth": one.bandwidth,
-        "operators": [asdict(operator) for operator in one.operators],
-        "undelegated": audit(one.operators) if _audited(one) else [],
-        "predicted": _predicted(one),
-        "not_measured": {**one.not_measured, **too_short},
-        "samples": {"first": one.first, "rounds": one.rounds, "probes": one.probes,
-                    "sustained": one.sustained},
+        "execute": _times(found.get(("execute", 0)), session.settings),
+        "sustained": _sustained(session),
+        "energy": _energy(session),
+        "memory": _memory(session, sum(sizes.values())),
+        "temperatures": {when: dict(values) for when, values in session.temperatures.items()},
+        "bandwidth": session.bandwidth,
+        "operators": [asdict(operator) for operator in session.operators],
+        "undelegated": audit(session.operators) if _audited(session) else [],
+        "predicted": _predicted(session),
+        "not_measured": {**session.not_measured, **too_short},
+        "samples": {"first": session.first, "rounds": session.rounds, "probes": session.probes,
+                    "sustained": session.sustained},
     }  # fmt: skip
 
 
-def _audited(one: SessionState) -> bool:
-    return one.job.model.format != "onnx" or one.job.model.integers
+def _engine(session: SessionState) -> dict[str, Any] | None:
+    if session.engine is None:
+        return None
+    name, versions = session.engine.name, dict(session.engine.versions)
+    return {"name": name, "versions": versions, "threads": session.threads}
+
+
+def _audited(session: SessionState) -> bool:
+    """Whether products are meant to reach delegates or integer kernels: all but float ONNX."""
+    return session.job.model.format != "onnx" or session.job.model.integers
 
 
 def _times(summary: Summary | None, settings: Settings) -> dict[str, Any] | None:
@@ -149,9 +160,9 @@ def _first_load(records: Sequence[Record]) -> float | None:
     return loads[0] if loads else None
 
 
-def _sustained(one: SessionState) -> dict[str, Any] | None:
-    """The speed in equal windows of time, and the last in relation to the best."""
-    times = [ms for record in one.sustained for ms in record["ms"]]
+def _sustained(session: SessionState) -> dict[str, Any] | None:
+    """The speed in equal windows of time, and the last one divided by the best."""
+    times = [ms for record in session.sustained for ms in record["ms"]]
     if not times:
         return None
     total = sum(times)
@@ -168,41 +179,41 @@ def _sustained(one: SessionState) -> dict[str, Any] | None:
     }
 
 
-def _energy(one: SessionState) -> dict[str, Any] | None:
-    tokens = sum(len(record["ms"]) for record in one.sustained)
-    if one.energy is None or not tokens:
+def _energy(session: SessionState) -> dict[str, Any] | None:
+    tokens = sum(len(record["ms"]) for record in session.sustained)
+    if session.energy is None or not tokens:
         return None
-    return {**asdict(one.energy), "joules_per_token": one.energy.joules / tokens}
+    return {**asdict(session.energy), "joules_per_token": session.energy.joules / tokens}
 
 
-def _memory(one: SessionState, file_bytes: int) -> dict[str, Any]:
-    """The largest peak of each phase over all repeats; bytes, -1 where the system does not tell."""
+def _memory(session: SessionState, file_bytes: int) -> dict[str, Any]:
+    """The largest peak of each phase over all repeats in bytes, -1 where the system tells none."""
     phases: dict[str, dict[str, int]] = {}
-    for records in one.rounds:
+    for records in session.rounds:
         for record in records:
             seen = phases.setdefault(record["phase"], {})
             for key, value in record.get("memory", {}).items():
                 seen[key] = max(seen.get(key, -1), int(value))
     return {
         "file_bytes": file_bytes,
-        "available_before": one.available_memory,
+        "available_before": session.available_memory,
         "phases": {phase: seen for phase, seen in phases.items() if seen},
-        "peak_rss": max((probe["peak_rss"] for probe in one.probes if probe), default=None),
-        "peak_pss": max((probe["peak_pss"] for probe in one.probes if probe), default=None),
+        "peak_rss": max((probe["peak_rss"] for probe in session.probes if probe), default=None),
+        "peak_pss": max((probe["peak_pss"] for probe in session.probes if probe), default=None),
     }
 
 
-def _predicted(one: SessionState) -> dict[str, Any] | None:
-    """Of the catalogue's device, or else from the bandwidth that was measured."""
-    workload = one.job.workload
-    if workload is None or one.identity is None:
+def _predicted(session: SessionState) -> dict[str, Any] | None:
+    """The predicted speeds: of the catalogue's device, or else from the measured bandwidth."""
+    workload = session.job.workload
+    if workload is None or session.identity is None:
         return None
-    known, depths = find(one.identity.name), list(one.settings.depths)
+    known, depths = find(session.identity.name), list(session.settings.depths)
     speeds: list[Speed] = []
     if known is not None:
         speeds = [predict_on(workload, known, depth) for depth in depths]
-    elif one.bandwidth:
-        speeds = [predict_speed(workload, depth, one.bandwidth) for depth in depths]
+    elif session.bandwidth:
+        speeds = [predict_speed(workload, depth, session.bandwidth) for depth in depths]
     if not speeds:
         return None
     source = f"catalogue: {known.key}" if known else "the bandwidth measured here"

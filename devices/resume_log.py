@@ -1,4 +1,4 @@
-"""What an interrupted session has measured already: one line for each finished step."""
+"""A log of finished steps, from which an interrupted session resumes: one JSON object a line."""
 
 import json
 import os
@@ -8,28 +8,33 @@ from typing import Any
 
 
 class ResumeLog:
-    """Steps by key, on disk as soon as they are done. Without a path it only remembers."""
+    """The results of finished steps, by key and step. Several threads may use it.
+
+    Each is on disk (fsync) when `add` returns. Without a path they are kept in memory only.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self._path, self._lock = path, threading.Lock()
         self._steps: dict[tuple[str, str], dict[str, Any]] = {}
-        self._whole = True
+        self._ends_with_newline = True
         if path is None or not path.is_file():
             return
         text = path.read_text(encoding="utf-8")
-        self._whole = text.endswith("\n")
+        self._ends_with_newline = text.endswith("\n")
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
                 self._steps[entry["key"], entry["step"]] = entry["content"]
             except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # the line that a kill cut off
+                continue  # a kill cut this line off
 
     def find(self, key: str, step: str) -> dict[str, Any] | None:
+        """The content of a step, or None where it is not finished."""
         with self._lock:
             return self._steps.get((key, step))
 
     def add(self, key: str, step: str, content: dict[str, Any]) -> None:
+        """Store the content of a finished step."""
         line = json.dumps({"key": key, "step": step, "content": content}) + "\n"
         with self._lock:
             self._steps[key, step] = content
@@ -37,12 +42,12 @@ class ResumeLog:
                 return
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(line if self._whole else "\n" + line)
-                self._whole = True
+                file.write(line if self._ends_with_newline else "\n" + line)
+                self._ends_with_newline = True
                 file.flush()
                 os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Everything is in the result now."""
+        """Delete the file: the result that it was kept for is written."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)

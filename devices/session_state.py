@@ -1,11 +1,10 @@
-"""What a session is asked for, and what comes of it."""
+"""Settings, jobs and the state of a session."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from devices.energy import Energy
 from devices.engines import Engine, Model, Plan, Record
@@ -15,16 +14,17 @@ from devices.prediction import Workload
 from devices.statistics import Summary, summarize
 from devices.transports import Device
 
-#: What has a speed, and how it is called in `not_measured`.
-PLACES = {"prefill": "prefill {}", "decode": "decode after {}"}
+#: The phases that have a speed, and their names in `not_measured`.
+PHASE_NAMES = {"prefill": "prefill {}", "decode": "decode after {}"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how surely. Lengths and depths in tokens, times in seconds.
+    """What is measured, and how precisely. Lengths and depths are in tokens, times in seconds.
 
-    `precision` is the half width of the median's interval, relative to it. `threads` 0 takes what
-    the catalogue recommends, or the number of fast cores.
+    A session repeats until both ends of each median's confidence interval are within `precision`
+    of the median, relative to it, or `max_repeats` are done. `threads` 0 stands for the number that
+    the catalogue recommends, or else the number of fast cores.
     """
 
     prompt_lengths: tuple[int, ...] = (64, 512)
@@ -37,16 +37,9 @@ class Settings:
     timeout: float = 1800.0
 
 
-class Progress(Protocol):
-    """Told of each step: the stage's name, how many of its steps are done, of how many, and what
-    else is worth showing."""
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
-
-
 @dataclass(frozen=True)
 class Job:
-    """One model for a session, with the user's own runner where one is given."""
+    """A model to profile, with the user's own runner program where one is given."""
 
     model: Model
     workload: Workload | None = None
@@ -55,7 +48,13 @@ class Job:
 
 @dataclass
 class SessionState:
-    """What came of one job. Records are those of the runners; `rounds` are the repeats."""
+    """One job on one device, and its results so far.
+
+    `error` is why it failed, `skipped` why this device cannot run it. Records are those of the
+    runners: `first` has the warm-up, `rounds` has a list for each repeat. `probes` has what the
+    memory probe saw of each repeat. `bandwidth` is in bytes/s, `available_memory` in bytes.
+    `temperatures` are in degrees Celsius, by sensor, before and after.
+    """
 
     job: Job
     device: Device
@@ -77,34 +76,40 @@ class SessionState:
     not_measured: dict[str, str] = field(default_factory=dict)
 
 
-def plan_of(one: SessionState) -> Plan:
-    """What fits into the model's context; the rest is told in `not_measured`."""
-    settings, context = one.settings, one.job.model.context
+def plan_of(session: SessionState) -> Plan:
+    """The plan of one repeat: the prompts and depths that fit into the model's context.
+
+    The others are added to `session.not_measured`.
+    """
+    settings, context = session.settings, session.job.model.context
     prompts = [length for length in settings.prompt_lengths if length <= context]
     depths = [depth for depth in settings.depths if depth + settings.decode_steps <= context]
     for length in settings.prompt_lengths:
         if length not in prompts:
-            one.not_measured[PLACES["prefill"].format(length)] = f"the context is {context}"
+            session.not_measured[PHASE_NAMES["prefill"].format(length)] = (
+                f"the context is {context}"
+            )
     for depth in settings.depths:
         if depth not in depths:
-            one.not_measured[PLACES["decode"].format(depth)] = f"the context is {context}"
-    return Plan(prompts, depths, settings.decode_steps, warmup=3, threads=one.threads)
+            session.not_measured[PHASE_NAMES["decode"].format(depth)] = f"the context is {context}"
+    return Plan(prompts, depths, settings.decode_steps, warmup=3, threads=session.threads)
 
 
 def summaries(rounds: Sequence[Sequence[Record]]) -> dict[tuple[str, int], Summary]:
-    """(phase, tokens or depth) → milliseconds over all rounds."""
+    """Milliseconds over all rounds, by (phase, tokens or depth); 0 for a phase without either."""
     samples: dict[tuple[str, int], list[list[float]]] = {}
-    within: dict[tuple[str, int], float] = {}
+    clock_errors: dict[tuple[str, int], float] = {}
     for records in rounds:
         for record in records:
             if record["phase"] in ("load", "prefill", "decode", "execute") and record["ms"]:
-                place = record["phase"], int(record.get("tokens", 0) or record.get("depth", 0))
-                samples.setdefault(place, []).append(record["ms"])
-                within[place] = max(within.get(place, 0.0), float(record.get("within_ms", 0)))
-    return {
-        place: summarize(repeats).read_within(within[place]) for place, repeats in samples.items()
-    }
+                key = record["phase"], int(record.get("tokens", 0) or record.get("depth", 0))
+                samples.setdefault(key, []).append(record["ms"])
+                clock_errors[key] = max(
+                    clock_errors.get(key, 0.0), float(record.get("within_ms", 0))
+                )
+    return {key: summarize(repeats).widened(clock_errors[key]) for key, repeats in samples.items()}
 
 
 def hash_of(content: object) -> str:
+    """16 hexadecimal digits of the sha256 of `content` as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,6 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files and folders that appear whole or not at all, their hashes, and safetensors."""
 
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -11,11 +10,33 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from devices.files import replacing, sha256, sync, write_json
 from exporter.errors import InputError
+
+#: Four of them are imported: `devices` needs them too, and may import nothing from `exporter`.
+__all__ = (
+    "SAFETENSORS_NAMES",
+    "Output",
+    "check_folder",
+    "claim_folder",
+    "copy_file",
+    "differing_files",
+    "made_from",
+    "may_be_made_from",
+    "package_versions",
+    "read_json",
+    "replacing",
+    "replacing_folder",
+    "sha256",
+    "sync",
+    "write_json",
+    "write_safetensors",
+    "write_tensors",
+)  # fmt: skip
 
 SAFETENSORS_NAMES = {
     torch.bfloat16: "BF16",
@@ -28,27 +49,8 @@ SAFETENSORS_NAMES = {
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary name beside `path`; on success fsync and rename, else remove.
-
-    The name is fixed, so that the next run overwrites what a killed one left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """As `replacing`, for a folder that is written whole."""
+    """As `replacing`, for a folder: `path` is replaced as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -64,15 +66,6 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
-    """Make what a file holds, or a rename inside a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or InputError."""
     if not path.is_file():
@@ -86,22 +79,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
 def copy_file(source: Path, target: Path) -> None:
     with replacing(target) as out, source.open("rb") as file:
         shutil.copyfileobj(file, out)
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def differing_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:

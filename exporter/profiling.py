@@ -10,7 +10,7 @@ from devices.comparison import Comparison, compare
 from devices.engines import FORMATS, Model
 from devices.errors import DeviceError
 from devices.files import write_json
-from devices.session_state import Job, Progress, Settings
+from devices.session_state import Job, Settings
 from devices.transports import parse_device
 from exporter.backends import front
 from exporter.bundle.artifact import FinishedArtifact
@@ -18,6 +18,7 @@ from exporter.bundle.bundle import MANIFEST, Bundle, open_bundle
 from exporter.errors import InputError
 from exporter.files import differing_files, package_versions, read_json
 from exporter.forecast import workload
+from exporter.progress import Progress
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.recipe import Profile, parse_profile
 from exporter.text.tokenizer import load_tokenizer

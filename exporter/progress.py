@@ -1,17 +1,23 @@
-"""How long work tells of its steps, to whoever shows them."""
+"""The callbacks through which long work reports its progress; the command line shows it."""
 
-from typing import Protocol
+from collections.abc import Callable
 
+from devices.progress import Progress
 
-class Progress(Protocol):
-    """Told of each step: the stage's name, how many of its steps are done, of how many, and what
-    else is worth showing."""
+__all__ = ("OnStep", "OnTensor", "Progress", "TensorCounter", "no_progress", "no_step")
 
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
+#: A `Progress` of one stage: called with the steps done, their number, and a note for display.
+OnStep = Callable[[int, int, str], None]
+#: Called with a tensor's name when that tensor is done.
+OnTensor = Callable[[str], None]
 
 
 def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
-    """Show nothing."""
+    """A `Progress` that shows nothing."""
+
+
+def no_step(done: int, total: int, note: str) -> None:
+    """An `OnStep` that shows nothing."""
 
 
 class TensorCounter:

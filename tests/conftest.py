@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from devices.files import cache_folder
 from exporter.bundle.bundle import Bundle
 from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import parse_config
@@ -141,8 +142,13 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Calibration keeps its texts here, never in the user's cache."""
+def own_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Path:
+    """The cache of one test, never the user's. Tests of devices do use the user's, so that the
+    native runner is compiled once."""
+    if request.path.parent.name == "devices":
+        return cache_folder()
     folder = tmp_path / "cache"
     monkeypatch.setenv("MOBILELLM_CACHE", str(folder))
     return folder

@@ -18,11 +18,12 @@ from conftest import LLAMA, LLAMA4, MakeCheckpoint
 
 from exporter.calibration.cache import cache_lock
 from exporter.calibration.data import CalibrationText, SourceText, read_text
-from exporter.calibration.self_generation import _draw, continue_texts, written_text
+from exporter.calibration.self_generation import continue_texts, written_text
 from exporter.calibration.settings import Calibration, Source
 from exporter.errors import InputError
 from exporter.files import sha256
 from exporter.inference.reference import ReferenceRunner
+from exporter.inference.sampling import draw, sample
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.decoder import load_decoder
 from exporter.text.tokenizer import load_tokenizer
@@ -217,7 +218,34 @@ def test_of_two_runs_that_want_the_same_text_one_waits_and_writes_it_only_if_the
     assert waiting.result()[0].read_bytes() == content
     assert said[:2] == ["0 of 1 waits for another run that makes it", "1 of 1"]
     assert said[2:] == ([] if made else steps)
-    assert [place.name for place in path.parent.iterdir()] == [path.name]
+    assert {place.name for place in path.parent.iterdir()} == {path.name, f".{path.name}.lock"}
+
+
+def test_one_run_at_a_time_holds_the_lock_of_a_cached_result(tmp_path: Path) -> None:
+    inside, most = list[int](), list[int]()
+
+    def hold(number: int) -> None:
+        with cache_lock(tmp_path / "answers"):
+            inside.append(number)
+            time.sleep(0.002)
+            most.append(len(inside))
+            inside.remove(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, range(40)))
+    assert most == [1] * 40
+
+
+def test_a_finished_cache_may_be_read_only(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = small_checkpoint(make_checkpoint)
+    path, _ = write(checkpoint)
+    path.parent.chmod(0o555)
+    try:
+        moment = path.parent.stat().st_mtime_ns
+        assert write(checkpoint) == (path, [])
+        assert path.parent.stat().st_mtime_ns == moment  # not even a lock file was made
+    finally:
+        path.parent.chmod(0o755)
 
 
 def test_written_text_is_of_the_wanted_length_and_of_the_model_s_tokens(
@@ -324,10 +352,26 @@ def test_texts_are_gone_on_with_after_their_first_tokens_and_as_they_are(
 
 def test_tokens_are_drawn_as_often_as_their_share_says() -> None:
     shares = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).repeat(20_000, 1)
-    drawn = _draw(shares, torch.Generator().manual_seed(0))
+    drawn = draw(shares, torch.Generator().manual_seed(0))
     found = torch.bincount(drawn[:, 0], minlength=6) / len(shares)
     assert (found - shares[0]).abs().max() < 0.015  # four standard deviations
     assert found[[0, 2, 5]].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        (1.0, 1.0, [59, 26, 364, 56, 209, 121, 211, 292]),
+        (0.7, 0.9, [393, 26, 448, 244, 180, 448, 48, 238]),
+    ],
+)
+def test_a_seed_gives_the_tokens_that_it_always_gave(
+    temperature: float, top_p: float, expected: list[int]
+) -> None:
+    """Or texts in the cache, and results that were made with them, could not be made again."""
+    logits = 3 * torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    found = sample(logits, temperature, top_p, torch.Generator().manual_seed(1))
+    assert found[:8] == expected
 
 
 @pytest.mark.parametrize(
@@ -350,7 +394,7 @@ def test_prompts_of_which_none_fits_are_refused(
     prompts.write_text(content)
     with pytest.raises(InputError, match=problem):
         write(checkpoint, Source(prompts=str(prompts), continue_after=continue_after, tokens=600))
-    assert contents(own_cache) == {}
+    assert list(own_cache.glob("*.jsonl")) == []
 
 
 @pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4", "llama"])

@@ -24,6 +24,7 @@ from exporter.evaluation.tasks import find_answer, plain_answer, read_problems, 
 from exporter.inference.loaded_model import LoadedModel, open_model
 from exporter.inference.reference import ReferenceRunner, score
 from exporter.model.checkpoint import open_checkpoint
+from exporter.progress import no_step
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.text.sequences import cut_sequences
 from exporter.text.tokenizer import TextTokenizer, load_tokenizer
@@ -31,10 +32,6 @@ from exporter.verification import SAMPLE_TEXT
 
 Capture = pytest.CaptureFixture[str]
 FIGURES = {"perplexity", "kl", "top1_agreement", "accuracy", "tokens"}
-
-
-def quiet(done: int, total: int, note: str) -> None:
-    """Show nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +163,7 @@ def test_perplexity_is_that_of_transformers(
     tokens = torch.tensor(sequences)
     with torch.inference_mode():
         loss = model(tokens, labels=tokens).loss.item()
-    found = score_text(checkpoint, sequences, quiet)
+    found = score_text(checkpoint, sequences, no_step)
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
     assert (found.tokens, found.sequences) == (298, 2)
     assert (found.kl, found.top1_agreement, found.reference_perplexity) == (None, None, None)
@@ -176,7 +173,7 @@ def test_kl_and_agreement_are_those_worked_out_by_hand(
     checkpoint: ReferenceRunner, sequences: list[list[int]], finished_bundle: Bundle
 ) -> None:
     quantized = ReferenceRunner(finished_bundle.quantized, 256)
-    found = score_text(quantized, sequences[:1], quiet, checkpoint)
+    found = score_text(quantized, sequences[:1], no_step, checkpoint)
     tokens = sequences[0]
     positions = range(len(tokens) - 1)
     theirs = score(open_checkpoint(NANO), tokens, positions).double().softmax(-1)
@@ -201,7 +198,7 @@ def test_kl_and_agreement_are_those_worked_out_by_hand(
 def test_a_model_agrees_with_itself(
     checkpoint: ReferenceRunner, sequences: list[list[int]]
 ) -> None:
-    found = score_text(checkpoint, sequences, quiet, checkpoint)
+    found = score_text(checkpoint, sequences, no_step, checkpoint)
     assert (found.kl, found.top1_agreement) == (0, 1)
     assert found.reference_perplexity == found.perplexity
 
@@ -209,7 +206,7 @@ def test_a_model_agrees_with_itself(
 def test_the_standard_error_is_that_of_the_mean_loss() -> None:
     """Losses log 2 and log 4 in equal number: a deviation of log(2) / 2 from their mean."""
     logits = torch.tensor([0.5, 0.25, 0.25]).log().tolist()
-    found = score_text(Fixed(logits), [[0, 0, 1, 0, 1], [0, 1, 0, 2, 0]], quiet)
+    found = score_text(Fixed(logits), [[0, 0, 1, 0, 1], [0, 1, 0, 2, 0]], no_step)
     assert found.perplexity == pytest.approx(math.sqrt(8))
     assert found.perplexity_error == pytest.approx(math.sqrt(8) * math.log(2) / 2 / math.sqrt(8))
 
@@ -220,8 +217,8 @@ def test_a_model_that_is_read_token_by_token_gets_the_same_figures(
 ) -> None:
     """Around the size of a chunk of logits, 64."""
     runner = OneByOne(checkpoint)
-    slow = score_text(runner, sequences, quiet, prefill=prefill)
-    fast = score_text(checkpoint, sequences, quiet, prefill=prefill)
+    slow = score_text(runner, sequences, no_step, prefill=prefill)
+    fast = score_text(checkpoint, sequences, no_step, prefill=prefill)
     assert slow.perplexity == pytest.approx(fast.perplexity, rel=1e-4)
     assert slow.tokens == fast.tokens == 2 * (150 - prefill)
     assert runner.prefills == [prefill, prefill]
@@ -257,13 +254,13 @@ def test_an_infinite_perplexity_is_no_number_of_json(
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
     with pytest.raises(InputError, match="the model's logits at position 0 are not finite"):
-        score_text(Fixed([0.0, bad]), [[0, 0, 1]], quiet)
+        score_text(Fixed([0.0, bad]), [[0, 0, 1]], no_step)
     with pytest.raises(InputError, match="the reference's logits at position 0"):
-        score_text(Fixed([0.0, 1.0]), [[0, 0, 1]], quiet, Fixed([0.0, bad]))
+        score_text(Fixed([0.0, 1.0]), [[0, 0, 1]], no_step, Fixed([0.0, bad]))
 
 
 def test_a_hopeless_model_has_an_infinite_perplexity() -> None:
-    assert score_text(Fixed([0.0, 1e4]), [[0, 0, 0]], quiet).perplexity == math.inf
+    assert score_text(Fixed([0.0, 1e4]), [[0, 0, 0]], no_step).perplexity == math.inf
 
 
 # Every kind of model.
@@ -294,8 +291,8 @@ def test_an_artifact_is_as_far_from_its_quantized_checkpoint_as_its_rounding_say
     parts = [tokens[:100] for tokens in sequences]
     rounding = backend(target).rounding(finished_bundle.quantized.schemes, artifact.target, prefill)
     simulated = ReferenceRunner(finished_bundle.quantized, 256, rounding)
-    expected = score_text(simulated, parts, quiet, quantized, prefill)
-    found = score_text(backend(target).load(artifact), parts, quiet, quantized, prefill)
+    expected = score_text(simulated, parts, no_step, quantized, prefill)
+    found = score_text(backend(target).load(artifact), parts, no_step, quantized, prefill)
     assert found.kl is not None and expected.kl is not None
     assert 0.1 * expected.kl < found.kl < 2 * expected.kl + 1e-4
     assert found.perplexity == pytest.approx(expected.perplexity, rel=0.05)
@@ -453,11 +450,13 @@ def test_a_text_that_never_ends_is_cut_off_and_counted() -> None:
     )
     assert written == [Written((1,) * 5, False)] * 2
     assert notes[-1] == "2 never ended"
-    assert write_texts(speaker_of(Fixed([0.0, 1.0]), (1,)), [[0]], 5, quiet) == [Written((), True)]
+    assert write_texts(speaker_of(Fixed([0.0, 1.0]), (1,)), [[0]], 5, no_step) == [
+        Written((), True)
+    ]
 
 
 def test_a_text_ends_where_the_context_does() -> None:
-    (written,) = write_texts(speaker_of(Fixed([0.0, 1.0]), (0,)), [[0] * 250], 1000, quiet)
+    (written,) = write_texts(speaker_of(Fixed([0.0, 1.0]), (0,)), [[0] * 250], 1000, no_step)
     assert (len(written.tokens), written.ended) == (7, False)
 
 
@@ -552,7 +551,7 @@ def test_the_checkpoint_solves_what_the_torch_reference_solves(tmp_path: Path) -
     """open_model and its runner are those of `generate`."""
     model = open_model(str(NANO), None)
     prompt = load_tokenizer(NANO).encode(load_tokenizer(NANO).chat_text("What is 12 + 7?"))
-    (written,) = write_texts(model, [prompt], 40, quiet)
+    (written,) = write_texts(model, [prompt], 40, no_step)
     model = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
     theirs = model.generate(
         torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=1

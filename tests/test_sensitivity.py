@@ -24,6 +24,7 @@ from exporter.calibration.sensitivity import (
 from exporter.errors import InputError
 from exporter.model.checkpoint import Checkpoint
 from exporter.pipeline import quantize
+from exporter.progress import no_step
 from exporter.quantization.rounding import quantize as quantize_weight
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 
@@ -36,10 +37,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-def nothing(done: int, total: int, note: str) -> None:
-    pass
 
 
 def rounded_weights(
@@ -67,7 +64,7 @@ def test_each_cost_is_that_of_a_whole_model_with_this_weight_alone_rounded(
     schemes[V_PROJ] = FLOAT
     tokens = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(3))
     rounded = rounded_weights(checkpoint, schemes)
-    found = sensitivities(checkpoint, rounded, tokens, torch.float32, nothing)
+    found = sensitivities(checkpoint, rounded, tokens, torch.float32, no_step)
     wanted = [name for name, scheme in schemes.items() if scheme != FLOAT]
     assert [one.name for one in found] == wanted
     assert ("lm_head.weight" in wanted) is not tied
@@ -96,7 +93,7 @@ def test_a_weight_that_int8_would_not_make_larger_is_no_candidate(
     schemes |= {V_PROJ: Scheme(4, 32), EMBEDDING: Scheme(8, 32)}
     tokens = torch.arange(24)[None]
     rounded = rounded_weights(checkpoint, schemes)
-    found = sensitivities(checkpoint, rounded, tokens, torch.float32, nothing)
+    found = sensitivities(checkpoint, rounded, tokens, torch.float32, no_step)
     assert [one.name for one in found] == [V_PROJ]
 
 
@@ -252,7 +249,7 @@ def test_another_budget_needs_no_new_measurement_and_other_text_does(
     ):
         recipe = recipe_of("mse", text, **{"budget": "6 bits", **changes})
         quantize_here(recipe, checkpoint, tmp_path / str(index))
-        assert len(list(own_cache.iterdir())) == kept
+        assert len(list(own_cache.glob("*.json"))) == kept
 
 
 def test_a_damaged_measurement_is_made_again(
@@ -261,7 +258,7 @@ def test_a_damaged_measurement_is_made_again(
     checkpoint, recipe = small_checkpoint(make_checkpoint), recipe_of("mse", text, budget="6 bits")
     quantize_here(recipe, checkpoint, tmp_path / "one")
     kept = contents(own_cache)
-    [path] = own_cache.iterdir()
+    [path] = own_cache.glob("*.json")
     path.write_text('{"sensitivities": [{"name": "x"}]}')
     quantize_here(recipe, checkpoint, tmp_path / "other")
     assert contents(own_cache) == kept

@@ -10,8 +10,8 @@ from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 from exporter import pipeline
 from exporter.backends import backend
 from exporter.errors import InputError
-from exporter.model.checkpoint import open_checkpoint, parse_config
-from exporter.model.config import EMBEDDING
+from exporter.model.checkpoint import open_checkpoint
+from exporter.model.config import EMBEDDING, parse_config
 from exporter.pipeline import no_progress
 from exporter.quantization.schemes import CODE_RANGE, Scheme, parse_scheme
 from exporter.recipe import Recipe, parse_recipe, parse_target

@@ -117,7 +117,7 @@ BAD: dict[str, tuple[str, bytes, str | None, list[str]]] = {
     "a number": ("a.jsonl", b'{"text": 7}\n', None, ["line 1: text", "7 is not text"]),
     "null": ("a.jsonl", b'{"text": null}\n', None, ["line 1: text", "None is not text"]),
     "half a character": ("a.jsonl", b'{"text": "\\ud800"}', None, ["line 1: text", "Unicode"]),
-    "messages of text": ("a.jsonl", b'{"messages": ["a"]}', None, ["'a' is no message", "'role'"]),
+    "messages of text": ("a.jsonl", b'{"messages": ["a"]}', None, ["'a' is not a message"]),
     "no messages": ("a.jsonl", b'{"messages": []}', None, ["line 1: messages", "no messages"]),
     "message without text": (
         "a.jsonl", b'{"messages": [{"role": "user", "content": null}]}', None,

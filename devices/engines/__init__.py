@@ -1,8 +1,8 @@
-"""What runs a model on a device: which files it needs there, and what is typed.
+"""Engines: the programs that run a model on a device, their files, commands and output.
 
-`native` is our C++ runner, `python` its twin for runtimes with a Python package, `official` the
-programs that ExecuTorch and ONNX Runtime ship. All give the same records: one for each phase,
-with its raw samples in milliseconds, and `within_ms` where a coarse clock read them.
+`native` is our C++ runner, `python` its counterpart for runtimes with a Python package, `official`
+has the programs that ExecuTorch and ONNX Runtime ship. All give the same records: one for each
+phase, with its raw samples in milliseconds in `ms`. `within_ms` is the error of a coarse clock.
 """
 
 import json
@@ -25,11 +25,12 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 @dataclass(frozen=True)
 class Model:
-    """An artifact as a device sees it.
+    """An artifact, with what an engine must know of it.
 
-    `files` lie in `folder`; `main` is what the runtime opens, one of them or a folder of them.
-    `portable` says that core operators suffice, `integers` that products of weights are meant to
-    work on integers. `tokens` is text for prompts; `texts` has it as text, by length.
+    `files` are relative to `folder`; the runtime opens `main`, one of them or a folder of them.
+    `context` is in tokens. `portable` says that core operators and delegates suffice, `integers`
+    that products with weights are meant to work on integers. Prompts are the first of `tokens`;
+    `texts` has prompts as text, by their number of tokens, for programs that need `tokenizer`.
     """
 
     format: Format
@@ -46,7 +47,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one run does. `prompts` and `depths` are tokens, `sustained` seconds."""
+    """What one run measures.
+
+    `prompts` are lengths in tokens; at each of `depths` tokens in the cache, `steps` are decoded.
+    `sustained` is in seconds; `generate` is a number of tokens after a prompt of `prompt_length`.
+    `trace` and `logits` are paths on the device, '' for none.
+    """
 
     prompts: Sequence[int] = ()
     depths: Sequence[int] = ()
@@ -62,19 +68,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class Engine:
-    """`files`: place on the device → file here. `commands` of a plan are run one after the other;
-    `records` reads what one printed. `can` names what it can do beside prefill and decode."""
+    """A program for one model on one device.
+
+    `files` maps paths on the device to files here. The `commands` of a plan run one after the
+    other; `records` parses the output of one, and raises DeviceError. `capabilities` has those of
+    "sustained", "trace" and "generate" that it can do besides prefill and decode.
+    """
 
     name: str
     versions: Mapping[str, str]
     files: Mapping[str, Path]
     commands: Callable[[Plan], list[list[str]]]
     records: Callable[[Completed], list[Record]]
-    can: frozenset[str] = frozenset()
+    capabilities: frozenset[str] = frozenset()
 
 
 def options(plan: Plan) -> list[str]:
-    """A plan as our runners take it."""
+    """A plan as options of the native and the Python runner."""
     words: list[str] = []
     for name, value in (
         ("threads", plan.threads),
@@ -94,8 +104,11 @@ def options(plan: Plan) -> list[str]:
 
 
 def read_records(done: Completed) -> list[Record]:
-    """The lines of our runners. Without the last one the run did not end, whatever its code.
-    Raises DeviceError."""
+    """Parse the output of the native or the Python runner: a JSON object for each phase.
+
+    Raises DeviceError, also where the last line is missing: then the run did not end, whatever its
+    exit code.
+    """
     done.check(done.argv[-1] if len(done.argv) == 1 else Path(done.argv[0]).name)
     records = []
     for line in done.text.splitlines():
@@ -106,7 +119,9 @@ def read_records(done: Completed) -> list[Record]:
         except json.JSONDecodeError as error:
             raise DeviceError("runner", f"printed {line[:60]!r}, which is cut off") from error
         if not isinstance(record, dict) or not isinstance(record.get("phase"), str):
-            raise DeviceError("runner", f"printed {line[:60]!r}, which is no phase")
+            raise DeviceError(
+                "runner", f"printed {line[:60]!r}, which is not the record of a phase"
+            )
         records.append(check_record(record))
     if not records or records[-1]["phase"] != "end":
         raise DeviceError("runner", "stopped without its last line", "Nothing of this run counts")
@@ -114,11 +129,11 @@ def read_records(done: Completed) -> list[Record]:
 
 
 def check_record(record: Record) -> Record:
-    """Raises DeviceError where samples are no times."""
+    """The record itself. Raises DeviceError where its samples are not finite times from 0."""
     times = record.get("ms", [])
     fine = isinstance(times, list) and all(
         isinstance(ms, (int, float)) and math.isfinite(ms) and ms >= 0 for ms in times
     )
     if not fine:
-        raise DeviceError("runner", f"gives no times for {record.get('phase')}")
+        raise DeviceError("runner", f"gives invalid times for {record.get('phase')}")
     return record

@@ -1,4 +1,4 @@
-"""ExecuTorch through our own C++ runner: for programs of core operators and delegates."""
+"""ExecuTorch with our own C++ runner, for programs of core operators and delegates."""
 
 from devices import runner
 from devices.engines import Engine, Model, Plan, options, read_records
@@ -6,8 +6,11 @@ from devices.errors import BadDeviceError
 from devices.identity import Identity
 
 
-def engine(model: Model, identity: Identity, workspace: str, place: str) -> Engine:
-    """`place` is the model's folder on the device. Raises BadDeviceError."""
+def engine(model: Model, identity: Identity, workspace: str, folder: str) -> Engine:
+    """The engine for a model that lies in `folder` on the device.
+
+    Raises BadDeviceError where the program needs custom operators, or the runner cannot be built.
+    """
     if not model.portable:
         raise BadDeviceError(
             f"{model.folder}: custom_sdpa", "needs ExecuTorch's official runner on this device",
@@ -19,7 +22,7 @@ def engine(model: Model, identity: Identity, workspace: str, place: str) -> Engi
     loader = [f"{home}/lib/{built.loader}", "--library-path", f"{home}/lib"]
 
     def commands(plan: Plan) -> list[list[str]]:
-        files = ["--model", f"{place}/{model.main}", "--tokens", f"{place}/tokens.txt"]
+        files = ["--model", f"{folder}/{model.main}", "--tokens", f"{folder}/tokens.txt"]
         return [[*loader, f"{home}/{runner.RUNNER}", *files, *options(plan)]]
 
     return Engine(
@@ -28,5 +31,5 @@ def engine(model: Model, identity: Identity, workspace: str, place: str) -> Engi
         files={f"{home}/{runner.RUNNER}": built.runner, **libraries},
         commands=commands,
         records=read_records,
-        can=frozenset({"sustained", "trace", "generate"}),
+        capabilities=frozenset({"sustained", "trace", "generate"}),
     )

@@ -1,7 +1,7 @@
 """The programs that ExecuTorch and ONNX Runtime ship, which users build for their phones.
 
-``llama_main`` reads text, so it gets the prompt as text and says how many tokens that was; the
-other two run the whole program once with inputs of their own, and say how long that took.
+``llama_main`` gets the prompt as text and reports its number of tokens. The other two run the
+program with inputs of their own, and report how long one execution takes.
 """
 
 import json
@@ -18,28 +18,34 @@ from devices.transports.supervised import Completed
 
 @dataclass(frozen=True)
 class _Program:
+    """The commands for a program, and the parser of its output."""
+
     format: str
     commands: Callable[[str, Model, str, Plan], list[list[str]]]
     records: Callable[[str], list[Record]]
 
 
-def engine(program: Path, model: Model, workspace: str, place: str) -> Engine:
-    """The user's `program`, known by its file's name. Raises BadDeviceError."""
+def engine(program: Path, model: Model, workspace: str, folder: str) -> Engine:
+    """The engine for the user's `program`, which is recognized by its file name.
+
+    `folder` is the model's folder on the device. Raises BadDeviceError where the name is not known,
+    there is no such file, or the program runs another format.
+    """
     known = PROGRAMS.get(program.name)
     if known is None or not program.is_file():
-        problem = "is no runner that is known" if known is None else "no such file"
+        problem = "is not a known runner" if known is None else "no such file"
         raise BadDeviceError(f"--runner {program}", problem, f"Known: {', '.join(PROGRAMS)}")
     if known.format != model.format:
         raise BadDeviceError(f"--runner {program}", f"runs {known.format}, not {model.format}")
     remote = f"{workspace}/{sha256(program)[:16]}/{program.name}"
     files = {remote: program}
     if model.tokenizer is not None:
-        files[f"{place}/{model.tokenizer.name}"] = model.tokenizer
+        files[f"{folder}/{model.tokenizer.name}"] = model.tokenizer
     return Engine(
         name=program.name,
         versions={f"{program.name} sha256": sha256(program)},
         files=files,
-        commands=lambda plan: known.commands(remote, model, place, plan),
+        commands=lambda plan: known.commands(remote, model, folder, plan),
         records=lambda done: _read(program.name, known, done),
     )
 
@@ -54,12 +60,12 @@ def _read(name: str, program: _Program, done: Completed) -> list[Record]:
 # ---- ExecuTorch's llama_main ----
 
 
-def _llama_commands(program: str, model: Model, place: str, plan: Plan) -> list[list[str]]:
+def _llama_commands(program: str, model: Model, folder: str, plan: Plan) -> list[list[str]]:
     if model.tokenizer is None:
-        raise BadDeviceError(str(model.folder), "has no tokenizer and llama_main reads text")
+        raise BadDeviceError(str(model.folder), "has no tokenizer, which llama_main needs")
     common = [
-        program, f"--model_path={place}/{model.main}",
-        f"--tokenizer_path={place}/{model.tokenizer.name}", "--temperature=0", "--ignore_eos=true",
+        program, f"--model_path={folder}/{model.main}",
+        f"--tokenizer_path={folder}/{model.tokenizer.name}", "--temperature=0", "--ignore_eos=true",
         f"--cpu_threads={plan.threads}", f"--warmup={'true' if plan.warmup else 'false'}",
     ]  # fmt: skip
     return [
@@ -70,8 +76,11 @@ def _llama_commands(program: str, model: Model, place: str, plan: Plan) -> list[
 
 
 def read_llama(text: str) -> list[Record]:
-    """The line ``PyTorchObserver {json}``, as `TextLLMRunner` gives it too. Its moments are whole
-    milliseconds, so each time is right within one."""
+    """Parse the line ``PyTorchObserver {json}``, which `TextLLMRunner` prints too.
+
+    Its timestamps are whole milliseconds, so each time has an error of up to 1 ms. Raises
+    DeviceError.
+    """
     found = re.findall(r"PyTorchObserver\s*(\{.*?\})", text)
     if not found:
         raise DeviceError("llama_main", "printed no PyTorchObserver line", "Its build may be old")
@@ -93,7 +102,7 @@ def read_llama(text: str) -> list[Record]:
             "phase": "prefill", "tokens": prompt, "ms": [prefill], "within_ms": 1,
             "first_token_ms": first,
         },
-        # One figure for all steps: its mean.
+        # It reports one time for all steps; the sample is its mean.
         {
             "phase": "decode", "depth": prompt, "ms": [decode / generated],
             "within_ms": 1 / generated, "steps": generated,
@@ -104,16 +113,19 @@ def read_llama(text: str) -> list[Record]:
 # ---- ExecuTorch's executor_runner ----
 
 
-def _executor_commands(program: str, model: Model, place: str, plan: Plan) -> list[list[str]]:
+def _executor_commands(program: str, model: Model, folder: str, plan: Plan) -> list[list[str]]:
     runs = max(plan.steps, 2)
     return [
-        [program, f"--model_path={place}/{model.main}", f"--num_executions={runs}",
+        [program, f"--model_path={folder}/{model.main}", f"--num_executions={runs}",
          f"--cpu_threads={plan.threads}"]
     ]  # fmt: skip
 
 
 def read_executor(text: str) -> list[Record]:
-    """``Model loaded in …``, ``Iteration i of n: …`` or only the sum of n executions."""
+    """Parse ``Model loaded in …`` and ``Iteration i of n: …`` or the sum of n executions.
+
+    Raises DeviceError.
+    """
     number = r"(\d+(?:\.\d+)?)"
     records: list[Record] = []
     if load := re.search(rf"[Mm]odel loaded in {number} ?ms", text):
@@ -123,22 +135,22 @@ def read_executor(text: str) -> list[Record]:
         rf"[Mm]odel executed successfully(?: (\d+) time\(s\))?(?: in {number} ?ms)?", text
     )
     if total is None:
-        raise DeviceError("executor_runner", "did not say that the model was executed")
+        raise DeviceError("executor_runner", "reported no execution of the model")
     if not each and total[2]:
         each = [float(total[2]) / int(total[1] or 1)]
     if not each:
-        raise DeviceError("executor_runner", "says no time", "Its build may be too old")
+        raise DeviceError("executor_runner", "reported no time", "Its build may be too old")
     return [*records, {"phase": "execute", "ms": each}]
 
 
 # ---- ONNX Runtime's onnxruntime_perf_test ----
 
 
-def _perf_commands(program: str, model: Model, place: str, plan: Plan) -> list[list[str]]:
+def _perf_commands(program: str, model: Model, folder: str, plan: Plan) -> list[list[str]]:
     runs = max(plan.steps, 2)
     return [
         [program, "-I", "-m", "times", "-r", str(runs), "-x", str(plan.threads), "-e", "cpu",
-         f"{place}/{model.main}"]
+         f"{folder}/{model.main}"]
     ]  # fmt: skip
 
 
@@ -147,7 +159,10 @@ _TIME = r"\s*[:=]?\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(s|sec|seconds|ms|us)\b"
 
 
 def read_perf_test(text: str) -> list[Record]:
-    """At least three spellings are in use, in seconds and in milliseconds."""
+    """Parse load and execution times, in each of the spellings and units that are in use.
+
+    Raises DeviceError.
+    """
 
     def time_of(label: str) -> float | None:
         found = re.search(label + _TIME, text, re.IGNORECASE)
@@ -163,7 +178,7 @@ def read_perf_test(text: str) -> list[Record]:
         time_of(r"(?:Average inference time(?: cost)?(?: total)?|Avg(?: inference)? latency)"),
     )
     if median is None and average is None:
-        raise DeviceError("onnxruntime_perf_test", "printed no time that is understood")
+        raise DeviceError("onnxruntime_perf_test", "printed no time in a known form")
     record: Record = {"phase": "execute", "ms": [median if median is not None else average]}
     high = time_of(r"P95 Latency(?: is)?")
     record |= {} if high is None else {"p95_ms": high}

@@ -1,5 +1,5 @@
-"""Runtimes that are reached through Python on the device: ONNX Runtime, Core ML, and on this
-machine ExecuTorch with its custom operators."""
+"""Runtimes with a Python package on the device: ONNX Runtime, Core ML, and on this machine
+ExecuTorch with its custom operators."""
 
 import sys
 from pathlib import Path
@@ -13,32 +13,36 @@ _WHEELS = {"onnx": "onnxruntime", "executorch": "executorch", "coreml": "coremlt
 
 
 def interpreter(device: Device) -> str:
-    """The Python of the device: on this machine the one that runs now."""
+    """The Python interpreter of the device: on this machine the one that runs now."""
     return sys.executable if device.transport in ("host", "mac") else "python3"
 
 
 def version_command(model: Model, device: Device) -> list[str]:
-    """Prints the version of the runtime's wheel on the device."""
+    """A command that prints the version of the runtime's wheel on the device."""
     script = "import sys; from importlib import metadata; print(metadata.version(sys.argv[1]))"
     return [interpreter(device), "-c", script, _WHEELS[model.format]]
 
 
 def read_version(model: Model, done: Completed) -> dict[str, str]:
-    """Raises CommandFailedError where the wheel is not installed there."""
+    """Wheel → version, from the output of `version_command`.
+
+    Raises CommandFailedError where the wheel is not installed there.
+    """
     return {
         _WHEELS[model.format]: done.check(f"{_WHEELS[model.format]} on the device").text.strip()
     }
 
 
 def engine(
-    model: Model, device: Device, workspace: str, place: str, versions: dict[str, str]
+    model: Model, device: Device, workspace: str, folder: str, versions: dict[str, str]
 ) -> Engine:
+    """The engine for a model that lies in `folder` on the device."""
     script = Path(__file__).with_name("python_runner.py")
     remote = f"{workspace}/{script.name}"
     command = [interpreter(device), remote, "--engine", _RUNTIMES[model.format]]
 
     def commands(plan: Plan) -> list[list[str]]:
-        files = ["--model", f"{place}/{model.main}", "--tokens", f"{place}/tokens.txt"]
+        files = ["--model", f"{folder}/{model.main}", "--tokens", f"{folder}/tokens.txt"]
         return [[*command, *files, *options(plan)]]
 
     return Engine(
@@ -47,5 +51,5 @@ def engine(
         files={remote: script},
         commands=commands,
         records=read_records,
-        can=frozenset({"sustained", "trace", "generate"}),
+        capabilities=frozenset({"sustained", "trace", "generate"}),
     )

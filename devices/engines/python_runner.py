@@ -1,9 +1,9 @@
-"""The native runner's twin for runtimes that are reached through Python: it is pushed to the device
-and runs there alone, with nothing but the runtime's own wheel.
+"""The counterpart of the native runner for runtimes with a Python package. It is copied to the
+device and runs there as a single file that needs only the runtime's own wheel.
 
     python3 python_runner.py --engine onnxruntime --model model.onnx --tokens tokens.txt
 
-Same options, same lines, same exit codes as ``runner.cpp``; see devices/runner/README.md.
+Options, output and exit codes are those of ``runner.cpp``; see devices/runner/README.md.
 """
 
 import argparse
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol
 
 BAD_USAGE, CANNOT_LOAD, FAILED = 2, 3, 4
-#: Longer prompts are read in pieces, so that what a runtime needs for one stays bounded.
+#: Longer prompts are read in chunks of so many tokens, which bounds the memory that they need.
 DEFAULT_CHUNK = 128
 
 
 def fail(code: int, reason: str) -> NoReturn:
+    """Exit with this code, and the reason on stderr."""
     print(f"python_runner: {reason}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -30,7 +31,8 @@ def fail(code: int, reason: str) -> NoReturn:
 # ---- Memory of this process, in bytes; -1 where the system does not tell. ----
 
 
-def kilobytes_of(path: str, key: str) -> int:
+def bytes_of(path: str, key: str) -> int:
+    """The value of a line "key: number kB" in bytes."""
     try:
         with Path(path).open() as file:
             for line in file:
@@ -42,6 +44,7 @@ def kilobytes_of(path: str, key: str) -> int:
 
 
 def reset_peak() -> None:
+    """Let the peak of resident memory (VmHWM) start again from what is resident now."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # the peak then counts from the start of the process
@@ -49,13 +52,14 @@ def reset_peak() -> None:
 
 
 def memory() -> dict[str, int]:
+    """Peak and present memory of this process in bytes."""
     status = "/proc/self/status"
     found = {
-        "peak_rss": kilobytes_of(status, "VmHWM:"),
-        "rss": kilobytes_of(status, "VmRSS:"),
-        "anonymous": kilobytes_of(status, "RssAnon:"),
-        "file": kilobytes_of(status, "RssFile:"),
-        "pss": kilobytes_of("/proc/self/smaps_rollup", "Pss:"),
+        "peak_rss": bytes_of(status, "VmHWM:"),
+        "rss": bytes_of(status, "VmRSS:"),
+        "anonymous": bytes_of(status, "RssAnon:"),
+        "file": bytes_of(status, "RssFile:"),
+        "pss": bytes_of("/proc/self/smaps_rollup", "Pss:"),
     }
     if sys.platform == "darwin":
         found["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -63,6 +67,7 @@ def memory() -> dict[str, int]:
 
 
 def print_phase(name: str, ms: list[float], **keys: Any) -> None:
+    """Print the record of a phase with its samples in milliseconds, and reset the peak."""
     ms = [round(value, 4) for value in ms]
     print(json.dumps({"phase": name, **keys, "ms": ms, "memory": memory()}), flush=True)
     reset_peak()
@@ -72,26 +77,28 @@ def print_phase(name: str, ms: list[float], **keys: Any) -> None:
 
 
 class Engine(Protocol):
-    """A runtime with a program. `MODULES` are what it imports, before any time is taken."""
+    """A runtime that has loaded a program. `MODULES` are imported before the load is timed."""
 
     MODULES: ClassVar[tuple[str, ...]]
     context: int
     vocab_size: int | None
-    #: Whether the cache has the whole context; where not, it grows and is never written again.
+    #: Whether the cache has the size of the context and is overwritten; else each step makes a
+    #: longer one.
     whole_cache: bool
 
     def __init__(self, path: str, threads: int, trace: str) -> None: ...
 
     def step(self, tokens: list[int], start: int) -> Any:
-        """The logits of the last token, a float32 array of numpy."""
+        """Read `tokens` at positions from `start`: the last one's logits, numpy float32
+        [vocab_size]."""
 
     def finish(self, trace: str) -> None:
-        """Write what the runtime recorded."""
+        """Write the recorded trace to this path."""
 
 
 class OnnxRuntime:
-    """A decoder that keeps its cache in buffers of the whole context, or is given a longer one
-    each time."""
+    """A decoder whose cache is a set of inputs and outputs: either buffers of the whole context
+    that it overwrites, or one that grows with each step."""
 
     MODULES: ClassVar[tuple[str, ...]] = ("numpy", "onnxruntime")
 
@@ -113,6 +120,7 @@ class OnnxRuntime:
         self.past = dict[str, Any]()
 
     def empty_cache(self) -> dict[str, Any]:
+        """Zeros for each input of the cache, of the whole context or of length 0."""
         numpy, past = self.numpy, dict[str, Any]()
         for name, value in self.inputs.items():
             if name.startswith("past_key_values."):
@@ -151,7 +159,7 @@ class OnnxRuntime:
 
 
 class ExecuTorch:
-    """The whole wheel with torch: for programs with `custom_sdpa`, which only this one runs."""
+    """The ExecuTorch wheel with torch, which alone has the kernels of `custom_sdpa`."""
 
     #: The last two register their operators.
     MODULES: ClassVar[tuple[str, ...]] = (
@@ -169,7 +177,7 @@ class ExecuTorch:
         self.module = portable_lib._load_for_executorch(path, enable_etdump=bool(trace))
         self.context = int(self.module.run_method("get_max_context_len", ())[0])
         self.vocab_size: int | None = int(self.module.run_method("get_vocab_size", ())[0])
-        self.step([0], 0)  # it loads the method at its first use
+        self.step([0], 0)  # the first step loads the method
 
     def step(self, tokens: list[int], start: int) -> Any:
         inputs = self.torch.tensor([tokens]), self.torch.tensor([start])
@@ -181,7 +189,7 @@ class ExecuTorch:
 
 
 class CoreML:
-    """A stateful package with two functions, `prefill` and `decode`. No Mac was there to try it."""
+    """A stateful package with two functions, `prefill` and `decode`. Not tried on a Mac."""
 
     MODULES: ClassVar[tuple[str, ...]] = ("numpy", "coremltools")
     whole_cache = True
@@ -197,9 +205,7 @@ class CoreML:
         self.context, self.chunk = int(facts["max_context"]), int(facts["prefill"])
         self.state = self.functions["decode"].make_state()
         self.output = facts["output"]
-        self.vocab_size: int | None = (
-            None  # it is in no place that every version of coremltools reads
-        )
+        self.vocab_size: int | None = None  # no version of coremltools shows it reliably
 
     def step(self, tokens: list[int], start: int) -> Any:
         if len(tokens) == 1:
@@ -216,16 +222,17 @@ class CoreML:
         return result
 
     def predict(self, function: str, **inputs: Any) -> Any:
+        """Logits, or an equivalent of them where the package gives the token itself."""
         arrays = {name: self.numpy.array(value, "int32") for name, value in inputs.items()}
         outputs = self.functions[function].predict(arrays, state=self.state)
-        if self.output == "token":  # the package found the likeliest itself
+        if self.output == "token":  # the package chooses the most likely token itself
             logits = self.numpy.zeros(int(outputs["token"].reshape(-1)[0]) + 1, "float32")
             logits[-1] = 1
             return logits
         return outputs["logits"].reshape(-1).astype("float32")
 
     def finish(self, trace: str) -> None:
-        """The compute plan: where each operation of `decode` is planned to run, and its cost."""
+        """Write the compute plan of `decode`: the device and estimated cost of each operation."""
         plans = importlib.import_module("coremltools.models.compute_plan")
         compiled = self.tools.models.utils.compile_model(self.path)
         plan = plans.MLComputePlan.load_from_path(compiled)
@@ -251,14 +258,14 @@ ENGINES: dict[str, type[Engine]] = {
 
 
 class Model:
-    """A runtime with the time of each step."""
+    """An engine whose steps are timed. `logits` are those of the last step."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.logits: Any = None
 
     def step(self, tokens: list[int], start: int) -> tuple[int, float]:
-        """The likeliest next token, and milliseconds."""
+        """The most likely next token, and the time in milliseconds."""
         if start + len(tokens) > self.engine.context:
             fail(FAILED, "the context is full")
         started = time.perf_counter()
@@ -267,8 +274,8 @@ class Model:
         self.logits = logits
         return token, 1000 * (time.perf_counter() - started)
 
-    def read(self, tokens: list[int], start: int, chunk: int) -> tuple[int, float]:
-        """The same in pieces of at most `chunk` tokens."""
+    def prefill(self, tokens: list[int], start: int, chunk: int) -> tuple[int, float]:
+        """As `step`, in chunks of at most `chunk` tokens."""
         token, total = 0, 0.0
         for done in range(0, len(tokens), chunk):
             token, took = self.step(tokens[done : done + chunk], start + done)
@@ -277,6 +284,7 @@ class Model:
 
 
 def read_tokens(path: str, vocab_size: int | None) -> list[int]:
+    """The token ids of a text file; exits where it is not a list of them."""
     try:
         tokens = [int(word) for word in Path(path).read_text().split()]
     except (OSError, ValueError) as error:
@@ -287,18 +295,20 @@ def read_tokens(path: str, vocab_size: int | None) -> list[int]:
     return tokens
 
 
-def text_of(tokens: list[int], count: int) -> list[int]:
+def repeat_to(tokens: list[int], count: int) -> list[int]:
+    """`tokens`, repeated or cut off to `count`."""
     return [tokens[i % len(tokens)] for i in range(count)]
 
 
 def measure_decode(
     model: "Model", tokens: list[int], depths: list[int], steps: int, chunk: int
 ) -> None:
+    """Time `steps` greedy steps after each number of tokens in the cache."""
     filled = 0
     for depth in sorted(depths):
-        text = text_of(tokens, depth + 1)
+        text = repeat_to(tokens, depth + 1)
         if filled < depth:
-            model.read(text[filled:depth], filled, chunk)
+            model.prefill(text[filled:depth], filled, chunk)
         filled = depth
         token, ms = text[depth], list[float]()
         for i in range(steps):
@@ -310,6 +320,7 @@ def measure_decode(
 
 
 def measure_sustained(model: "Model", tokens: list[int], seconds: int) -> None:
+    """Decode for some seconds; from position 0 again whenever the context is full."""
     token, position, ms = tokens[0], 0, list[float]()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -322,6 +333,7 @@ def measure_sustained(model: "Model", tokens: list[int], seconds: int) -> None:
 
 
 def generate(model: "Model", prompt: list[int], count: int, logits_path: str) -> None:
+    """Greedy generation of `count` tokens; writes their logits as float32 where a path is given."""
     tokens, ms, position = list[int](), list[float](), 0
     logits = array.array("f")
     for i in range(count):
@@ -338,6 +350,7 @@ def generate(model: "Model", prompt: list[int], count: int, logits_path: str) ->
 
 
 def numbers(text: str) -> list[int]:
+    """A list of whole numbers with commas between them, as an option."""
     if not re.fullmatch(r"(\d+(,\d+)*)?", text):
         raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers")
     return [int(item) for item in text.split(",") if item]
@@ -376,13 +389,13 @@ def main() -> None:
     if args.warmup:
         print_phase("warmup", [model.step(tokens[:1], 0)[1] for _ in range(args.warmup)])
     for length in args.prompts:
-        _, took = model.read(text_of(tokens, length), 0, args.chunk)
+        _, took = model.prefill(repeat_to(tokens, length), 0, args.chunk)
         print_phase("prefill", [took], tokens=length)
     measure_decode(model, tokens, args.depths, args.steps, args.chunk)
     if args.sustained:
         measure_sustained(model, tokens, args.sustained)
     if args.generate:
-        prompt = text_of(tokens, args.prompt_length or len(tokens))
+        prompt = repeat_to(tokens, args.prompt_length or len(tokens))
         generate(model, prompt, args.generate, args.logits)
     if args.trace:
         engine.finish(args.trace)

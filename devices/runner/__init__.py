@@ -1,9 +1,9 @@
-"""The native runner and the memory probe: C++ and C that are built for a device by one command.
+"""Build the native runner (C++) and the memory probe (C) for the architecture of a device.
 
     python -m devices.runner build --arch aarch64
 
-Needs Debian's g++ (or g++-aarch64-linux-gnu) and the executorch wheel, whose libraries and headers
-are the whole SDK. For another architecture than this machine's, pip downloads that wheel.
+Needs Debian's g++ (or g++-aarch64-linux-gnu) and the executorch wheel, which has the libraries and
+headers. For another architecture than this machine's, pip downloads the wheel of that architecture.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from devices.errors import BadDeviceError
 from devices.files import cache_folder
 
 RUNNER, PROBE = "mobilellm_runner", "mobilellm_probe"
-#: In the order of the linker: what registers kernels and backends is never left out.
+#: In linking order. All are linked, also those that only register kernels or backends.
 LIBRARIES = (
     "executorch",
     "executorch_threadpool",
@@ -33,7 +33,7 @@ LIBRARIES = (
 )
 #: Architecture → the prefix of Debian's compilers for it.
 COMPILERS = {"x86_64": "x86_64-linux-gnu-", "aarch64": "aarch64-linux-gnu-"}
-#: The C and C++ runtime goes with it, so that an older system, or Android, does not matter.
+#: The C and C++ runtime is copied too, so that it runs on older systems and on Android.
 _LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
 _RUNTIME = (
     "libc.so.6",
@@ -50,8 +50,11 @@ SOURCES = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Build:
-    """A folder with `runner`, `probe` and, below ``lib/``, all that the runner loads. On a device
-    `loader` starts it: ``lib/ld-linux-… --library-path lib mobilellm_runner``."""
+    """A folder with the runner, the probe and, below ``lib/``, all libraries of the runner.
+
+    `executorch` is the version of the wheel. On a device the runner is started by `loader`:
+    ``lib/ld-linux-… --library-path lib mobilellm_runner``.
+    """
 
     folder: Path
     executorch: str
@@ -71,11 +74,13 @@ class Build:
 
 
 def build(architecture: str) -> Build:
-    """Build for ``x86_64`` or ``aarch64`` Linux, or take what was built from the same sources
-    before. Raises BadDeviceError where a compiler or the wheel is missing."""
+    """Build for ``x86_64`` or ``aarch64`` Linux, unless the cache has a build of the same sources.
+
+    Raises BadDeviceError where a compiler or the wheel is missing.
+    """
     if architecture not in COMPILERS:
         raise BadDeviceError(
-            f"architecture {architecture}", "has no runner", f"There is: {', '.join(COMPILERS)}"
+            f"architecture {architecture}", "has no runner", f"Supported: {', '.join(COMPILERS)}"
         )
     version = _executorch_version()
     digest = hashlib.sha256(version.encode())
@@ -88,7 +93,7 @@ def build(architecture: str) -> Build:
 
 
 def build_probe(architecture: str) -> Path:
-    """The probe alone, which needs no wheel."""
+    """Build the memory probe alone, which needs no wheel. Raises BadDeviceError."""
     digest = hashlib.sha256((SOURCES / "probe.c").read_bytes()).hexdigest()[:16]
     path = cache_folder() / "runner" / f"{PROBE}-{architecture}-{digest}"
     if not path.is_file():
@@ -102,7 +107,7 @@ def build_probe(architecture: str) -> Path:
 
 
 def _build(architecture: str, version: str, folder: Path) -> None:
-    """Beside `folder` first, so that it appears whole."""
+    """Build in a temporary folder and rename it, so that `folder` never is incomplete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / "made"
@@ -114,7 +119,7 @@ def _build(architecture: str, version: str, folder: Path) -> None:
             shutil.copy(_runtime_library(architecture, name), made / "lib" / name)
         _compile_runner(architecture, made)
         _compile_probe(architecture, made / PROBE)
-        if not folder.is_dir():  # another process may have been faster
+        if not folder.is_dir():  # another process may have built it meanwhile
             made.rename(folder)
 
 
@@ -130,13 +135,13 @@ def _compile_runner(architecture: str, made: Path) -> None:
 
 
 def _compile_probe(architecture: str, out: Path) -> None:
-    """Static, so that it also runs where there is no glibc."""
+    """Linked statically, so that it also runs where there is no glibc."""
     source = str(SOURCES / "probe.c")
     _compile(architecture, "gcc", "-O2", "-pthread", "-static", source, "-o", str(out))
 
 
 def _runtime_library(architecture: str, name: str) -> Path:
-    """Where the compiler finds a library of its own."""
+    """The path at which the compiler finds one of its own libraries."""
     command = [_compiler(architecture, "g++"), f"-print-file-name={name}"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return Path(found)
@@ -160,7 +165,7 @@ def _compiler(architecture: str, compiler: str) -> str:
 
 
 def _libraries(architecture: str, version: str, scratch: Path) -> Path:
-    """The folder with the wheel's libraries for an architecture."""
+    """The folder with the wheel's libraries for an architecture. Raises BadDeviceError."""
     if architecture == platform.machine():
         return _package() / "lib"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -199,4 +204,4 @@ def _executorch_version() -> str:
 
 def _no_executorch() -> BadDeviceError:
     remedy = "Run: pip install 'mobilellm-exporter[executorch]'"
-    return BadDeviceError("executorch", "is not installed and the runner is built from it", remedy)
+    return BadDeviceError("executorch", "is not installed; the runner is built from it", remedy)

@@ -1,16 +1,18 @@
-"""One module for each way to reach a device, all with the same few functions.
+"""Transports: one module for each kind of connection to a device, all with the same functions.
 
-- ``connected() -> list[str]``: the devices that can be seen now, as ``--device`` takes them.
-- ``workspace(device)``: the folder on the device in which everything of ours lies.
-- ``identify(device)``: what the device is, as far as it tells.
-- ``memory(device)``: bytes of memory, in all and available now.
-- ``free_space(device, folder)``: bytes.
-- ``run(device, argv, timeout, on_line)``: a command, to its end marker; or an error.
-- ``push(device, local, remote)``: a file, checked by its sha256; False where it was there already.
-- ``pull(device, remote, local)``: a file, checked likewise.
-- ``remove(device, remote)``: a file or folder below the workspace.
+- ``connected() -> list[str]``: the devices that are connected now, as ``--device`` takes them.
+- ``workspace(device)``: the folder on the device for all our files.
+- ``identify(device)``: the device's `Identity`, read from its system.
+- ``memory(device)``: its `Memory`.
+- ``free_space(device, folder)``: bytes that can be written there.
+- ``run(device, argv, timeout, on_line)``: run a command to its end, for at most `timeout` seconds.
+- ``push(device, local, remote)``: copy a file to the device and check its sha256; False where the
+  same file is there already.
+- ``pull(device, remote, local)``: copy a file from the device and check its sha256.
+- ``remove(device, remote)``: remove a file or folder below the workspace.
 
-``on_line`` is told each line of standard output as it comes.
+``on_line`` is called with each line of standard output as it arrives. All but `connected` and
+`workspace` raise DeviceError.
 """
 
 import importlib
@@ -26,7 +28,7 @@ TRANSPORTS = {
     "ssh": "devices.transports.ssh",
     "mac": "devices.transports.mac",
 }
-#: An address never begins with a dash, which a client would take for an option.
+#: The form of each transport's addresses. None begins with a dash, which would be an option.
 _ADDRESSES = {
     "host": r"",
     "mac": r"",
@@ -37,7 +39,7 @@ _ADDRESSES = {
 
 @dataclass(frozen=True)
 class Device:
-    """How to reach a device: ``adb`` and its serial, ``ssh`` and ``user@host:port``, ``host``."""
+    """A device: ``adb`` and its serial, ``ssh`` and ``user@host:port``, ``host`` or ``mac``."""
 
     transport: str
     address: str = ""
@@ -47,7 +49,10 @@ class Device:
 
 
 def parse_device(text: str) -> Device:
-    """``host``, ``mac``, ``adb:SERIAL`` or ``ssh:[USER@]HOST[:PORT]``. Raises BadDeviceError."""
+    """Parse ``host``, ``mac``, ``adb:SERIAL`` or ``ssh:[USER@]HOST[:PORT]``.
+
+    Raises BadDeviceError.
+    """
     kind, _, address = text.partition(":")
     if kind not in _ADDRESSES or not re.fullmatch(_ADDRESSES[kind], address):
         raise BadDeviceError(
@@ -58,5 +63,5 @@ def parse_device(text: str) -> Device:
 
 
 def transport_of(device: Device) -> ModuleType:
-    """The module that reaches the device."""
+    """The module for the device's kind of connection."""
     return importlib.import_module(TRANSPORTS[device.transport])

@@ -1,22 +1,22 @@
-"""Android devices, through the adb client: ``adb:SERIAL``, as `adb devices` lists them."""
+"""Android devices, with the adb client: ``adb:SERIAL``, as `adb devices` lists them."""
 
 import os
 import shlex
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from devices.errors import DeviceError, UnreachableError
-from devices.identity import Identity, Memory
 from devices.transports import Device, posix
 from devices.transports.supervised import Completed, OnLine, supervise
 
-#: The one folder where the shell user may write and execute.
+#: The only folder in which adb's shell user may both write and execute.
 _WORKSPACE = "/data/local/tmp/mobilellm"
 
 
 def connected() -> list[str]:
-    """Those that are ready; an unauthorized or offline device is left out."""
+    """The devices that are ready; unauthorized and offline ones are left out."""
     try:
         done = subprocess.run(
             ["adb", "devices"], capture_output=True, text=True, check=False, timeout=20
@@ -31,23 +31,11 @@ def workspace(device: Device) -> str:
     return _WORKSPACE
 
 
-def identify(device: Device) -> Identity:
-    return posix.identify(_runner(device), device)
-
-
-def memory(device: Device) -> Memory:
-    return posix.memory(_runner(device), device)
-
-
-def free_space(device: Device, folder: str) -> int:
-    return posix.free_space(_runner(device), device, folder)
-
-
 def run(
     device: Device, argv: Sequence[str], timeout: float, on_line: OnLine | None = None
 ) -> Completed:
     def spawn(command: Sequence[str]) -> list[str]:
-        # -T: no terminal, so that binary output stays what it is.
+        # -T: without a terminal, which would change binary output.
         return ["adb", "-s", device.address, "shell", "-T", shlex.join(command)]
 
     return supervise(device, spawn, argv, timeout, on_line)
@@ -68,16 +56,15 @@ def push(device: Device, local: Path, remote: str) -> bool:
             reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
             raise DeviceError(device, f"adb push failed ({''.join(reason)})")
 
-    return posix.push(_runner(device), copy, device, local, remote)
+    return posix.push(run, copy, device, local, remote)
 
 
-def pull(device: Device, remote: str, local: Path) -> None:
-    posix.pull(_runner(device), device, remote, local)
+# The rest needs only a way to run commands.
+identify = partial(posix.identify, run)
+memory = partial(posix.memory, run)
+free_space = partial(posix.free_space, run)
+pull = partial(posix.pull, run)
 
 
 def remove(device: Device, remote: str) -> None:
-    posix.remove(_runner(device), device, workspace(device), remote)
-
-
-def _runner(device: Device) -> posix.Run:
-    return lambda argv, timeout: run(device, argv, timeout)
+    posix.remove(run, device, workspace(device), remote)

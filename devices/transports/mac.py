@@ -1,4 +1,4 @@
-"""A Mac itself, for Core ML. Written to Apple's documents; no Mac was at hand to try it."""
+"""This machine where it is a Mac, for Core ML. Written from Apple's documents; not tried."""
 
 import platform
 import shutil
@@ -44,7 +44,7 @@ def identify(device: Device) -> Identity:
 
 
 def memory(device: Device) -> Memory:
-    """Available is what is free or can be dropped at once."""
+    """Available memory is what is free, inactive or purgeable."""
     text = subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout
     pages = dict(line.split(":") for line in text.splitlines()[1:] if ":" in line)
     page = int(_sysctl("hw.pagesize") or 4096)

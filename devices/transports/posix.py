@@ -1,4 +1,4 @@
-"""What a device with a POSIX shell and /proc can be asked, given only a way to run a command."""
+"""What the transports for devices with a POSIX shell and /proc share: it all runs commands."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,11 +8,15 @@ from pathlib import Path, PurePosixPath
 from devices.errors import DeviceError
 from devices.files import sha256
 from devices.identity import IDENTIFY, Identity, Memory, parse_identity, parse_meminfo
+from devices.transports import Device
 from devices.transports.supervised import Completed
 
-Run = Callable[[Sequence[str], float], Completed]
+#: Runs a command on a device, for at most so many seconds.
+Run = Callable[[Device, Sequence[str], float], Completed]
+#: Copies a file of this machine to a path on the device.
 Copy = Callable[[Path, str], None]
 
+#: Seconds for a command that only asks or removes.
 _SHORT = 60.0
 #: Bytes a second of the slowest link that is worth waiting for.
 _SLOWEST_LINK = 1e6
@@ -23,25 +27,28 @@ def transfer_timeout(size: int) -> float:
     return _SHORT + size / _SLOWEST_LINK
 
 
-def identify(run: Run, subject: object) -> Identity:
-    return parse_identity(run(["sh", "-c", IDENTIFY], _SHORT).check(subject).text)
+def identify(run: Run, device: Device) -> Identity:
+    """What the device is. Raises DeviceError where its shell does not tell."""
+    return parse_identity(run(device, ["sh", "-c", IDENTIFY], _SHORT).check(device).text)
 
 
-def memory(run: Run, subject: object) -> Memory:
-    return parse_meminfo(run(["cat", "/proc/meminfo"], _SHORT).check(subject).text)
+def memory(run: Run, device: Device) -> Memory:
+    """The device's memory. Raises DeviceError where /proc/meminfo does not tell."""
+    return parse_meminfo(run(device, ["cat", "/proc/meminfo"], _SHORT).check(device).text)
 
 
-def free_space(run: Run, subject: object, folder: str) -> int:
-    """Bytes that can be written below `folder`, or where it will be made."""
+def free_space(run: Run, device: Device, folder: str) -> int:
+    """Bytes that can be written below `folder`, which need not exist. Raises DeviceError."""
     script = 'd=$1; while [ ! -d "$d" ]; do d=$(dirname "$d"); done; df -k -P "$d"'
-    told = run(["sh", "-c", script, "mobilellm", folder], _SHORT).check(subject).text
-    return _free_bytes(told, subject, folder)
+    command = ["sh", "-c", script, "mobilellm", folder]
+    return _free_bytes(run(device, command, _SHORT).check(device).text, device, folder)
 
 
-def _free_bytes(told: str, subject: object, folder: str) -> int:
-    numbers = re.findall(r"\s(\d+)\s+(\d+)\s+(\d+)\s+\d+%", told)
+def _free_bytes(output: str, device: Device, folder: str) -> int:
+    """The available space in the last row that `df -k -P` printed."""
+    numbers = re.findall(r"\s(\d+)\s+(\d+)\s+(\d+)\s+\d+%", output)
     if not numbers:
-        raise DeviceError(subject, f"df says nothing of {folder} that can be read")
+        raise DeviceError(device, f"the output of df for {folder} cannot be parsed")
     return int(numbers[-1][2]) * 1024
 
 
@@ -60,47 +67,51 @@ chmod "$3" "$1" && mv -f "$1" "$2"
 """
 
 
-def push(run: Run, copy: Copy, subject: object, local: Path, remote: str) -> bool:
-    """Copy a file with `copy` unless the same is there. Executable files stay executable."""
+def push(run: Run, copy: Copy, device: Device, local: Path, remote: str) -> bool:
+    """Copy a file to the device with `copy`; False where a file with its sha256 is there already.
+
+    Executable files stay executable. Raises DeviceError where there is no room for the file, or
+    where it arrives changed; then nothing of it is left.
+    """
     size, wanted = local.stat().st_size, sha256(local)
     folder, part = str(PurePosixPath(remote).parent), f"{remote}.part"
     before = ["sh", "-c", _BEFORE, "mobilellm", folder, remote]
-    told = run(before, transfer_timeout(size)).check(f"{subject}: {folder}").text
-    if _HASH.match(told) and wanted in told.splitlines()[0]:
+    output = run(device, before, transfer_timeout(size)).check(f"{device}: {folder}").text
+    if _HASH.match(output) and wanted in output.splitlines()[0]:
         return False
-    free = _free_bytes(told, subject, folder)
+    free = _free_bytes(output, device, folder)
     if free < size:
         problem = f"{folder} has {free / 1e6:,.1f} MB free and {local.name} has {size / 1e6:,.1f}"
-        raise DeviceError(subject, problem, "Make room on the device")
+        raise DeviceError(device, problem, "Make room on the device")
     mode = "755" if local.stat().st_mode & 0o100 else "644"
     try:
         copy(local, part)
         after = ["sh", "-c", _AFTER, "mobilellm", part, remote, mode, wanted]
-        run(after, transfer_timeout(size)).check(f"{subject}: {local.name}")
+        run(device, after, transfer_timeout(size)).check(f"{device}: {local.name}")
     except DeviceError:
-        with suppress(DeviceError):  # the first error is the one to tell
-            run(["rm", "-f", part], _SHORT)
+        with suppress(DeviceError):  # the first error is the one to report
+            run(device, ["rm", "-f", part], _SHORT)
         raise
     return True
 
 
-def pull(run: Run, subject: object, remote: str, local: Path) -> None:
-    """Copy a file from the device; its sha256 there and here must agree."""
+def pull(run: Run, device: Device, remote: str, local: Path) -> None:
+    """Copy a file from the device. Raises DeviceError where its sha256 there and here differ."""
     script = 'wc -c < "$1" && sha256sum "$1"'
-    told = run(["sh", "-c", script, "mobilellm", remote], _SHORT).check(subject).text
-    size, _, line = told.partition("\n")
+    output = run(device, ["sh", "-c", script, "mobilellm", remote], _SHORT).check(device).text
+    size, _, line = output.partition("\n")
     found = _HASH.match(line)
-    content = run(["cat", remote], transfer_timeout(int(size))).check(subject).stdout
+    content = run(device, ["cat", remote], transfer_timeout(int(size))).check(device).stdout
     local.parent.mkdir(parents=True, exist_ok=True)
     local.write_bytes(content)
     if found is None or sha256(local) != found[1]:
         local.unlink()
-        raise DeviceError(subject, f"{remote} changed on its way", "Check the connection")
+        raise DeviceError(device, f"{remote} changed on its way", "Check the connection")
 
 
-def remove(run: Run, subject: object, workspace: str, remote: str) -> None:
-    """Remove what lies below the workspace, and nothing else."""
+def remove(run: Run, device: Device, workspace: str, remote: str) -> None:
+    """Remove a file or folder. Raises DeviceError where it does not lie below `workspace`."""
     inside = PurePosixPath(remote)
     if ".." in inside.parts or PurePosixPath(workspace) not in (inside, *inside.parents):
-        raise DeviceError(subject, f"{remote} is not below {workspace}")
-    run(["rm", "-rf", remote], _SHORT).check(subject)
+        raise DeviceError(device, f"{remote} is not below {workspace}")
+    run(device, ["rm", "-rf", remote], _SHORT).check(device)

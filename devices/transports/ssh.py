@@ -1,8 +1,8 @@
-"""Linux devices, through the ssh client: ``ssh:USER@HOST[:PORT]``, or an alias of your ssh config.
+"""Linux devices, with the ssh client: ``ssh:USER@HOST[:PORT]``, or an alias of your ssh config.
 
-Your own configuration holds (keys, jump hosts); ``MOBILELLM_SSH_CONFIG`` names another file.
-Nothing is asked: a host key must be known and a key or agent must open the door. One connection
-carries all commands, and ends a minute after the last.
+Your own ssh configuration applies (keys, jump hosts); ``MOBILELLM_SSH_CONFIG`` names another file.
+There are no prompts: the host key must be known, and a key or an agent must authenticate you. One
+connection carries all commands, and is closed a minute after the last one.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from devices.errors import DeviceError, UnreachableError
-from devices.identity import Identity, Memory
 from devices.transports import Device, posix
 from devices.transports.supervised import Completed, OnLine, supervise
 
@@ -31,25 +31,13 @@ _OPTIONS = {
 
 
 def connected() -> list[str]:
-    """None: whatever can be reached by ssh cannot be listed."""
+    """Empty: hosts with an ssh server cannot be listed."""
     return []
 
 
 def workspace(device: Device) -> str:
-    # Relative to the home folder, where every session begins.
+    # Relative to the home folder, where every ssh session starts.
     return ".cache/mobilellm/device"
-
-
-def identify(device: Device) -> Identity:
-    return posix.identify(_runner(device), device)
-
-
-def memory(device: Device) -> Memory:
-    return posix.memory(_runner(device), device)
-
-
-def free_space(device: Device, folder: str) -> int:
-    return posix.free_space(_runner(device), device, folder)
 
 
 def run(
@@ -73,18 +61,22 @@ def push(device: Device, local: Path, remote: str) -> bool:
             reason = "".join(done.stderr.strip().splitlines()[-1:])
             raise DeviceError(device, f"{part} cannot be written ({reason})")
 
-    return posix.push(_runner(device), copy, device, local, remote)
+    return posix.push(run, copy, device, local, remote)
 
 
-def pull(device: Device, remote: str, local: Path) -> None:
-    posix.pull(_runner(device), device, remote, local)
+# The rest needs only a way to run commands.
+identify = partial(posix.identify, run)
+memory = partial(posix.memory, run)
+free_space = partial(posix.free_space, run)
+pull = partial(posix.pull, run)
 
 
 def remove(device: Device, remote: str) -> None:
-    posix.remove(_runner(device), device, workspace(device), remote)
+    posix.remove(run, device, workspace(device), remote)
 
 
 def _client(device: Device, command: Sequence[str]) -> list[str]:
+    """The ssh command that runs `command` on the device."""
     parts = re.fullmatch(r"(?:(.+)@)?\[?(.+?)\]?(?::(\d+))?", device.address)
     assert parts is not None, device
     user, host, port = parts.groups()
@@ -98,14 +90,11 @@ def _client(device: Device, command: Sequence[str]) -> list[str]:
 
 
 def _socket_folder(config: str | None) -> Path:
-    """For this user alone, and for each configuration apart; short, as a socket's path must be."""
+    """The folder of the connection's socket, one for each user and configuration. Its path is
+    short, as a socket needs."""
     name = hashlib.sha256((config or "").encode()).hexdigest()[:8]
     folder = Path(tempfile.gettempdir()) / f"mobilellm-ssh-{os.getuid()}-{name}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or folder.is_symlink():
         raise UnreachableError(folder, "belongs to another user", "Set TMPDIR to a folder of yours")
     return folder
-
-
-def _runner(device: Device) -> posix.Run:
-    return lambda argv, timeout: run(device, argv, timeout)

@@ -1,9 +1,9 @@
-"""One command on a device, so that nothing of it is left behind and no end is mistaken for another.
+"""Run one command on a device such that no process stays behind and its end is known for certain.
 
-A small shell script on the device starts the command in a session of its own, tells its pid, and
-kills the whole session when the connection goes away (its standard input ends) or the time is
-over. Its last line carries a marker that only this run knows: without it the command did not end,
-whatever the client's exit code says.
+A shell script on the device starts the command in a session of its own and prints its pid. It kills
+the whole session when the connection is lost (its standard input ends) or the time limit is over.
+Its last line has a random marker of this run: without that line the command did not end, whatever
+the exit code of the client.
 """
 
 import re
@@ -17,8 +17,8 @@ from typing import IO
 
 from devices.errors import CommandFailedError, DeviceLostError, DeviceTimeoutError, UnreachableError
 
-#: $1 the marker, $2 the limit in seconds, then the command. Data comes as arguments only. Signals
-#: that a lost connection sends must not end the script before it has cleaned up.
+#: $1 is the marker, $2 the limit in seconds, then follows the command. Signals that a lost
+#: connection sends must not end the script before it has killed the session.
 _SUPERVISOR = r"""
 marker=$1 limit=$2
 shift 2
@@ -39,19 +39,20 @@ kill "$reader" "$watch" 2>/dev/null
 printf '\n%s end %s\n' "$marker" "$code" >&2
 exit 0
 """
-#: Kill a session by the pid of its first process; fails while that is still there.
+#: Kill a session by the pid of its first process; fails if that process still exists.
 _KILL = 'kill -KILL "-$1" "$1"; sleep 1; ! kill -0 "$1"'
-#: How long the device has to stop a command, and how much later it stops it of its own accord.
+#: Seconds that stopping a command may take, and by which the script's own limit is longer.
 _GRACE = 10.0
 
-#: A command of the device → the command of this machine that runs it there.
+#: Makes, of a command for the device, the command of this machine that runs it there.
 Spawn = Callable[[Sequence[str]], list[str]]
+#: Called with each line of standard output, without its end.
 OnLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Completed:
-    """A command that ended; `code` is 128 plus the signal where one ended it."""
+    """A command that ended. `code` is its exit code, or 128 plus the signal that ended it."""
 
     argv: tuple[str, ...]
     code: int
@@ -61,10 +62,12 @@ class Completed:
 
     @property
     def text(self) -> str:
+        """Standard output as text."""
         return self.stdout.decode("utf-8", "replace")
 
     def check(self, subject: object) -> "Completed":
-        """Itself where the code is 0, or CommandFailedError with the last line of stderr."""
+        """The command itself. Raises CommandFailedError, with the last line of stderr, for other
+        codes than 0."""
         if self.code:
             lines = self.stderr.decode("utf-8", "replace").strip().splitlines()
             reason = lines[-1] if lines else "no message"
@@ -75,7 +78,7 @@ class Completed:
 
 
 def describe_code(code: int) -> str:
-    """An exit code in words, with what the usual signals of a device mean."""
+    """An exit code in words, with the meaning of common signals."""
     meanings = {
         132: "SIGILL: the CPU lacks an instruction that the program uses",
         134: "SIGABRT: the program gave up",
@@ -93,10 +96,11 @@ def supervise(
     on_line: OnLine | None = None,
     session: Sequence[str] = ("setsid",),
 ) -> Completed:
-    """Run `argv` on a device. `session` is the command there that starts another in a new session.
+    """Run `argv` on a device for at most `timeout` seconds.
 
-    Raises DeviceTimeoutError, DeviceLostError or UnreachableError; a command that fails is
-    an ordinary result.
+    `session` is a command on the device that starts another one in a new session. Raises
+    DeviceTimeoutError, DeviceLostError or UnreachableError; a command that fails is an ordinary
+    result.
     """
     marker = f"mobilellm-{secrets.token_hex(8)}"
     limit = str(int(timeout + _GRACE) + 1)
@@ -109,7 +113,7 @@ def supervise(
     if not ended:
         where = _stop(client, output, spawn)
         problem = f"{argv[0]} did not end within {timeout:g} s{where}"
-        raise DeviceTimeoutError(subject, problem, "Give it more time, or less to do")
+        raise DeviceTimeoutError(subject, problem, "Raise --timeout, or measure less")
     client.wait()
     if client.stdin:
         client.stdin.close()
@@ -117,9 +121,11 @@ def supervise(
         said = output.stderr.decode("utf-8", "replace").strip().splitlines()
         reason = said[-1] if said else f"the client ended with code {client.returncode}"
         if not output.began:
-            raise UnreachableError(subject, f"cannot be reached ({reason})", "Is it connected?")
+            raise UnreachableError(
+                subject, f"cannot be reached ({reason})", "Connect it, or switch it on"
+            )
         problem = f"the connection ended while {argv[0]} was running ({reason})"
-        raise DeviceLostError(subject, problem, "Nothing of this run counts; connect it again")
+        raise DeviceLostError(subject, problem, "Connect it again; nothing of this run is kept")
     return Completed(tuple(argv), output.code, output.stdout, output.stderr, seconds)
 
 
@@ -136,7 +142,7 @@ _PACKAGES = {"ssh": "openssh-client"}
 
 
 class _Output:
-    """Reads both streams of a client in threads; the marker's lines are taken out of stderr."""
+    """Reads both streams of a client in threads, and removes the marker's lines from stderr."""
 
     def __init__(
         self, client: "subprocess.Popen[bytes]", marker: str, on_line: OnLine | None
@@ -156,7 +162,7 @@ class _Output:
             thread.start()
 
     def wait(self, timeout: float) -> bool:
-        """Whether both streams ended in time."""
+        """Whether both streams ended within `timeout` seconds."""
         end = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -185,9 +191,9 @@ class _Output:
 
 
 def _stop(client: "subprocess.Popen[bytes]", output: _Output, spawn: Spawn) -> str:
-    """Kill the command on the device; what is to be said of it if that cannot be made sure."""
+    """Kill the command on the device. Gives the end of the error message: whether it was killed."""
     if client.stdin:
-        client.stdin.close()  # the device sees it and kills the session
+        client.stdin.close()  # the script on the device sees it and kills the session
     output.wait(_GRACE)
     client.kill()
     client.wait()

@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from devices.files import cache_folder
 from exporter.calibration import parallel
-from exporter.calibration.cache import cache_folder, cache_lock
+from exporter.calibration.cache import cache_lock
 from exporter.calibration.data import CalibrationText, check_sources, hash_of, read_text
 from exporter.calibration.distill import TrainingHistory, distill
 from exporter.calibration.gptq import gptq_weights

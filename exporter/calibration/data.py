@@ -6,7 +6,7 @@ machines that share the work, see the same text.
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,6 @@ from exporter.model.checkpoint import Checkpoint
 from exporter.text.documents import read_documents
 from exporter.text.sequences import cut_sequences
 from exporter.text.tokenizer import load_tokenizer
-
-#: Told of each step: how many are done, of how many, and what is worth showing.
-OnStep = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exporter.calibration import parallel
-from exporter.calibration.data import CalibrationText, OnStep
+from exporter.calibration.data import CalibrationText
 from exporter.calibration.loss import compare, divergence
 from exporter.calibration.settings import Calibration
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher
 from exporter.errors import InputError
 from exporter.files import write_tensors
+from exporter.progress import OnStep
 from exporter.quantization.schemes import QuantizedTensor, Scheme, pack_entries, unpack_entry
 
 STATE, BEST = "state.safetensors", "best.safetensors"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter.calibration.data import OnStep
 from exporter.model.decoder import FloatWeights, attend_causal, load_decoder
+from exporter.progress import OnStep
 
 #: A single draw is a rough estimate: no token counts more than this many average ones.
 MOST = 10.0

@@ -9,16 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.calibration.cache import cache_folder, cache_lock
-from exporter.calibration.data import OnStep, hash_of
+from devices.files import cache_folder
+from exporter.calibration.cache import cache_lock
+from exporter.calibration.data import hash_of
 from exporter.calibration.settings import Calibration, Source
 from exporter.errors import InputError
 from exporter.files import replacing, sha256
+from exporter.inference.sampling import sample
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.decoder import Decoder, StaticCache, load_decoder
+from exporter.progress import OnStep
 from exporter.text.documents import is_table, read_documents, read_rows, text_field
 from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 
@@ -140,7 +142,8 @@ def continue_texts(
         last = torch.tensor([[texts[index][-1]] for index in rows])
         states = decoder.hidden_states(last, torch.tensor([position]), cache.attend)
         cache.start += 1
-        sampled = _sample(F.linear(states[:, -1], output).float(), source, generator)
+        logits = F.linear(states[:, -1], output).float()
+        sampled = sample(logits, source.temperature, source.top_p, generator)
         for index, token in zip(rows, sampled, strict=True):
             prompt, text = prompts[index], texts[index]
             if position + 1 < len(prompt):
@@ -163,24 +166,3 @@ def _until_end(text: list[int], prompt: int, ends: set[int]) -> list[int]:
     """The text up to its first end behind the prompt."""
     first = next((i for i in range(prompt, len(text)) if text[i] in ends), len(text))
     return text[: first + 1]
-
-
-def _sample(logits: Tensor, source: Source, generator: torch.Generator) -> list[int]:
-    """One token for each row of logits [batch, vocab_size]."""
-    shares = (logits / source.temperature).softmax(-1)
-    if source.top_p < 1:
-        shares, order = shares.sort(dim=-1, descending=True)
-        shares[shares.cumsum(-1) - shares >= source.top_p] = 0
-        drawn = order.gather(-1, _draw(shares, generator))
-    else:
-        drawn = _draw(shares, generator)
-    tokens: list[int] = drawn[:, 0].tolist()
-    return tokens
-
-
-def _draw(shares: Tensor, generator: torch.Generator) -> Tensor:
-    """One place in each row [rows, 1], each as likely as its share; much faster than
-    `torch.multinomial`."""
-    below = shares.cumsum(-1, dtype=torch.float64)
-    points = torch.rand(len(shares), 1, generator=generator, dtype=torch.float64) * below[:, -1:]
-    return torch.searchsorted(below, points, right=True).clamp_(max=shares.shape[-1] - 1)

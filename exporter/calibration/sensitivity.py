@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter.calibration.data import OnStep
 from exporter.calibration.loss import compare
 from exporter.errors import InputError
 from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig
 from exporter.model.decoder import FloatWeights, attend_causal, load_final_norm, stream_layers
 from exporter.model.rope import rope_tables
+from exporter.progress import OnStep
 from exporter.quantization.rounding import quantize
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 

@@ -1,4 +1,4 @@
-"""How far the logits of one model are from those of another."""
+"""Compare the logits of two models."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over all positions compared; `worst` is the index of the position with the largest KL."""
+    """The result of `compare_logits`. `worst` is the index of the position with the largest KL."""
 
     positions: int
     kl: float
@@ -17,17 +17,20 @@ class Agreement:
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Of float32 logits [..., vocab_size], in float64: KL is a small difference of large sums."""
+    """Log-softmax of float32 logits [..., vocab_size] in float64.
+
+    KL is a small difference of large sums, for which float32 is too coarse.
+    """
     return logits.double().log_softmax(-1)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats of log-probabilities [positions, vocab_size]: [positions]."""
+    """KL(p || q) in nats [positions], of log-probabilities [positions, vocab_size]."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def same_choice(reference: Tensor, logits: Tensor) -> Tensor:
-    """Whether the most likely token is the same: bool [positions]."""
+    """Whether both choose the same most likely token: bool [positions]."""
     return reference.argmax(-1) == logits.argmax(-1)
 
 
@@ -36,7 +39,7 @@ def compare_logits(reference: Tensor, logits: Tensor) -> Agreement:
 
     `kl` is the mean of KL(reference || logits) in nats, `top1` the share of positions with the
     same most likely token, `max_difference` the largest absolute difference of any logit.
-    NaN anywhere in `logits` gives NaN, which passes no limit.
+    A NaN in `logits` makes the figures NaN, which no limit accepts.
     """
     kl = divergence(log_probabilities(reference), log_probabilities(logits))
     return Agreement(

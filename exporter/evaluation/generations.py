@@ -1,4 +1,4 @@
-"""Greedy generations: where one model's first departs from another's.
+"""Compare the greedy generations of two models: where do they diverge?
 
 mobilellm evaluate build/nano --task problems.jsonl --generations 20 --reference DIR
 """
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from statistics import median
 
 from exporter.errors import InputError
-from exporter.evaluation.perplexity import OnStep, bands
+from exporter.evaluation.perplexity import bands
 from exporter.inference.generation import Generation, Sampling
 from exporter.inference.loaded_model import LoadedModel
+from exporter.progress import OnStep
 
 
 @dataclass(frozen=True)
 class Written:
-    """New tokens after one prompt; `ended` when the model ended the text by itself."""
+    """The new tokens after one prompt. `ended` is whether the model ended the text itself."""
 
     tokens: tuple[int, ...]
     ended: bool
@@ -23,8 +24,10 @@ class Written:
 
 @dataclass(frozen=True)
 class SameTokens:
-    """Share of the generations that have the same token at positions `first`..`last`, of those
-    that both reach; the end of a text counts as a token."""
+    """The share of equal tokens at the new positions `first`..`last`.
+
+    Only positions that both generations have count; the end of a text counts as a token.
+    """
 
     first: int
     last: int
@@ -33,8 +36,11 @@ class SameTokens:
 
 @dataclass(frozen=True)
 class GenerationScore:
-    """`first_divergence` has the first new position that differs for every prompt, None where
-    none does; its median takes those as the length of the text."""
+    """The comparison of two models over all prompts.
+
+    `first_divergence` has, for each prompt, the first new position with different tokens, or None.
+    Its median takes the length of the text for None. `identical_generations` is a share.
+    """
 
     generations: int
     identical_generations: float
@@ -44,7 +50,7 @@ class GenerationScore:
 
 
 def check_prompts(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse what the model cannot read before the first generation. Raises InputError."""
+    """Raise InputError for a prompt that the model cannot read, before the first generation."""
     for number, prompt in enumerate(prompts, 1):
         try:
             Generation(model.runner, prompt, (), Sampling())
@@ -59,7 +65,7 @@ def write_texts(
     max_new_tokens: int,
     on_step: OnStep,
 ) -> list[Written]:
-    """Continue every prompt greedily, up to its end or `max_new_tokens`."""
+    """Continue every prompt greedily, to the end of the text or for `max_new_tokens`."""
     written, unended = list[Written](), 0
     for index, prompt in enumerate(prompts):
         on_step(index, len(prompts), f"{unended} never ended" if unended else "")
@@ -72,7 +78,10 @@ def write_texts(
 
 
 def compare_texts(reference: Sequence[Written], others: Sequence[Written]) -> GenerationScore:
-    """Compare two models' generations of the same prompts, in the same order."""
+    """Compare two models' generations of the same prompts, in the same order.
+
+    Raises InputError where there are none.
+    """
     if not reference:
         raise InputError("--generations", "there are none to compare", "Give 1 or more")
     places, lengths, same = list[int | None](), list[int](), list[list[bool]]()
@@ -98,5 +107,5 @@ def compare_texts(reference: Sequence[Written], others: Sequence[Written]) -> Ge
 
 
 def _with_end(written: Written) -> tuple[int, ...]:
-    """The tokens, and -1 for the end that the model chose."""
+    """The tokens, with -1 for the end where the model ended the text."""
     return (*written.tokens, -1) if written.ended else written.tokens

@@ -1,4 +1,4 @@
-"""Any model of this tool in lm-eval, the field's usual harness.
+"""Run any model of this tool in lm-eval (EleutherAI's evaluation harness).
 
     lm_eval --model mobilellm --model_args path=build/nano,target=onnx --tasks FILE.yaml
 
@@ -33,12 +33,12 @@ from exporter.inference.loaded_model import open_model
 from exporter.text.documents import Message
 from exporter.text.tokenizer import load_tokenizer
 
-#: What lm-eval's `hf` model allows a task that names no limit.
+#: The limit of new tokens for tasks that name none, as in lm-eval's `hf` model.
 MAX_GEN_TOKS = 256
 
 
 class MobileLLM(TemplateLM):
-    """One model of this tool. Requests run one after the other: the runtimes have no batches."""
+    """A model of this tool for lm-eval. Requests run one by one: the runtimes have no batches."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class MobileLLM(TemplateLM):
             )
         self.max_length = max_length or context
         self._seeds = count()
-        #: What was read last, and the logits after it.
+        #: The tokens of the last request's context, and the logits after them.
         self._last: tuple[list[int], Tensor] = [], torch.empty(0)
         if not self._loaded.eos_token_ids:
             raise InputError(path, "names no token that ends a text", "Give it an eos_token_id")
@@ -82,13 +82,13 @@ class MobileLLM(TemplateLM):
         return str(self._loaded.tokenizer_folder).replace("/", "__")
 
     def get_model_info(self) -> dict[str, str]:
-        """What lm-eval writes beside its results."""
+        """The facts that lm-eval writes beside its results."""
         return {"model_path": self._path, "model_kind": self._loaded.kind}
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Token ids with what the tokenizer itself puts around a text, once."""
+        """Token ids with the special tokens of the tokenizer, unless the text begins with them."""
         if add_special_tokens is None:
             begin = self.tokenizer.tokenizer.id_to_token(self.prefix_token_id)
             add_special_tokens = not (begin and string.startswith(begin))
@@ -99,8 +99,8 @@ class MobileLLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as text; without `add_generation_prompt` its last turn is left open,
-        for the model to go on with."""
+        """The conversation as text. Without `add_generation_prompt` its last turn is left open, and
+        the model continues it."""
         messages = [Message(turn["role"], turn["content"]) for turn in chat_history]
         text = self.tokenizer.conversation_text(messages, to_be_answered=add_generation_prompt)
         if add_generation_prompt or not messages:
@@ -114,7 +114,7 @@ class MobileLLM(TemplateLM):
         disable_tqdm: bool = False,
         **_: object,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is what greedy would write."""
+        """The log-likelihood of each continuation, and whether greedy decoding would give it."""
         results = []
         for request, context, continuation in tqdm(requests, disable=disable_tqdm):
             results.append(self._score(context, continuation))
@@ -129,7 +129,7 @@ class MobileLLM(TemplateLM):
                 f"has {len(continuation)} tokens, the context holds {self.max_length}",
                 "Lower the model with a larger max_context",
             )
-        # A context that is too long loses its beginning; one token of it is always left.
+        # The beginning of a context that is too long is dropped; at least one token is kept.
         whole = (context + continuation)[-self.max_length - 1 :]
         read, place = len(whole) - len(continuation), 0
         last_read, last_logits = self._last
@@ -150,7 +150,7 @@ class MobileLLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the context."""
+        """The log-likelihood of whole texts, in windows of the context's length."""
         totals = []
         for (text,) in tqdm([request.args for request in requests], disable=disable_tqdm):
             windows = get_rolling_token_windows(
@@ -186,7 +186,7 @@ class MobileLLM(TemplateLM):
         return texts
 
     def _pieces(self, prompt: list[int], stops: Sequence[str], sampling: Sampling) -> Iterator[str]:
-        """Text as it is written, up to the piece that completes a stop string."""
+        """The text piece by piece, up to the one that completes a stop string."""
         ids = (self.tokenizer.tokenizer.token_to_id(stop) for stop in stops)
         ends = {*self._loaded.eos_token_ids, *(token for token in ids if token is not None)}
         generation = Generation(self._loaded.runner, prompt, tuple(ends), sampling)
@@ -199,7 +199,7 @@ class MobileLLM(TemplateLM):
                 return
 
     def _sampling(self, asked: dict[str, Any]) -> Sampling:
-        """Greedy, or the next seed: a task that samples often wants different texts."""
+        """Greedy, or sampling with a new seed each time: repeated requests want different texts."""
         if not asked["do_sample"]:
             return Sampling(asked["max_gen_toks"])
         unknown = asked.keys() & {"top_k", "min_p", "repetition_penalty", "num_beams"}

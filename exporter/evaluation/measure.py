@@ -1,6 +1,6 @@
-"""Everything that `mobilellm evaluate` measures of one model, checked before it is started."""
+"""All measurements of `mobilellm evaluate` on one model; bad input is refused before they start."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,18 @@ from exporter.evaluation.generations import (
 from exporter.evaluation.perplexity import TextScore, score_text
 from exporter.evaluation.tasks import TaskScore, read_problems, score_problems
 from exporter.inference.loaded_model import LoadedModel, open_model, open_simulated
+from exporter.progress import Progress
 from exporter.text.documents import Document, read_documents
 from exporter.text.sequences import cut_sequences
 from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 
-#: Told of each step: the stage, how many of its steps are done, of how many, what to show.
-Progress = Callable[[str, int, int, str], None]
-
 
 @dataclass(frozen=True)
 class Measures:
-    """What to measure; named as on the command line. Raises InputError for what cannot be."""
+    """What to measure; the fields are the options of the command line.
+
+    Raises InputError for values that are out of range or do not go together.
+    """
 
     data: Path | None = None
     field: str | None = None
@@ -78,7 +79,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found; None for what was not asked for. `kind` says what ran, and where."""
+    """The results, None for what was not asked for. `kind` names the model's form and runtime."""
 
     kind: str
     text: TextScore | None
@@ -86,7 +87,7 @@ class Evaluation:
     generations: GenerationScore | None
 
     def figures(self) -> dict[str, object]:
-        """Every figure by its name, None for what was not measured."""
+        """All figures by name, None for those that were not measured."""
         named = dict.fromkeys(
             field.name for kind in (TextScore, TaskScore, GenerationScore) for field in fields(kind)
         )
@@ -179,7 +180,7 @@ def _sequences(
 def _check_same_tokens(
     reference: LoadedModel, model: LoadedModel, tokenizer: TextTokenizer
 ) -> None:
-    """A token must mean the same to both, or their logits cannot be compared."""
+    """Raise InputError unless both have the same vocabulary: else logits cannot be compared."""
     theirs, ours = reference.runner.vocab_size, model.runner.vocab_size
     if theirs != ours:
         raise InputError(

@@ -1,12 +1,12 @@
-"""How well a model predicts a text, and how far its predictions are from another model's.
+"""Perplexity of a model on a text, and KL and agreement with the predictions of another model.
 
     mobilellm evaluate build/nano --data problems.jsonl --reference examples/mobilellm-r1-nano
 
-Every kind of model is given the same sequences, those of `exporter.text.sequences`.
+Every kind of model reads the same sequences, those of `exporter.text.sequences`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,17 +17,18 @@ from exporter.backends import Runner
 from exporter.errors import InputError
 from exporter.evaluation.agreement import divergence, log_probabilities, same_choice
 from exporter.inference.reference import ReferenceRunner
+from exporter.progress import OnStep
 
-#: Told how many of how many steps are done, and what is worth showing.
-OnStep = Callable[[int, int, str], None]
 #: Logits of this many positions are in memory at once; a vocabulary of 128k takes 0.5 MB each.
 ROWS = 64
 
 
 @dataclass(frozen=True)
 class Band:
-    """Positions `first`..`last` of every sequence, counted from 0: the token that is read there
-    is followed by a prediction."""
+    """The figures of positions `first`..`last` of every sequence, from 0.
+
+    A prediction belongs to the position of the last token that was read for it.
+    """
 
     first: int
     last: int
@@ -38,11 +39,11 @@ class Band:
 
 @dataclass(frozen=True)
 class TextScore:
-    """Over all `tokens` that were predicted.
+    """The figures of a model over all `tokens` that it predicted.
 
-    `kl` is the mean of KL(reference || model) in nats, `top1_agreement` the share of positions
-    with the same most likely token; None without a reference. `perplexity_error` is the standard
-    error of the perplexity, the tokens taken as independent.
+    `kl` is the mean of KL(reference || model) in nats, and `top1_agreement` the share of positions
+    with the same most likely token; both are None without a reference. `perplexity_error` is the
+    standard error of the perplexity, which treats the tokens as independent.
     """
 
     tokens: int
@@ -62,10 +63,11 @@ def score_text(
     reference: Runner | None = None,
     prefill: int = 1,
 ) -> TextScore:
-    """Predict every token of the sequences from those before it.
+    """Score the prediction of each token of the sequences from the tokens before it.
 
     A model in torch reads a whole sequence at once. An artifact reads its first `prefill` tokens
-    at once, and the others one by one. For both, the predictions from there on are scored.
+    at once and the others one by one. For both, the first scored prediction is that after the
+    first `prefill` tokens. Raises InputError where logits are not finite.
     """
     found = list[Tensor]()
     mean = 0.0
@@ -107,7 +109,7 @@ def score_text(
 
 
 def bands(count: int) -> list[tuple[int, int]]:
-    """Positions 0..count - 1 as half-open ranges, each as long as all before it."""
+    """Positions 0..count - 1 as half-open ranges: 16 positions, then each as many as all before."""
     edges = [0, *(16 << power for power in range(32) if 16 << power < count), count]
     return list(pairwise(edges))
 
@@ -115,8 +117,10 @@ def bands(count: int) -> list[tuple[int, int]]:
 def next_logits(
     runner: Runner, tokens: Sequence[int], prefill: int, rows: int = ROWS
 ) -> Iterator[Tensor]:
-    """Logits float32 [up to `rows`, vocab_size] at a time, of what follows the first `prefill`
-    tokens, and of what follows each further token."""
+    """The logits after the first `prefill` tokens and after each further token.
+
+    Each item is float32 [up to `rows`, vocab_size].
+    """
     if isinstance(runner, ReferenceRunner):
         yield from runner.score(tokens, prefill - 1, rows)
         return
@@ -132,8 +136,8 @@ def next_logits(
 def _scored(
     runner: Runner, reference: Runner | None, tokens: Sequence[int], prefill: int
 ) -> Iterator[Tensor]:
-    """Of some positions at a time, float64 [4, positions]: the model's loss, the reference's,
-    KL, and 1 where both choose the same; without a reference NaN."""
+    """Figures of up to `ROWS` positions at a time, float64 [4, positions]: the model's loss, the
+    reference's loss, KL, and 1 where both choose the same token. NaN without a reference."""
     read, targets = tokens[:-1], torch.tensor(tokens[prefill:]).split(ROWS)
     logits = next_logits(runner, read, prefill)
     if reference is None:
@@ -149,10 +153,10 @@ def _scored(
 
 
 def _loss(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """Minus the log-likelihood of each target in nats: [positions]."""
+    """The negative log-likelihood of each target in nats: [positions]."""
     return -log_probabilities.gather(-1, targets[:, None])[:, 0]
 
 
 def _exp(loss: float) -> float:
-    """Infinite where it is too large for a float, which math.exp refuses."""
+    """exp(loss), infinite where math.exp would overflow."""
     return math.exp(loss) if loss < 700 else math.inf

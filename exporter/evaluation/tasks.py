@@ -1,9 +1,9 @@
-r"""Problems with one right answer: how many a model solves, by exact match.
+r"""Accuracy of a model on problems with one right answer, by exact match.
 
     mobilellm evaluate build/nano --task problems.jsonl
 
-A row of the file has a `prompt` (or `question`) and its `answer`. The answer of a text is what
-stands in its last ``\boxed{}`` or after its last ``####``, as in GSM8K, whichever comes later.
+A row of the file has a `prompt` (or `question`) and its `answer`. The answer of a text is the
+content of its last ``\boxed{}`` or what follows its last ``####`` (GSM8K), whichever is later.
 """
 
 import re
@@ -20,20 +20,22 @@ from exporter.text.tokenizer import TextTokenizer
 
 PROMPT_FIELDS, ANSWER_FIELD = ("prompt", "question"), "answer"
 _MARK = re.compile(r"\\boxed\s*\{|####")
-#: Decimal's own precision: longer numbers are compared as they are written.
+#: The precision of Decimal. Longer numbers are compared as text.
 _DIGITS = 28
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 @dataclass(frozen=True)
 class Problem:
+    """A prompt and its right answer."""
+
     prompt: str
     answer: str
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What was made of one problem; `found` is None when the text has no answer."""
+    """The model's result on one problem. `found` is None where its text has no answer."""
 
     expected: str
     found: str | None
@@ -44,8 +46,11 @@ class Attempt:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Shares of all problems: solved (`accuracy`), with any answer, and never ended, that is cut
-    off at the limit of new tokens or where the context was full."""
+    """The result on all problems.
+
+    `accuracy`, `answered` (with any answer) and `never_ended` are shares of all problems. A text
+    never ended where the limit of new tokens or the end of the context cut it off.
+    """
 
     problems: int
     accuracy: float
@@ -56,7 +61,10 @@ class TaskScore:
 
 
 def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
-    """The first `limit` problems of a JSONL or parquet file. Raises InputError with the line."""
+    """The first `limit` problems of a JSONL or parquet file.
+
+    Raises InputError with the line or row, or where there are none.
+    """
     problems = [
         Problem(text_field(row, place, PROMPT_FIELDS), _expected(row, place))
         for place, row in islice(read_rows(path), limit)
@@ -69,7 +77,7 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
 def score_problems(
     problems: Sequence[Problem], written: Sequence[Written], tokenizer: TextTokenizer
 ) -> TaskScore:
-    """Read the answers out of what a model has written to each problem."""
+    """Score the texts that a model wrote, one for each problem."""
     attempts = list[Attempt]()
     for problem, text in zip(problems, written, strict=True):
         found = find_answer(tokenizer.decode(text.tokens))
@@ -87,7 +95,7 @@ def score_problems(
 
 
 def find_answer(text: str) -> str | None:
-    r"""What stands in the last whole ``\boxed{}`` or after the last ``####``, or None."""
+    r"""The content of the last closed ``\boxed{}`` or what follows the last ``####``, or None."""
     for mark in reversed(list(_MARK.finditer(text))):
         rest = text[mark.end() :]
         answer = _braced(rest) if mark[0].endswith("{") else rest.strip().partition("\n")[0]
@@ -97,8 +105,11 @@ def find_answer(text: str) -> str | None:
 
 
 def plain_answer(answer: str) -> str:
-    """The answer without what changes no value: spaces around it, dollar signs, a final period,
-    separators of thousands, and how a number is written."""
+    """The answer in a normal form, in which equal values are equal text.
+
+    Outer spaces and dollar signs, a final period and thousands separators are removed; numbers are
+    written in one way.
+    """
     text = answer.strip().replace("\\$", "$").strip("$").strip().removesuffix(".").strip()
     number = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
     if len(number) > _DIGITS:
@@ -106,7 +117,7 @@ def plain_answer(answer: str) -> str:
     try:
         value = Decimal(number)
         return str(value.normalize() + 0) if value.is_finite() else text
-    except ArithmeticError:  # not a number, or one too large to write down
+    except ArithmeticError:  # not a number, or one that is too large
         return text
 
 
@@ -120,7 +131,7 @@ def _expected(row: Row, place: str) -> str:
 
 
 def _braced(text: str) -> str | None:
-    """Up to the brace that closes the one before `text`; None where it is never closed."""
+    """`text` up to the brace that closes one before it; None where there is no such brace."""
     depth = 1
     for index, character in enumerate(text):
         depth += (character == "{") - (character == "}")

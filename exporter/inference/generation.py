@@ -1,4 +1,4 @@
-"""Text from any runner: greedy or sampled, one token at a time."""
+"""Generate text with any runner, greedily or by sampling, one token at a time."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +10,18 @@ from torch import Tensor
 
 from exporter.backends import Runner
 from exporter.errors import InputError
+from exporter.inference.sampling import sample
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 is greedy; `top_p` keeps the likeliest tokens that make up this share."""
+    """How tokens are chosen. `temperature` 0 is greedy.
+
+    `top_p` keeps the most likely tokens that together have this share. Raises InputError for values
+    out of range.
+    """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -38,7 +43,11 @@ class Sampling:
 
 @dataclass
 class Generation:
-    """A running generation: iterate for the token ids, then read how it ended."""
+    """A generation: iterate over it for the token ids, then read how it ended.
+
+    `end_ids` are the tokens that end a text. `seconds` has the time of "prefill" and "decode".
+    Raises InputError for a prompt that is empty, too long, or not of the model's vocabulary.
+    """
 
     runner: Runner
     prompt: Sequence[int]
@@ -67,7 +76,7 @@ class Generation:
             )
 
     def __iter__(self) -> Iterator[int]:
-        """New token ids; the end-of-text id is not among them."""
+        """The new token ids, without the token that ends the text."""
         choose = _chooser(self.sampling)
         room = self.runner.context - len(self.prompt)
         started = time.perf_counter()
@@ -88,15 +97,13 @@ class Generation:
 
 
 def _chooser(sampling: Sampling) -> Callable[[Tensor], int]:
+    """The function from logits [vocab_size] to the next token."""
     if sampling.temperature == 0:
         return lambda logits: int(logits.argmax())
     generator = torch.Generator().manual_seed(sampling.seed)
 
-    def sample(logits: Tensor) -> int:
+    def choose(logits: Tensor) -> int:
         below = logits.double() - logits.max()  # so that no temperature is too small
-        shares, order = (below / sampling.temperature).softmax(-1).sort(descending=True)
-        # A token stays while the likelier ones do not yet make up top_p: the first always does.
-        shares[shares.cumsum(-1) - shares >= sampling.top_p] = 0
-        return int(order[torch.multinomial(shares, 1, generator=generator)])
+        return sample(below[None], sampling.temperature, sampling.top_p, generator)[0]
 
-    return sample
+    return choose

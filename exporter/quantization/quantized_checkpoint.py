@@ -4,7 +4,7 @@
         --checkpoint examples/mobilellm-r1-nano -o build/nano-int4
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from exporter.model.checkpoint import (
     special_tokens,
 )
 from exporter.model.config import ModelConfig, parse_config
+from exporter.progress import OnTensor
 from exporter.quantization.plan import QuantizationPlan
 from exporter.quantization.rounding import LARGEST_SCALE, problem_with_values, quantize
 from exporter.quantization.schemes import (
@@ -49,9 +50,6 @@ WEIGHTS, MANIFEST = "quantized.safetensors", "quantization.json"
 
 #: What a calibration reports, as files in a folder of this name.
 REPORTS = "calibration"
-
-#: Called with a tensor's name when it is done: progress for whoever shows it.
-OnTensor = Callable[[str], None]
 
 QUANTIZED_OUTPUT = Output(WEIGHTS, MANIFEST, (*COMPANION_FILES, REPORTS))
 DEQUANTIZED_OUTPUT = Output("model.safetensors", "config.json", COMPANION_FILES)

@@ -1,1 +1,1 @@
-"""From files to tokens: documents, the tokenizer, and sequences of one length."""
+"""Read documents from files, turn text into tokens, and cut tokens into sequences."""

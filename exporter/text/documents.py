@@ -1,9 +1,9 @@
-"""Texts and conversations out of local files: plain text, JSONL and parquet.
+"""Read texts and conversations from local files: plain text, JSONL and parquet.
 
     mobilellm evaluate build/nano --data problems.jsonl
 
-A plain file is one document. A row of JSONL or parquet is one: its field `text`, or a
-conversation in `messages`, or a prompt with what answers it (`prompt` and `completion`, or
+A plain text file is one document. In JSONL and parquet each row is one: the text in its field
+`text`, the conversation in `messages`, or a prompt and its answer (`prompt` and `completion`, or
 `question` and `answer`). Files are UTF-8.
 """
 
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from exporter.errors import InputError
 
-#: Fields of a row that are its text, in the order in which they are looked for.
+#: Fields that hold the document of a row; the first one that the row has counts.
 TEXT_FIELDS = ("text", "messages")
-#: Or a prompt and what answers it.
+#: Fields that hold a prompt and its answer, where none of those is there.
 PAIRS = (("prompt", "completion"), ("question", "answer"))
-#: .json, too, holds one object a line in most published data sets.
+#: Also .json: in most published data sets it holds one object a line.
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 Row = Mapping[str, object]
@@ -37,9 +37,10 @@ Document = str | tuple[Message, ...]
 
 
 def read_documents(path: Path, field: str | None = None) -> list[Document]:
-    """Every document of a file that is not empty; `field` names the one to read of each row.
+    """All documents of a file that are not empty. `field` names the field to read of each row.
 
-    Raises InputError with the line or row for what is not UTF-8, not JSON, or lacks the field.
+    Raises InputError, with the line or row, for text that is not UTF-8, rows that are not JSON
+    objects or lack the field, and files without text.
     """
     if not is_table(path):
         if field is not None:
@@ -53,17 +54,20 @@ def read_documents(path: Path, field: str | None = None) -> list[Document]:
         documents = [_document(row, place, field) for place, row in read_rows(path)]
     found = [document for document in documents if not isinstance(document, str) or document]
     if not any(not isinstance(document, str) or document.strip() for document in found):
-        raise InputError(path, "holds no text", "Give a file with some")
+        raise InputError(path, "holds no text", "Give a file with text")
     return found
 
 
 def is_table(path: Path) -> bool:
-    """Whether the file has rows with fields, by its name."""
+    """Whether the file has rows with fields, which its suffix tells."""
     return path.suffix.lower() in (*JSONL_SUFFIXES, ".parquet")
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each row of a JSONL or parquet file, with its place in words for errors."""
+    """Each row of a JSONL or parquet file, with its place in the file for error messages.
+
+    Raises InputError with that place.
+    """
     if path.suffix.lower() == ".parquet":
         yield from _parquet_rows(path)
         return
@@ -88,7 +92,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def text_field(row: Row, place: str, names: Sequence[str]) -> str:
-    """The first of these fields that the row has, as text. Raises InputError."""
+    """The first of the fields `names` that the row has. Raises InputError where it is not text."""
     for name in names:
         if name in row:
             return _string(row[name], f"{place}: {name}")
@@ -125,7 +129,7 @@ def _messages(value: Sequence[object], where: str) -> tuple[Message, ...]:
     for entry in value:
         if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys():
             raise InputError(
-                where, f"{_short(entry)} is no message", "Give objects with 'role' and 'content'"
+                where, f"{_short(entry)} is not a message", "Give objects with 'role' and 'content'"
             )
         role, content = (_string(entry[key], f"{where}: {key}") for key in ("role", "content"))
         messages.append(Message(role, content))
@@ -139,7 +143,7 @@ def _string(value: object, where: str) -> str:
         raise InputError(where, f"{_short(value)} is not text", "Give a string")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
         raise InputError(where, f"is not Unicode ({error.reason})", "Correct the text") from error
     return value
 
@@ -154,7 +158,7 @@ def _fields(row: Row) -> str:
 
 
 def _text(path: Path) -> str:
-    """A whole file as text, without the byte order mark that Windows puts first."""
+    """The text of a file, without a byte order mark."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,8 +1,8 @@
-"""Texts as sequences of tokens, all of one length: what models are measured and calibrated on.
+"""Cut texts into token sequences of equal length, for evaluation and calibration.
 
-The documents' tokens are put one after the other, with the begin-of-text token between them, and
-cut; each sequence starts with that token, where the model has one. What is left at the end is not
-used.
+The tokens of all documents are concatenated, with the begin-of-text token before each, and cut.
+Each sequence starts with that token, where the model has one. The incomplete last sequence is
+dropped.
 """
 
 import sys
@@ -21,10 +21,11 @@ def cut_sequences(
     subject: object = "the text",
     option: str = "the length",
 ) -> list[list[int]]:
-    """Sequences of `length` tokens, all or as many whole ones as `max_tokens` allow.
+    """All sequences of `length` tokens, or as many as `max_tokens` tokens allow.
 
-    Texts are read as far as they are needed. Raises InputError about `subject`, which they come
-    from, where they do not fill one; `option` is what sets the length.
+    `begin` is the begin-of-text token, if there is one. Texts are read only as far as needed.
+    Raises InputError where they do not fill one sequence: `subject` is their source, and `option`
+    the setting that determines the length.
     """
     most = sys.maxsize if max_tokens is None else max_tokens // length
     head = [] if begin is None else [begin]
@@ -32,7 +33,7 @@ def cut_sequences(
     sequences, rest = list[list[int]](), list[int]()
     for text in texts:
         tokens = tokenizer.encode(text)
-        # A chat template may write the begin-of-text token itself; it stands there once.
+        # A chat template may write the begin-of-text token itself: it must not be there twice.
         rest += head + (tokens[1:] if head and tokens[:1] == head else tokens)
         start = 0
         while len(sequences) < most:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the checkpoint's own tokenizer and chat template."""
+"""Convert text to token ids and back, with the checkpoint's own tokenizer and chat template."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from exporter.errors import InputError
 from exporter.files import read_json
 from exporter.text.documents import Document, Message
 
-#: Files that a folder needs to turn text into tokens, as far as they are present.
+#: The files of a model folder that its tokenizer consists of; all but the first may be missing.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,7 +27,10 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """The tokenizer of one model folder; see `load_tokenizer`."""
+    """The tokenizer of the model folder `path`, made by `load_tokenizer`.
+
+    `special_tokens` are the variables of the chat template, such as `bos_token`.
+    """
 
     path: Path
     tokenizer: Tokenizer
@@ -35,7 +38,7 @@ class TextTokenizer:
     special_tokens: Mapping[str, str]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text as it stands, nothing added."""
+        """The token ids of the text; no special tokens are added. Raises InputError."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -44,29 +47,29 @@ class TextTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids, special tokens left out."""
+        """The text of these ids without special tokens."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
     def decode_whole(self, ids: Sequence[int]) -> str:
-        """The text of these ids with its special tokens: `encode` gives the ids again."""
+        """The text of these ids with special tokens, which `encode` turns into the same ids."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
     def stream(self, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
-        """Each id with the text it adds; held back while a character is still in pieces."""
+        """Each id with the text that it adds: '' while a character is incomplete."""
         stream = DecodeStream(skip_special_tokens=True)
         for token in ids:
             yield token, stream.step(self.tokenizer, token) or ""
 
     def chat_text(self, prompt: str, system: str | None = None) -> str:
-        """The prompt as one turn of a conversation that the model is to answer."""
+        """The prompt as a conversation that the model is to answer. Raises InputError."""
         messages = [Message("system", system)] if system else []
         return self.conversation_text([*messages, Message("user", prompt)], to_be_answered=True)
 
     def document_text(self, document: Document) -> str:
-        """Plain text as it stands; a conversation through the chat template, or as paragraphs
-        where the model has none."""
+        """Plain text unchanged; a conversation as the chat template writes it, or as paragraphs
+        where the model has no template."""
         if isinstance(document, str):
             return document
         if self.chat_template is None:
@@ -74,7 +77,10 @@ class TextTokenizer:
         return self.conversation_text(document, to_be_answered=False)
 
     def conversation_text(self, messages: Sequence[Message], *, to_be_answered: bool) -> str:
-        """The chat template's text; `to_be_answered` ends it where the model's turn begins."""
+        """A conversation as the chat template writes it. Raises InputError.
+
+        With `to_be_answered` it ends where the model's turn begins.
+        """
         if self.chat_template is None:
             raise InputError(self.path, "has no chat template", "Use --raw to give plain text")
         variables = {"tools": None, "documents": None, **self.special_tokens}
@@ -84,7 +90,7 @@ class TextTokenizer:
                 add_generation_prompt=to_be_answered,
                 **variables,
             )
-        except Exception as error:  # a template is a program: it can fail in any way
+        except Exception as error:  # a template is a program and may raise anything
             raise InputError(
                 f"{self.path}: chat template",
                 f"cannot be rendered ({error})",
@@ -92,7 +98,8 @@ class TextTokenizer:
             ) from error
 
     def prompt_text(self, prompt: str, *, raw: bool, system: str | None = None) -> str:
-        """What the model reads: plain text with `raw` or without a template, else a chat turn."""
+        """The text that the model reads: the prompt itself with `raw` or without a chat template,
+        else a conversation."""
         if raw or (self.chat_template is None and system is None):
             return prompt
         return self.chat_text(prompt, system)
@@ -120,14 +127,14 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 
 
 def _token_text(value: object) -> str | None:
-    """A special token is written as text or as an object with its ``content``."""
+    """The text of a special token, which is given as text or as an object with ``content``."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
 
 
 def _default_template(value: object, path: Path) -> str | None:
-    """A template is text, or one of several that are named."""
+    """The chat template: text, or the one named "default" in a list of named templates."""
     if value is None or isinstance(value, str):
         return value
     templates = dict[str, str]()
@@ -157,7 +164,7 @@ def _to_json(value: object, indent: int | None = None) -> str:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What transformers gives to a chat template."""
+    """The environment that transformers gives to chat templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
     )

@@ -17,7 +17,7 @@ from devices.comparison import compare
 from devices.engines import Model, Plan
 from devices.errors import BadDeviceError, CommandFailedError
 from devices.operators import audit, read_trace
-from devices.session import place_of, prepare_engine, run_plan
+from devices.session import model_folder, prepare_engine, run_plan
 from devices.session_state import Job, SessionState, Settings
 from devices.transports import Device, parse_device, transport_of
 from exporter import profiling
@@ -61,18 +61,18 @@ def problem(bundle: Bundle, name: str) -> Model:
 def measured(device: Device, model: Model) -> tuple[SessionState, ModuleType]:
     """A model on a device, ready to run."""
     transport = transport_of(device)
-    one = SessionState(Job(model), device, Settings(timeout=300.0))
-    one.identity, one.threads = transport.identify(device), 1
-    one.engine = prepare_engine(one, transport)
-    return one, transport
+    session = SessionState(Job(model), device, Settings(timeout=300.0))
+    session.identity, session.threads = transport.identify(device), 1
+    session.engine = prepare_engine(session, transport)
+    return session, transport
 
 
 def generated(device: Device, model: Model, out: Path) -> tuple[list[int], np.ndarray]:
     """Greedy tokens, and the logits behind them [steps, vocab]."""
-    one, transport = measured(device, model)
-    remote = f"{place_of(transport, device, model)}/logits"
+    session, transport = measured(device, model)
+    remote = f"{model_folder(transport, device, model)}/logits"
     plan = Plan(generate=STEPS, logits=remote)
-    records, _ = run_plan(one, transport, plan)
+    records, _ = run_plan(session, transport, plan)
     transport.pull(device, remote, out)
     (tokens,) = (record["tokens"] for record in records if record["phase"] == "generate")
     return tokens, np.fromfile(out, np.float32).reshape(STEPS, -1)
@@ -126,9 +126,9 @@ def test_an_etdump_of_the_device_is_pulled_and_read(
     adb_arm: Daemon, portable_bundle: Bundle, tmp_path: Path
 ) -> None:
     model = model_of(portable_bundle, "executorch")
-    one, transport = measured(adb_arm.device, model)
-    remote = f"{place_of(transport, adb_arm.device, model)}/trace"
-    run_plan(one, transport, Plan(depths=[0], steps=2, trace=remote))
+    session, transport = measured(adb_arm.device, model)
+    remote = f"{model_folder(transport, adb_arm.device, model)}/trace"
+    run_plan(session, transport, Plan(depths=[0], steps=2, trace=remote))
     transport.pull(adb_arm.device, remote, tmp_path / "trace")
     operators = read_trace("executorch", tmp_path / "trace")
     products = [row for row in operators if "QB4W" in row.name]
@@ -142,9 +142,9 @@ def test_an_old_processor_that_lacks_an_instruction_is_reported_as_such(
 ) -> None:
     """Its /proc/cpuinfo tells of dot products that it does not have, as a wrong kernel may."""
     with arm64_adbd(arm64, "cortex-a53", cpuinfo="cpuinfo_a76") as daemon:
-        one, transport = measured(daemon.device, model_of(portable_bundle, "executorch"))
+        session, transport = measured(daemon.device, model_of(portable_bundle, "executorch"))
         with pytest.raises(CommandFailedError, match="code 132, SIGILL: the CPU lacks an instr"):
-            run_plan(one, transport, Plan(prompts=[4]))
+            run_plan(session, transport, Plan(prompts=[4]))
 
 
 def test_a_session_on_it_says_emulated_everywhere_and_is_never_compared(

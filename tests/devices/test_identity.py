@@ -84,9 +84,9 @@ def test_a_board_is_known_by_its_device_tree() -> None:
 
 
 def test_a_story_that_is_cut_off_is_not_believed() -> None:
-    with pytest.raises(DeviceError, match="does not tell what it is"):
+    with pytest.raises(DeviceError, match="does not identify itself"):
         parse_identity(told().removesuffix("@@end\n"))
-    with pytest.raises(DeviceError, match="does not tell the memory"):
+    with pytest.raises(DeviceError, match="has no MemTotal"):
         parse_meminfo("MemFree: 12 kB")
 
 

@@ -100,7 +100,7 @@ def test_onnxruntime_perf_test_in_every_spelling(text: str, expected: dict[str, 
 
 
 def test_onnxruntime_perf_test_without_a_time_is_no_measurement() -> None:
-    with pytest.raises(DeviceError, match="no time that is understood"):
+    with pytest.raises(DeviceError, match="no time in a known form"):
         official.read_perf_test("Total inference requests: 100")
 
 
@@ -135,7 +135,7 @@ def test_llama_main_is_given_the_prompt_as_text_and_as_one_argument(
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("my_runner", "is no runner that is known"), ("onnxruntime_perf_test", "runs onnx, not exec")],
+    [("my_runner", "is not a known runner"), ("onnxruntime_perf_test", "runs onnx, not exec")],
 )
 def test_a_runner_that_does_not_fit_is_refused(
     name: str, message: str, model: Model, tmp_path: Path

@@ -11,8 +11,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import devices
+from devices import operators as tables
 from devices.errors import DeviceError
-from devices.operators import audit, read_trace
+from devices.operators import Operator, audit, read_trace
+from exporter.bundle.bundle import Bundle
 
 #: One linear layer, with and without XNNPACK; written and run in a process of its own, as the
 #: toolkit changes torch for the whole process.
@@ -45,6 +48,61 @@ def test_a_linear_layer_that_missed_xnnpack_fails_the_audit(
     assert [row.delegate for row in operators if row.product] == [
         "" if problems else "XnnpackBackend"
     ]
+
+
+#: What the interpreter of ExecuTorch says of the time of all calls of operators and delegates.
+CALLS = """
+import sys
+from executorch.devtools import Inspector
+blocks = [block for block in Inspector(etdump_path=sys.argv[1]).event_blocks]
+calls = [e for b in blocks for e in b.events if e.name in ("OPERATOR_CALL", "DELEGATE_CALL")]
+print(sum(sum(event.perf_data.raw) for event in calls))
+"""
+
+
+@pytest.fixture(scope="module")
+def decoded(
+    finished_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Operator]]:
+    """A trace of the demo's own .pte, whose attention is a custom operator, and its table."""
+    folder = tmp_path_factory.mktemp("decoded")
+    trace, tokens = folder / "trace", folder / "tokens.txt"
+    tokens.write_text(" ".join(str(token % 500) for token in range(600)))
+    runner = Path(devices.__file__).parent / "engines" / "python_runner.py"
+    command = [
+        sys.executable, str(runner), "--engine", "executorch", "--tokens", str(tokens),
+        "--model", str(finished_bundle.path / "executorch" / "model.pte"),
+        "--depths", "500", "--steps", "8", "--trace", str(trace),
+    ]  # fmt: skip
+    subprocess.run(command, capture_output=True, check=True)
+    return trace, read_trace("executorch", trace)
+
+
+def test_custom_operators_of_executorch_have_their_share(
+    decoded: tuple[Path, list[Operator]],
+) -> None:
+    trace, operators = decoded
+    shares = {row.name: row.share for row in operators}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["llama::custom_sdpa.out"] > 0.05
+    assert shares["llama::update_cache.out"] > 0
+    told = subprocess.run(
+        [sys.executable, "-c", CALLS, str(trace)], capture_output=True, text=True, check=True
+    ).stdout
+    # The table leaves out the overhead of each call of a kernel alone.
+    assert sum(row.milliseconds for row in operators) == pytest.approx(float(told), rel=0.05)
+
+
+def test_the_audit_sees_a_custom_operator_for_attention(
+    decoded: tuple[Path, list[Operator]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace, operators = decoded
+    assert audit(operators) == []
+    (attention,) = [row for row in operators if "sdpa" in row.name]
+    assert (attention.product, attention.delegate) == (True, "CPU kernel")
+    monkeypatch.setattr(tables, "_EXECUTORCH_KERNELS", frozenset[str]())
+    (problem,) = audit(read_trace("executorch", trace))
+    assert problem.startswith(f"llama::custom_sdpa.out ({attention.calls} calls, ")
 
 
 def float_product(path: Path) -> Path:

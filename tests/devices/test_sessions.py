@@ -21,14 +21,11 @@ from devices.errors import BadDeviceError
 from devices.resume_log import ResumeLog
 from exporter import profiling
 from exporter.bundle.bundle import Bundle
+from exporter.progress import no_progress
 
 Capture = pytest.CaptureFixture[str]
 SHORT = ["max_repeats=1", "sustained_seconds=0", "decode_steps=2", "depths=[0]",
          "prompt_lengths=[4]"]  # fmt: skip
-
-
-def quiet(stage: str, done: int, total: int, note: str = "") -> None:
-    """Show nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +33,7 @@ def measured(portable_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) 
     """One session on this machine, of both artifacts."""
     output = tmp_path_factory.mktemp("report") / "report.json"
     request = profiling.Request(["host"], threads=1, output=output)
-    made = profiling.profile(portable_bundle.path, request, quiet)
+    made = profiling.profile(portable_bundle.path, request, no_progress)
     assert made.passed
     assert [path.name for path in output.parent.iterdir()] == ["report.json"]
     found: dict[str, Any] = json.loads(output.read_text())
