@@ -18,7 +18,7 @@ from commands import contents, flip, run
 from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 
 from exporter import pipeline
-from exporter.backends import coreml as backend
+from exporter.backends.coreml import lowering as backend
 from exporter.backends.coreml.graph import DECODE, KEYS, PREFILL, TOKEN, VALUES, mil_name
 from exporter.backends.coreml.interpreter import Interpreter, State
 from exporter.backends.coreml.package import (

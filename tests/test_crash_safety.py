@@ -148,7 +148,7 @@ def test_two_exports_at_once_into_one_folder_do_not_mix(
 KILLED_BEFORE_RENAME = """
 import os, signal, sys
 from pathlib import Path
-from exporter.model.decoder.checkpoint import open_checkpoint
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import export, no_progress
 from exporter.recipe import load_recipe
 import exporter.backends.executorch.lowering

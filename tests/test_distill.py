@@ -167,8 +167,8 @@ def test_kept_answers_of_the_teacher_change_no_byte(
             kept = contents(own_cache)
             assert sum(path.endswith(".safetensors") for path in kept) == 18
     assert contents(own_cache) == kept
-    unshard = contents(tmp_path / "without")
-    assert contents(tmp_path / "first") == contents(tmp_path / "again") == unshard
+    whole = contents(tmp_path / "without")
+    assert contents(tmp_path / "first") == contents(tmp_path / "again") == whole
 
 
 def test_kept_answers_are_those_of_their_temperature_and_number(
@@ -193,9 +193,9 @@ def test_two_runs_in_different_folders_are_equal_to_the_last_byte(
     shutil.rmtree(own_cache)
     moved = Path(shutil.copytree(checkpoint.path, tmp_path / "moved"))
     quantize_here(recipe, open_checkpoint(moved), tmp_path / "another" / "folder")
-    unshard = contents(tmp_path / "one")
-    assert contents(tmp_path / "another" / "folder") == unshard
-    reports = {name for name in unshard if name.startswith("calibration/")}
+    whole = contents(tmp_path / "one")
+    assert contents(tmp_path / "another" / "folder") == whole
+    reports = {name for name in whole if name.startswith("calibration/")}
     assert reports == {
         f"calibration/{name}.{kind}"
         for name in ("distillation", "sensitivity")
@@ -210,13 +210,13 @@ def test_two_runs_in_different_folders_are_equal_to_the_last_byte(
 KILLED_AND_GONE_ON = """
 import os, signal, sys
 from pathlib import Path
-from exporter.model.decoder.checkpoint import open_checkpoint
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import quantize
 from exporter.recipe import load_recipe
-from exporter.calibration.distill import Evaluation, Journal
-from exporter.calibration.plots import plot_journal
+from exporter.calibration.distill import Evaluation, TrainingHistory
+from exporter.calibration.plots import plot_history
 import exporter.calibration.calibrate, torch._dynamo  # what takes long is loaded once
-plot_journal(Journal([1.0], [Evaluation(0, 1.0, 1.0)]))
+plot_history(TrainingHistory([1.0], [Evaluation(0, 1.0, 1.0)]))
 recipe, checkpoint = load_recipe(sys.argv[1]), open_checkpoint(sys.argv[2])
 def run(out, moment):
     if process := os.fork():
@@ -274,10 +274,10 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(
     # Every name was reached: behind the last one nothing is killed any more.
     assert killed == fates[: len(killed)]
     assert len(steps) + 15 <= len(killed) < len(fates), fates
-    unshard = contents(tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
     for fate in fates:
         moment = fate.split(",")[0].replace(":", "-")
-        assert contents(tmp_path / "killed" / moment) == unshard, fate
+        assert contents(tmp_path / "killed" / moment) == whole, fate
 
 
 def test_a_calibration_without_distillation_killed_at_any_moment_ends_in_the_same_bytes(
@@ -519,7 +519,7 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batch(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from exporter.model.decoder.checkpoint import open_checkpoint
+from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import quantize
 from exporter.recipe import load_recipe
 def progress(stage, done, total, note=""):

@@ -12,7 +12,7 @@ from executorch.exir._serialize import _program as pte
 from executorch.extension.pybindings import portable_lib
 
 from exporter import pipeline
-from exporter.backends import executorch
+from exporter.backends.executorch import lowering as executorch
 from exporter.backends.executorch.graph import decode_filter, filter_bytes, scale_bytes
 from exporter.backends.executorch.layers import exchange_columns
 from exporter.bundle.artifact import FinishedArtifact
