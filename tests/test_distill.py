@@ -15,7 +15,6 @@ import torch
 import yaml
 from calibrating import (
     CHARACTERS,
-    TEXT,
     divergence_of,
     journal_of,
     quantize_here,
@@ -37,13 +36,6 @@ from exporter.recipe import Recipe
 ABSURD = {"learning_rate": 1.0, "scale_learning_rate": 0.0, "warm_up": 0}
 SANE = {"learning_rate": 5e-4, "scale_learning_rate": 2e-3, "steps": 40, "evaluate_every": 10}
 WORKING = ".calibration.tmp"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture
