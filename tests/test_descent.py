@@ -12,6 +12,7 @@ from roundings import (
 )
 from torch import Tensor
 
+from exporter.quantization import descent
 from exporter.quantization.coordinate_descent import coordinate_descent
 from exporter.quantization.gptq import gptq
 from exporter.quantization.schemes import (
@@ -21,8 +22,6 @@ from exporter.quantization.schemes import (
     quantize,
     to_scale_grid,
 )
-
-ROUNDS = "exporter.quantization.coordinate_descent._ROUNDS"
 
 
 def started(weight: Tensor, hessian: Tensor, scheme: Scheme) -> QuantizedTensor:
@@ -47,7 +46,7 @@ def test_no_round_makes_it_worse(
     start = gptqs if method == "gptq" else quantize(weight, scheme, method)
     errors = [error(weight, start, hessian)]
     for rounds in range(1, 5):
-        monkeypatch.setattr(ROUNDS, rounds)
+        monkeypatch.setattr(descent, "_ROUNDS", rounds)
         # Damping is a part of what is minimized.
         errors.append(
             error(weight, coordinate_descent(weight, hessian, start, 0.0).rounded, hessian)
@@ -60,7 +59,7 @@ def test_no_round_makes_it_worse(
 def test_in_the_end_no_single_code_would_be_better_otherwise(
     scheme: Scheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ROUNDS, 30)
+    monkeypatch.setattr(descent, "_ROUNDS", 30)
     weight, hessian = random_weight(6), correlated_hessian()
     found = coordinate_descent(weight, hessian, started(weight, hessian, scheme), 0.0).rounded
     assert scheme.bits is not None
