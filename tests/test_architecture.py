@@ -20,7 +20,7 @@ PACKAGE = ROOT / "exporter"
 DEVICES = ROOT / "devices"
 
 #: The parts of `exporter`, from the bottom up. A part may import from its own layer and from those
-#: below it; two parts of one layer must not import each other.
+#: below it, and nowhere in a circle.
 LAYERS = (
     {"errors"},
     {"files"},
