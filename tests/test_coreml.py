@@ -16,7 +16,7 @@ import torch
 from commands import contents, flip, run
 from lowering import MODELS, SCHEMES, SHAPES, Change, Lower, Lowered, Weights, tokens
 
-from exporter.backends.coreml import lowering as backend
+from exporter.backends import coreml as backend
 from exporter.backends.coreml.graph import DECODE, KEYS, PREFILL, TOKEN, VALUES, mil_name
 from exporter.backends.coreml.interpreter import Interpreter, State
 from exporter.backends.coreml.package import (

@@ -11,7 +11,7 @@ from executorch.extension.pybindings import portable_lib
 from lowering import MODELS, SHAPES, Lower, Lowered, tokens
 
 from exporter import pipeline
-from exporter.backends.executorch import lowering as executorch
+from exporter.backends import executorch
 from exporter.backends.executorch.graph import decode_filter, filter_bytes, scale_bytes
 from exporter.backends.executorch.layers import exchange_columns
 from exporter.bundle.artifact import FinishedArtifact

@@ -17,9 +17,9 @@ from executorch.exir.schema import DelegateCall
 from executorch.extension.pybindings import portable_lib
 from lowering import Lowered, lowered_in, tokens
 
+from exporter.backends import executorch as backend
 from exporter.backends.coreml.graph import mil_name
 from exporter.backends.coreml.package import place_of
-from exporter.backends.executorch import lowering as backend
 from exporter.backends.executorch.coreml_delegate import embedded_package, flatten, unflatten
 from exporter.backends.executorch.file import delegate_payload
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
