@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from devices.catalogue import KnownDevice, known_device
-from devices.errors import DeviceError
-from devices.prediction import Speed, predict_on
-from exporter.backends import backend
+from exporter.backends import Target, backend
+from exporter.backends import names as backend_names
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.artifact import (
     FinishedArtifact,
@@ -22,11 +20,13 @@ from exporter.bundle.artifact import (
     artifact_versions,
     write_artifact,
 )
+from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
+from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
 from exporter.bundle.bundle import (
-    BUNDLE_OUTPUT,
     SEAL,
     Bundle,
     bundle_identity,
+    bundle_output,
     file_problems,
     is_bundle,
     is_bundle_of,
@@ -34,8 +34,6 @@ from exporter.bundle.bundle import (
     sealed_files,
     write_seal,
 )
-from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
-from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
 from exporter.errors import InputError
 from exporter.files import (
     check_folder,
@@ -61,8 +59,7 @@ from exporter.quantization.quantized_checkpoint import (
     write_quantized,
 )
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
-from exporter.recipe import TARGETS, Recipe, Target, check_context
-from exporter.sizes import Prediction, predict, workload
+from exporter.recipe import Recipe
 from exporter.verification import (
     Check,
     Text,
@@ -179,7 +176,7 @@ def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
                 f"--target {name}", f"is not in the recipe {recipe.name}", f"It has: {kinds}"
             )
     chosen = tuple(target for target in recipe.targets if target.target in names)
-    return replace(recipe, targets=chosen) if names else recipe
+    return recipe.model_copy(update={"targets": chosen}) if names else recipe
 
 
 @dataclass(frozen=True)
@@ -319,15 +316,17 @@ def export(
     }
     checkpoint.check_weights()
     known = {"recipe": recipe.to_dict()}
-    check_folder(out, BUNDLE_OUTPUT, _may_be_of(out / BUNDLE_MANIFEST, known), overwrite)
+    check_folder(out, bundle_output(), _may_be_of(out / BUNDLE_MANIFEST, known), overwrite)
     decided = decide(recipe, checkpoint, progress)
     packages: dict[str, dict[str, str]] = {
         target.target: artifact_versions(target) for target in recipe.targets
     }
     manifest = bundle_identity(recipe, decided.identity, packages)
     same = is_bundle_of(out, manifest, decided.identity)
-    with claim_folder(out, BUNDLE_OUTPUT, same, overwrite):
-        for other in TARGETS.keys() - packages.keys():  # of an unfinished run of another recipe
+    with claim_folder(out, bundle_output(), same, overwrite):
+        for other in (
+            set(backend_names()) - packages.keys()
+        ):  # of an unfinished run of another recipe
             shutil.rmtree(out / other, ignore_errors=True)
         quantized = _write_quantized(checkpoint, decided, out / BUNDLE_QUANTIZED, progress)
         artifacts: dict[str, FinishedArtifact] = {
@@ -417,67 +416,3 @@ def _verify_models(
         checks += check_logits(quantized, finished, texts[target])
         progress(stage, 1, 1)
     return checks
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What one recipe would make of a checkpoint for one target, or why it cannot."""
-
-    recipe: str
-    target: str
-    prediction: Prediction | None
-    problem: str = ""
-    #: On a device of the catalogue: at an empty cache, and at a full one.
-    speeds: tuple[Speed, ...] = ()
-
-
-def inspect_package(path: Path) -> Any:
-    """What is in a Core ML package, also one that was made elsewhere: `coreml_inspection`."""
-    backend("coreml")  # says what to install where coremltools is missing
-    from exporter.backends.coreml.inspection import inspect_package
-
-    return inspect_package(path)
-
-
-def catalogue_device(key: str) -> KnownDevice:
-    """A device that `mobilellm devices` knows. Raises InputError."""
-    try:
-        return known_device(key)
-    except DeviceError as error:
-        raise InputError(f"--device {key}", error.problem, error.remedy) from error
-
-
-def forecast(
-    recipe: Recipe, checkpoint: Checkpoint, device: KnownDevice | None = None
-) -> list[Forecast]:
-    """The predicted sizes for every target of a recipe, and the speeds on a device; needs no
-    toolkit. A budget is taken to be used up."""
-    try:
-        schemes = plan(recipe, checkpoint).schemes
-    except InputError as error:
-        return [Forecast(recipe.name, target.target, None, str(error)) for target in recipe.targets]
-    forecasts = []
-    for target in recipe.targets:
-        try:
-            check_context(checkpoint.config, target)
-        except InputError as error:
-            problem = f"{error.subject} {error.problem}"
-            forecasts.append(Forecast(recipe.name, target.target, None, problem))
-            continue
-        prediction = _within_budget(predict(checkpoint.config, schemes, target), recipe, checkpoint)
-        speeds: tuple[Speed, ...] = ()
-        if device is not None:
-            work = workload(checkpoint.config, schemes, target)
-            speeds = tuple(predict_on(work, device, d) for d in (0, target.max_context))
-        forecasts.append(Forecast(recipe.name, target.target, prediction, speeds=speeds))
-    return forecasts
-
-
-def _within_budget(prediction: Prediction, recipe: Recipe, checkpoint: Checkpoint) -> Prediction:
-    if not recipe.quantization.budget:
-        return prediction
-    from exporter.calibration.sensitivity import model_bits, parse_budget
-
-    budget = parse_budget(recipe.quantization.budget, "quantization.budget", checkpoint.config)
-    more = max(0, budget - model_bits(plan(recipe, checkpoint).schemes, checkpoint.config)) // 8
-    return replace(prediction, file=prediction.file + more, memory=prediction.memory + more)

@@ -1,26 +1,25 @@
 """A bundle on devices: its artifacts become jobs of a session, `devices` does the rest."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from devices import report
 from devices.comparison import Comparison, compare
-from devices.engines import Model
+from devices.engines import FORMATS, Model
 from devices.errors import DeviceError
 from devices.files import write_json
 from devices.session_state import Job, Progress, Settings
 from devices.transports import parse_device
+from exporter.backends import front
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import MANIFEST, Bundle, open_bundle
 from exporter.errors import InputError
 from exporter.files import differing_files, package_versions, read_json
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
-from exporter.quantization.schemes import FLOAT
-from exporter.recipe import ExecuTorchTarget, OnnxTarget, Profile, parse_profile
-from exporter.sizes import workload
+from exporter.forecast import workload
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
+from exporter.recipe import Profile, parse_profile
 from exporter.text.tokenizer import load_tokenizer
 from exporter.verification import verification_text
 
@@ -83,11 +82,11 @@ def profile(path: Path, request: Request, progress: Progress) -> Profiled:
 def _settings(bundle: Bundle, request: Request) -> Settings:
     """The recipe's profile section, the context's own limits aside, with overrides."""
     recipe = read_json(bundle.path / MANIFEST).get("recipe", {})
-    section = recipe.get("profile") or json.loads(json.dumps(asdict(Profile())))
+    section = recipe.get("profile") or Profile().model_dump(mode="json")
     chosen = parse_profile(section, f"{bundle.path}: profile", request.overrides)
     if request.threads < 0 or request.timeout <= 0:
         raise InputError("--threads and --timeout", "must not be negative")
-    return Settings(**asdict(chosen), threads=request.threads, timeout=request.timeout)
+    return Settings(**chosen.model_dump(), threads=request.threads, timeout=request.timeout)
 
 
 def _chosen(bundle: Bundle, targets: Sequence[str]) -> list[FinishedArtifact]:
@@ -106,19 +105,21 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
         name, problem = next(iter(problems.items()))
         raise InputError(artifact.path / name, problem, "The file is damaged: export again")
     target, context = artifact.target, artifact.target.max_context
+    if target.target not in FORMATS:
+        known = f"Known: {', '.join(FORMATS)}"
+        raise InputError(f"{artifact.path}: {target.target}", "has no engine on devices", known)
     tokens = verification_text(quantized, context, None).tokens
     tokenizer = artifact.path / "tokenizer.json"
     lengths = _settings(bundle, request).prompt_lengths if request.runner else ()
-    main = _MAIN[target.target]
+    format_ = front(target.target)
     model = Model(
         format=target.target,
         folder=artifact.path,
-        main=main,
-        files=tuple(name for name in artifact.files if _belongs(name, main)),
+        main=format_.FILE_NAME,
+        files=tuple(name for name in artifact.files if _belongs(name, format_.FILE_NAME)),
         context=context,
-        portable=isinstance(target, ExecuTorchTarget) and target.attention == "portable",
-        integers=not isinstance(target, OnnxTarget)
-        or (target.form == "contrib" and _all_integers(quantized)),
+        portable=format_.portable(target),
+        integers=format_.integers(quantized.config, quantized.schemes, target),
         tokens=tokens,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         texts=_texts(quantized, tokens, lengths),
@@ -126,22 +127,9 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
     return Job(model, workload(quantized.config, quantized.schemes, target), request.runner)
 
 
-#: What each runtime opens.
-_MAIN = {"executorch": "model.pte", "onnx": "model.onnx", "coreml": "model.mlpackage"}
-
-
 def _belongs(name: str, main: str) -> bool:
     """A package's own files, and a model's external data; not what a tokenizer reads."""
     return name == main or name.startswith((f"{main}/", f"{main}."))
-
-
-def _all_integers(quantized: QuantizedCheckpoint) -> bool:
-    shapes = quantized.config.parameter_shapes()
-    return all(
-        scheme != FLOAT or len(shapes[name]) == 1
-        for name, scheme in quantized.schemes.items()
-        if name != EMBEDDING or quantized.config.tie_word_embeddings
-    )
 
 
 def _texts(

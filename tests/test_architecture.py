@@ -5,7 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +13,7 @@ from types import ModuleType
 import pytest
 from conftest import NANO, ROOT
 
-from exporter.backends import BACKENDS, backend
-from exporter.recipe import TARGETS
+from exporter.backends import backend, front, names
 
 PACKAGE = ROOT / "exporter"
 DEVICES = ROOT / "devices"
@@ -23,13 +22,13 @@ DEVICES = ROOT / "devices"
 #: below it, and nowhere in a circle.
 LAYERS = (
     {"errors"},
-    {"files"},
+    {"files", "settings"},
     {"model", "text"},
     {"quantization"},
-    {"recipe"},
     {"backends"},
+    {"recipe"},
     {
-        "bundle", "calibration", "evaluation", "inference", "profiling", "sizes", "verification",
+        "bundle", "calibration", "evaluation", "forecast", "inference", "profiling", "verification",
     },
     {"pipeline"},
     {"cli"},
@@ -213,6 +212,34 @@ def modules_without_a_docstring(package: Path) -> list[str]:
     ]
 
 
+def words_of_code(path: Path) -> Iterator[str]:
+    """Every name and every text in a file that is not a docstring."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree(path))
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docstrings:
+                yield node.value
+        elif isinstance(node, ast.Name | ast.Attribute):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+    yield from imports(path)
+
+
+def formats_named_outside_their_backend(package: Path, formats: Iterable[str]) -> list[str]:
+    pattern = re.compile(rf"(?i)\b({'|'.join(formats)})\b")
+    return [
+        shown(package, path, word)
+        for path in modules(package)
+        if backend_of(package, path) in (None, "__init__")
+        for word in words_of_code(path)
+        if pattern.search(word)
+    ]
+
+
 # What the exporter and devices keep.
 
 
@@ -243,6 +270,11 @@ def test_a_large_library_is_imported_where_it_is_needed_alone() -> None:
     assert libraries_outside_their_modules(PACKAGE) == []
     for library, owners in LIBRARIES.items():
         assert [name for name in owners if library not in libraries(PACKAGE / name)] == []
+
+
+def test_a_format_is_named_in_its_backend_alone() -> None:
+    suffixes = {Path(front(name).FILE_NAME).suffix.removeprefix(".") for name in names()}
+    assert formats_named_outside_their_backend(PACKAGE, {*names(), *suffixes}) == []
 
 
 def test_calibration_and_backends_do_not_see_each_other() -> None:
@@ -327,6 +359,15 @@ Rule = Callable[[Path], list[str]]
             ["calibration/a.py: imports backends", "backends/b.py: imports calibration"],
         ),
         (
+            lambda package: formats_named_outside_their_backend(package, ["onnx", "pte"]),
+            {
+                "backends/__init__.py": "from exporter.backends import onnx",
+                "backends/onnx/a.py": "x = 'onnx'",
+                "sizes.py": '"""Of ONNX."""\nx = f"model.pte of {y}"',
+            },
+            ["backends/__init__.py: exporter.backends.onnx", "sizes.py: model.pte of "],
+        ),
+        (
             imports_of_the_exporter,
             {"adb.py": "def run():\n    import exporter.files"},
             ["adb.py: imports exporter"],
@@ -361,7 +402,7 @@ Rule = Callable[[Path], list[str]]
     ],
     ids=[
         "missing part", "module without a layer", "import from above", "circle", "toolkit",
-        "large library", "calibration and backends", "devices", "code of a file",
+        "large library", "calibration and backends", "format", "devices", "code of a file",
         "swallowed exception", "docstring",
     ],
 )  # fmt: skip
@@ -378,7 +419,7 @@ def test_a_package_against_a_rule_is_reported_with_its_file(
 # What every backend has.
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+@pytest.fixture(params=names())
 def module(request: pytest.FixtureRequest) -> ModuleType:
     return backend(request.param)
 
@@ -393,6 +434,9 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("rounding", ["schemes", "target", "prompt"]),
         ("largest_activation", ["target", "which"]),
         ("cross_check", ["artifact"]),
+        ("predict", ["config", "schemes", "target"]),
+        ("integers", ["config", "schemes", "target"]),
+        ("portable", ["target"]),
         ("packages", ["target"]),
     ],
 )
@@ -402,23 +446,34 @@ def test_every_backend_has_the_same_functions(
     assert list(inspect.signature(getattr(module, function)).parameters) == parameters
 
 
-@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize("target", names())
 def test_every_backend_names_its_files_and_its_packages(target: str) -> None:
     module = backend(target)
-    packages = module.packages(TARGETS[target]())
+    packages = module.packages(module.Target())
     assert all(isinstance(name, str) for name in (*module.FILES, *packages))
     assert module.FILE_NAME in {Path(name).parts[0] for name in module.FILES}
     assert len(packages) > 0
 
 
-def test_every_backend_is_a_target_of_recipes() -> None:
-    assert BACKENDS.keys() == TARGETS.keys()
+@pytest.mark.parametrize("name", names())
+def test_importing_a_backend_loads_neither_its_toolkit_nor_torch(name: str) -> None:
+    assert toolkits_loaded_by(f"exporter.backends.{name}", LIGHT) == []
 
 
-def toolkits_loaded_by(module: str, folder: Path = ROOT) -> list[str]:
-    """The heavy packages that importing a module of this folder loads."""
-    heavy = "torch executorch torchao numpy transformers tokenizers safetensors huggingface_hub"
-    program = f"import sys, {module}; print(*(n for n in {heavy.split()} if n in sys.modules))"
+def test_every_backend_has_a_target_of_its_own_name() -> None:
+    assert {name: front(name).Target().target for name in names()} == {
+        name: name for name in names()
+    }
+
+
+#: What the command line and the front of a backend are loaded without.
+LIGHT = "torch numpy executorch torchao onnx onnxruntime coremltools".split()
+HEAVY = [*LIGHT, *"pydantic transformers tokenizers safetensors huggingface_hub".split()]
+
+
+def toolkits_loaded_by(module: str, heavy: list[str], folder: Path = ROOT) -> list[str]:
+    """Which of the heavy packages importing a module of this folder loads."""
+    program = f"import sys, {module}; print(*(n for n in {heavy} if n in sys.modules))"
     command = [sys.executable, "-c", program]
     return subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=folder
@@ -427,12 +482,12 @@ def toolkits_loaded_by(module: str, folder: Path = ROOT) -> list[str]:
 
 def test_importing_the_command_line_loads_no_toolkit() -> None:
     """`mobilellm --help` must not wait for torch."""
-    assert toolkits_loaded_by("exporter.cli") == []
+    assert toolkits_loaded_by("exporter.cli", HEAVY) == []
 
 
 def test_a_toolkit_that_an_import_loads_is_reported(tmp_path: Path) -> None:
     (tmp_path / "heavy.py").write_text("import json, numpy.linalg")
-    assert toolkits_loaded_by("heavy", tmp_path) == ["numpy"]
+    assert toolkits_loaded_by("heavy", HEAVY, tmp_path) == ["numpy"]
 
 
 def without_executorch(*arguments: str) -> subprocess.CompletedProcess[str]:

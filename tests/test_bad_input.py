@@ -370,7 +370,7 @@ RECIPES: dict[str, tuple[Row, list[str]]] = {
     ),
     "unknown target": (
         lambda w: w.recipe("targets: [{target: tflite}]\n"),
-        ["targets.0.target", "'tflite' is not a target", "Known: executorch"],
+        ["targets.0.target", "'tflite' is not a target", "Known: coreml, executorch"],
     ),
     "method": (
         lambda w: w.recipe("quantization: {method: magic}\n"),
@@ -531,7 +531,7 @@ LOWERING: dict[str, tuple[Row, list[str]]] = {
     ),
     "target without a backend": (
         lambda w: w.lower(w.part("quantized"), target="tflite"),
-        ["--target", "'tflite' is not a target", "Known: executorch"],
+        ["--target", "'tflite' is not a target", "Known: coreml, executorch"],
     ),
     "unknown fact of a target": (
         lambda w: w.lower(w.part("quantized"), "backend=qnn"),

@@ -19,12 +19,12 @@ from conftest import LLAMA, LLAMA4, TEXT, MakeCheckpoint
 from exporter.calibration.cache import cache_lock
 from exporter.calibration.data import CalibrationText, SourceText, read_text
 from exporter.calibration.self_generation import _draw, continue_texts, written_text
+from exporter.calibration.settings import Calibration, Source
 from exporter.errors import InputError
 from exporter.files import sha256
 from exporter.inference.reference import ReferenceRunner
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.decoder import load_decoder
-from exporter.recipe import Calibration, Source
 from exporter.text.tokenizer import load_tokenizer
 
 END_ID = 1
@@ -124,8 +124,10 @@ def test_a_file_becomes_sequences_of_its_tokens(
 ) -> None:
     checkpoint, (name, write, field, said) = small_checkpoint(make_checkpoint), FILES[kind]
     write(tmp_path / name)
-    source = Source(str(tmp_path / name), field=field, weight=2.5)
-    [found] = read_text(checkpoint, Calibration((source,), 24, held_out=0.25), []).sources
+    source = Source(path=str(tmp_path / name), field=field, weight=2.5)
+    [found] = read_text(
+        checkpoint, Calibration(data=(source,), sequence_length=24, held_out=0.25), []
+    ).sources
     assert found.train.shape[1] == found.held_out.shape[1] == 24
     total = len(found.train) + len(found.held_out)
     assert len(found.held_out) == round(total / 4)
@@ -142,7 +144,11 @@ def test_a_model_of_fewer_tokens_than_its_tokenizer_is_refused(
     checkpoint = small_checkpoint(make_checkpoint, vocab_size=64)
     (tmp_path / "a.txt").write_text(TEXT)
     with pytest.raises(InputError, match=r"outside of the model's vocabulary.*does not belong"):
-        read_text(checkpoint, Calibration((Source(str(tmp_path / "a.txt")),), 24), [])
+        read_text(
+            checkpoint,
+            Calibration(data=(Source(path=str(tmp_path / "a.txt")),), sequence_length=24),
+            [],
+        )
 
 
 def test_the_manifest_has_the_hash_and_the_share_of_every_source(
@@ -169,7 +175,7 @@ def write(
 ) -> tuple[Path, list[str]]:
     """The file, and the steps that were shown while it was written."""
     shown = list[str]() if steps is None else steps
-    calibration = Calibration((source,), sequence_length=48, seed=seed)
+    calibration = Calibration(data=(source,), sequence_length=48, seed=seed)
     path = written_text(
         checkpoint, source, calibration, torch.float32, "this one",
         lambda done, total, note: shown.append(f"{done} of {total} {note}".strip()),

@@ -28,6 +28,7 @@ from exporter.backends.coreml.package import (
     open_package,
     place_of,
 )
+from exporter.backends.coreml.toolkit import coremltools
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
@@ -652,7 +653,7 @@ class WrongMacModel(MacModel):
 def mac(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """This machine as a Mac; whether its Core ML is right."""
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(backend.coremltools.models, "MLModel", request.param)
+    monkeypatch.setattr(coremltools.models, "MLModel", request.param)
     return request.param is MacModel
 
 

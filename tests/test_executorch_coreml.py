@@ -22,6 +22,7 @@ from exporter.backends.coreml.graph import mil_name
 from exporter.backends.coreml.package import place_of
 from exporter.backends.executorch.coreml_delegate import embedded_package, flatten, unflatten
 from exporter.backends.executorch.file import delegate_payload
+from exporter.backends.executorch.lowering import ExecuTorchRunner
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
@@ -331,7 +332,7 @@ def test_on_a_mac_the_runtime_reads_token_by_token(
         calls.append((tokens, position))
         return torch.zeros(96)
 
-    monkeypatch.setattr(backend.ExecuTorchRunner, "run", step)
+    monkeypatch.setattr(ExecuTorchRunner, "run", step)
     runner = backend.load(lowered.artifact)
     assert (runner.context, runner.vocab_size) == (CONTEXT, 96)
     runner.prefill([4, 5])

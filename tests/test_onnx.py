@@ -28,7 +28,7 @@ from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_blocks_to_int8
 from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.recipe import OnnxTarget, parse_target
+from exporter.recipe import parse_target
 from exporter.text.tokenizer import load_tokenizer
 from exporter.verification import check_integers, run_teacher_forced
 
@@ -294,7 +294,7 @@ def test_a_truncated_data_file_is_found_before_the_runtime_opens_it(
 
 
 def test_the_portable_form_refuses_int8_products() -> None:
-    target = OnnxTarget(form="portable", products="int8")
+    target = backend.Target(form="portable", products="int8")
     config = open_checkpoint(Path(__file__).parent.parent / "examples/mobilellm-r1-nano").config
     with pytest.raises(InputError, match=r"products.*portable form leaves out"):
         backend.check(config, {}, target)

@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from exporter.backends import executorch, names, onnx
 from exporter.errors import InputError
 from exporter.quantization.schemes import Scheme
 from exporter.recipe import (
-    ExecuTorchTarget,
-    OnnxTarget,
     Quantization,
     Recipe,
     load_recipe,
     parse_recipe,
     parse_target,
     recipe_folder,
+    recipes_for,
 )
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"), key=lambda path: path.stem)
 NANO_INT4 = "mobilellm-r1-nano-int4"
 BOTH = """
 quantization: {linear: int8}
@@ -50,13 +50,15 @@ def test_every_recipe_of_the_tool_loads_under_its_own_name(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_example_command_of_a_recipe_names_the_recipe_and_its_model(path: Path) -> None:
+def test_the_example_command_of_a_recipe_names_the_recipe_and_a_model_that_it_is_for(
+    path: Path,
+) -> None:
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     commands = [line.split() for line in comments if "mobilellm export" in line]
     assert len(commands) == 1
     words = commands[0]
     assert Path(words[words.index("export") + 1]).stem == path.stem
-    assert words[words.index("--checkpoint") + 1] == load_recipe(path).model
+    assert load_recipe(path).is_for(Path(words[words.index("--checkpoint") + 1]).name)
     assert Path(words[words.index("-o") + 1]).name == path.stem
 
 
@@ -69,10 +71,49 @@ def test_the_name_of_a_recipe_says_its_bits(path: Path) -> None:
     assert embedding.bits == (8 if "embed8" in path.stem else int(bits[1]))
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_name_of_a_recipe_says_a_long_context(path: Path) -> None:
-    long = any(target.max_context == 8192 for target in load_recipe(path).targets)
-    assert long is path.stem.endswith("-8k")
+def test_no_two_recipes_for_one_model_are_the_same() -> None:
+    bodies = [load_recipe(path).model_dump(exclude={"name"}) for path in RECIPES]
+    assert all(one not in bodies[:index] for index, one in enumerate(bodies))
+
+
+@pytest.mark.parametrize(
+    ("model", "beginning"),
+    [
+        ("MobileLLM-R1-140M", "mobilellm-r1-int"),
+        ("mobilellm-r1-950m-base", "mobilellm-r1-int"),
+        ("mobilellm-r1-nano", "mobilellm-r1-nano-"),
+        ("smollm2-135m", "smollm2-135m-"),
+    ],
+)
+def test_a_model_has_the_recipes_that_are_for_it(model: str, beginning: str) -> None:
+    found = [recipe.name for recipe in recipes_for(model)]
+    assert found == [path.stem for path in RECIPES if path.stem.startswith(beginning)]
+
+
+def test_a_model_without_recipes_has_one_of_each_kind() -> None:
+    found = [recipe.name for recipe in recipes_for("gpt2")]
+    assert found == [
+        "mobilellm-r1-int4", "mobilellm-r1-int4-distill", "mobilellm-r1-int4-embed8",
+        "mobilellm-r1-int8", "mobilellm-r1-nano-int4", "mobilellm-r1-nano-int4-distill",
+        "mobilellm-r1-nano-int8",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("mobilellm-r1-140m-int4", "Write mobilellm-r1-int4;"),
+        ("mobilellm-r1-360m-int4-8k", "Write mobilellm-r1-int4 max_context=8192;"),
+        ("mobilellm-r1-950m-int4-embed8-8k", "Write mobilellm-r1-int4-embed8 max_context=8192;"),
+        ("mobilellm-r1-950m-int4-distill", "Write mobilellm-r1-int4-distill;"),
+        ("smollm2-135m-int4-8k", "Is it smollm2-135m-int4?"),
+        ("mobilellm-r1-nano-in4", "Is it mobilellm-r1-nano-int4?"),
+    ],
+)
+def test_an_old_or_misspelt_name_is_refused_with_what_to_write(old: str, new: str) -> None:
+    with pytest.raises(InputError) as raised:
+        load_recipe(old)
+    assert_refused(raised.value, old, "no such recipe", new, "mobilellm recipes")
 
 
 def test_recipes_are_found_in_the_checkout() -> None:
@@ -131,15 +172,41 @@ def test_a_name_is_a_bare_name_and_nothing_else(
 
 def test_what_a_recipe_leaves_out_has_the_documented_defaults(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, "model: a/b\n"))
-    assert recipe == Recipe("mine", "a/b", Quantization(), targets=(ExecuTorchTarget(),))
+    assert recipe == Recipe(name="mine", model="a/b", targets=(executorch.Target(),))
     assert (recipe.quantization.linear, recipe.quantization.method) == ("int4-g32", "mse")
 
 
 def test_targets_keep_their_order_and_their_own_keys(tmp_path: Path) -> None:
     assert load_recipe(written(tmp_path, BOTH)).targets == (
-        ExecuTorchTarget(max_context=512),
-        OnnxTarget(form="portable", products="float"),
+        executorch.Target(max_context=512),
+        onnx.Target(form="portable", products="float"),
     )
+
+
+def test_the_context_of_a_recipe_is_that_of_every_target_without_its_own(tmp_path: Path) -> None:
+    path = written(tmp_path, BOTH)
+    recipe = load_recipe(path, ["max_context=64"])
+    assert [target.max_context for target in recipe.targets] == [512, 64]
+    assert [target["max_context"] for target in recipe.to_dict()["targets"]] == [512, 64]
+    assert "max_context" not in recipe.to_dict()
+    plain = load_recipe(written(tmp_path, "max_context: 64\n"))
+    assert plain.targets == (executorch.Target(max_context=64),)
+
+
+def test_every_target_of_the_tools_recipes_takes_their_context() -> None:
+    for path in RECIPES:
+        recipe = load_recipe(path, ["max_context=77"])
+        assert {target.max_context for target in recipe.targets} == {77}
+
+
+def test_what_is_stored_of_a_recipe_has_every_key_in_the_order_of_its_bundles() -> None:
+    data = load_recipe(NANO_INT4).to_dict()
+    assert list(data) == ["name", "model", "quantization", "calibration", "targets", "profile"]
+    targets = {target["target"]: target for target in data["targets"]}
+    assert targets.keys() == set(names())
+    assert list(targets["executorch"]) == [
+        "target", "max_context", "delegate", "attention", "activations",
+    ]  # fmt: skip
 
 
 def test_a_recipe_as_plain_data_is_the_same_recipe_again(tmp_path: Path) -> None:
@@ -150,7 +217,9 @@ def test_a_recipe_as_plain_data_is_the_same_recipe_again(tmp_path: Path) -> None
 
 
 def test_schemes_are_read_with_their_overrides() -> None:
-    quantization = Quantization("int8", "int4-g64", overrides={"*.norm.*": "float"})
+    quantization = Quantization(
+        linear="int8", embedding="int4-g64", overrides={"*.norm.*": "float"}
+    )
     assert quantization.schemes() == (Scheme(8), Scheme(4, 64), {"*.norm.*": Scheme(None)})
 
 
@@ -232,18 +301,27 @@ BAD_OVERRIDES: dict[str, list[str]] = {
     "targets.0.max_context=64.0": ["targets.0.max_context", "64.0 is not of type int"],
     "targets.0.max_context=true": ["targets.0.max_context", "True is not of type int"],
     "targets.0.max_context=": ["targets.0.max_context", "None is not of type int"],
+    "max_context=1": ["mine.yaml: max_context", "1 is too short", "2 or more"],
+    "max_context=long": ["mine.yaml: max_context", "'long' is not of type int"],
     "targets.0.max_context.more=1": ["targets.0.max_context.more=1", "holds no keys"],
     "targets.0.target=onnx": ["targets", "names a target twice", "onnx"],
     "targets.1.ort=1": ["targets.1.ort", "1 is not of type bool"],
     "model.size=3": ["model.size=3", "'model' holds no keys"],
-    "modell=a/b": ["unknown key 'modell'", "Keys: name, model, quantization, calibration, targets"],
+    "modell=a/b": [
+        "unknown key 'modell'",
+        "Keys: name, model, quantization, calibration, targets",
+        "profile, max_context",
+    ],
     "quantization.bits=4": ["quantization", "unknown key 'bits'", "Keys: linear"],
     "quantization.linear=int3": ["quantization.linear", "'int3' is not a scheme", "Write int4"],
     "quantization.overrides.*.v_proj.*=int9": [
         "quantization.overrides.*.v_proj.*",
         "'int9' is not a scheme",
     ],
-    "quantization.overrides.*=8": ["quantization.overrides", "does not map names to texts"],
+    "quantization.overrides.*=8": ["quantization.overrides.*", "8 is not of type str"],
+    "profile.depths=[0, half]": ["profile.depths.1", "'half' is not of type int"],
+    "profile={depths: [], prompt_lengths: []}": ["profile.depths", "is empty"],
+    "calibration.data.0.epochs=3": ["calibration.data.0", "unknown key 'epochs'", "Keys: path"],
     "quantization=null": ["quantization", "None is not a mapping"],
     "targets.0.max_context=[64": ["targets.0.max_context=[64", "YAML"],
     "model=2026-13-45": ["model=2026-13-45"],
@@ -289,21 +367,24 @@ BAD_RECIPES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "overrides as a list": (
         "quantization: {overrides: [int8]}\n",
-        ["quantization.overrides", "does not map names to texts"],
+        ["quantization.overrides", "['int8'] is not a mapping of keys"],
     ),
     "an override's scheme": (
         "quantization: {overrides: {'*.v_proj.*': int5}}\n",
         ["quantization.overrides.*.v_proj.*", "'int5' is not a scheme"],
     ),
     "targets as a mapping": ("targets: {target: onnx}\n", ["targets", "not a list of targets"]),
-    "no targets": ("targets: []\n", ["targets", "is empty", "Name one of executorch, onnx"]),
+    "no targets": (
+        "targets: []\n",
+        ["targets", "is empty", "Name one of coreml, executorch, onnx"],
+    ),
     "a target twice": (
         "targets: [{target: onnx}, {target: onnx}]\n",
         ["targets", "names a target twice", "onnx"],
     ),
     "an unknown target": (
         "targets: [{target: tflite}]\n",
-        ["targets.0.target", "'tflite' is not a target", "Known: executorch, onnx"],
+        ["targets.0.target", "'tflite' is not a target", "Known: coreml, executorch"],
     ),
     "a target without a name": (
         "targets: [{max_context: 8}]\n",
@@ -355,7 +436,7 @@ def test_the_refusal_of_a_recipe_names_its_file(text: str, tmp_path: Path) -> No
 
 def test_a_target_is_read_with_its_overrides() -> None:
     target = parse_target({"target": "onnx"}, "--target", ["max_context=64", "ort=true"])
-    assert target == OnnxTarget(max_context=64, ort=True)
+    assert target == onnx.Target(max_context=64, ort=True)
 
 
 def test_overrides_leave_the_data_of_a_target_as_it_was() -> None:
@@ -367,7 +448,11 @@ def test_overrides_leave_the_data_of_a_target_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("kind", "overrides", "parts"),
     [
-        ("tflite", [], ["--target: target", "'tflite' is not a target", "Known: executorch"]),
+        (
+            "tflite",
+            [],
+            ["--target: target", "'tflite' is not a target", "Known: coreml, executorch"],
+        ),
         ("onnx", ["bits=4"], ["--target", "unknown key 'bits'", "Keys: target"]),
         ("onnx", ["max_context=0"], ["--target: max_context", "0 is too short"]),
         ("executorch", ["attention=flash"], ["--target: attention", "'flash'", "'portable'"]),

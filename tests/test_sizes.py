@@ -1,5 +1,6 @@
 """The predicted size of an artifact against the artifact itself."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch
 from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 
 from exporter import pipeline
+from exporter.backends import Prediction, Target, coreml, front
 from exporter.model.checkpoint import Checkpoint, open_checkpoint, parse_config
+from exporter.model.decoder import ModelConfig
 from exporter.pipeline import no_progress
-from exporter.recipe import CoreMLTarget, Recipe, parse_recipe
-from exporter.sizes import predict
+from exporter.quantization.schemes import Scheme
+from exporter.recipe import Recipe, parse_recipe
 
 #: 15.7 million parameters in MobileLLM-R1's form.
 MID: dict[str, Any] = {
@@ -39,6 +42,11 @@ MID_LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
 }
+
+
+def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:
+    predicted: Prediction = front(target.target).predict(config, schemes, target)
+    return predicted
 
 
 def recipe_of(linear: str, embedding: str, context: int, attention: str) -> Recipe:
@@ -124,7 +132,7 @@ def test_the_core_ml_cache_is_two_float16_tensors_a_layer() -> None:
     config = parse_config(MID, Path("config.json"))
     recipe = recipe_of("int8", "int8", 2048, "custom_sdpa")
     schemes = dict.fromkeys(config.parameter_shapes(), recipe.quantization.schemes()[0])
-    assert predict(config, schemes, CoreMLTarget()).kv_cache == 8 * 2 * (2048 * 2 * 64) * 2
+    assert predict(config, schemes, coreml.Target()).kv_cache == 8 * 2 * (2048 * 2 * 64) * 2
 
 
 def test_the_kv_cache_is_two_float32_tensors_a_layer() -> None:

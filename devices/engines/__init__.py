@@ -10,12 +10,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from devices.errors import DeviceError
 from devices.transports.supervised import Completed
 
 Record = dict[str, Any]
+
+
+#: The formats that there is an engine for.
+Format = Literal["executorch", "onnx", "coreml"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Model:
     work on integers. `tokens` is text for prompts; `texts` has it as text, by length.
     """
 
-    format: Literal["executorch", "onnx", "coreml"]
+    format: Format
     folder: Path
     main: str
     files: tuple[str, ...]

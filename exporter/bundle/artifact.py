@@ -1,16 +1,16 @@
 """An artifact's folder: the lowered model, what it needs to read text, and its manifest.
 
-    mobilellm lower build/nano-int4 --target executorch -o build/nano-executorch
+    mobilellm lower build/nano-int4 --target NAME -o build/nano-lowered
 
 The folder is what goes to the phone. ``artifact.json`` is written last.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.backends import Artifact, backend
+from exporter.backends import Artifact, Target, backend, front
 from exporter.errors import InputError
 from exporter.files import (
     Output,
@@ -25,7 +25,7 @@ from exporter.files import (
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import FLOAT
-from exporter.recipe import Target, parse_target
+from exporter.recipe import parse_target
 from exporter.text.tokenizer import TOKENIZER_FILES
 
 MANIFEST = "artifact.json"
@@ -47,8 +47,8 @@ class FinishedArtifact:
 
 
 def artifact_output(target: Target) -> Output:
-    files = backend(target.target).FILES
-    tops = [Path(name).parts[0] for name in files]  # a Core ML package is a folder
+    files = front(target.target).FILES
+    tops = [Path(name).parts[0] for name in files]  # a file may be a folder, as a package is
     return Output(tops[0], MANIFEST, (*tops, *COMPANIONS))
 
 
@@ -56,7 +56,7 @@ def artifact_identity(quantized: QuantizedCheckpoint, target: Target) -> dict[st
     """Everything that decides the bytes of an artifact."""
     return {
         "format_version": FORMAT_VERSION,
-        "target": asdict(target),
+        "target": target.model_dump(mode="json"),
         "quantized": sha256(quantized.path / QUANTIZED_MANIFEST),
         "bos_token_id": quantized.bos_token_id,
         "eos_token_ids": list(quantized.eos_token_ids),
@@ -71,7 +71,7 @@ def artifact_identity(quantized: QuantizedCheckpoint, target: Target) -> dict[st
 
 def artifact_versions(target: Target) -> dict[str, str]:
     """Versions of everything that writes this artifact."""
-    return package_versions("mobilellm-exporter", *backend(target.target).packages(target))
+    return package_versions("mobilellm-exporter", *front(target.target).packages(target))
 
 
 def write_artifact(

@@ -1,7 +1,7 @@
 """A bundle: one quantized checkpoint, its artifacts, and the hashes of every file.
 
     BUNDLE/quantized/      the quantized checkpoint
-    BUNDLE/executorch/     one folder for each target: what goes to the phone
+    BUNDLE/TARGET/         one folder for each target: what goes to the phone
     BUNDLE/bundle.json     the recipe and what was made from it
     BUNDLE/SHA256SUMS      of every other file (`sha256sum -c` reads it); written last
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.backends import names as backend_names
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.errors import InputError
@@ -27,10 +28,9 @@ from exporter.files import (
 )
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
-from exporter.recipe import TARGETS, Recipe
+from exporter.recipe import Recipe
 
 MANIFEST, SEAL, QUANTIZED = "bundle.json", "SHA256SUMS", "quantized"
-BUNDLE_OUTPUT = Output(QUANTIZED, SEAL, (MANIFEST, *TARGETS))
 FORMAT_VERSION = 1
 
 
@@ -41,6 +41,11 @@ class Bundle:
     path: Path
     quantized: QuantizedCheckpoint
     artifacts: Mapping[str, FinishedArtifact]
+
+
+def bundle_output() -> Output:
+    """The names that an export writes."""
+    return Output(QUANTIZED, SEAL, (MANIFEST, *backend_names()))
 
 
 def bundle_identity(
@@ -119,7 +124,7 @@ def open_bundle(folder: Path) -> Bundle:
         )
     manifest = read_json(folder / MANIFEST)
     targets = manifest.get("targets")
-    if not isinstance(targets, list) or not targets or not set(targets) <= set(TARGETS):
+    if not isinstance(targets, list) or not targets or not set(targets) <= set(backend_names()):
         raise InputError(f"{folder / MANIFEST}: targets", f"{targets!r} names no known target")
     return Bundle(
         path=folder,

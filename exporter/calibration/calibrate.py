@@ -30,6 +30,7 @@ from exporter.calibration.sensitivity import (
     search,
     sensitivities,
 )
+from exporter.calibration.settings import Calibration
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher, open_teacher
 from exporter.errors import InputError
@@ -39,7 +40,7 @@ from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.gptq import GptqResult
 from exporter.quantization.quantized_checkpoint import source_hashes
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme, quantize
-from exporter.recipe import Calibration, Recipe
+from exporter.recipe import Recipe
 
 START, IDENTITY = "start.safetensors", "identity.json"
 
@@ -109,7 +110,7 @@ class Prepared:
 
     def identity(self) -> dict[str, Any]:
         """Everything of the calibration that decides the integers, for the manifest."""
-        settings = asdict(self.calibration)
+        settings = self.calibration.model_dump()
         del settings["data"], settings["cache_teacher"], settings["teacher"]
         teacher = source_hashes(self.teacher)
         return {

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exporter.calibration.settings import Calibration, Source
 from exporter.errors import InputError
 from exporter.files import sha256
 from exporter.model.checkpoint import Checkpoint
-from exporter.recipe import Calibration, Source
 from exporter.text.documents import read_documents
 from exporter.text.sequences import cut_sequences
 from exporter.text.tokenizer import load_tokenizer

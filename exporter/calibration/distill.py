@@ -1,6 +1,6 @@
 """Distillation: the quantized model learns to say what the float checkpoint says.
 
-    mobilellm quantize mobilellm-r1-140m-int4-distill --checkpoint DIR -o build/quantized checkpoint
+    mobilellm quantize mobilellm-r1-int4-distill --checkpoint DIR -o build/quantized checkpoint
 
 Weights and scales are trained together against the teacher's logits (compare LLM-QAT, arXiv
 2305.17888). Text that nothing is learned from decides which step is kept, so that the result is
@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from exporter.calibration import parallel
 from exporter.calibration.data import CalibrationText, OnStep
 from exporter.calibration.loss import compare, divergence
+from exporter.calibration.settings import Calibration
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher
 from exporter.errors import InputError
 from exporter.files import write_tensors
 from exporter.quantization.schemes import QuantizedTensor, Scheme
-from exporter.recipe import Calibration
 
 STATE, BEST = "state.safetensors", "best.safetensors"
 

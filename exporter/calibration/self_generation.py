@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from exporter.calibration.cache import cache_folder, cache_lock
 from exporter.calibration.data import OnStep, hash_of
+from exporter.calibration.settings import Calibration, Source
 from exporter.errors import InputError
 from exporter.files import replacing, sha256
 from exporter.model.checkpoint import Checkpoint
 from exporter.model.decoder import Decoder, StaticCache, load_decoder
-from exporter.recipe import Calibration, Source
 from exporter.text.documents import is_table, read_documents, read_rows, text_field
 from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 

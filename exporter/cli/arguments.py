@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from exporter.backends import names
+
 DESCRIPTION = """\
 Put MobileLLM-R1 on phones: quantize a checkpoint once, lower it to mobile
 formats with the same integers in each, and prove that they are the same.
@@ -14,7 +16,7 @@ formats with the same integers in each, and prove that they are the same.
 
 A CHECKPOINT is a Hugging Face model folder or a hub id (owner/name). A RECIPE is
 a YAML file or the name of one that `mobilellm recipes` lists; key=value pairs
-after it override it, as in targets.0.max_context=4096.
+after it override it, as in max_context=4096.
 """
 EPILOG = "Exit codes: 0 fine, 1 a check failed, 2 wrong usage or bad input."
 
@@ -50,15 +52,17 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         sub.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
         return sub
 
-    nano = "examples/mobilellm-r1-nano"
+    nano, formats = "examples/mobilellm-r1-nano", names()
     sub = command(
         "inspect",
         "Show a checkpoint, and what each recipe would weigh in file, KV cache and memory; "
-        "or what is in a Core ML package",
+        "or what is in a file of a mobile format",
         f"mobilellm inspect {nano}",
     )  # fmt: skip
     sub.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="model folder, hub id, or anyone's .mlpackage"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="model folder, hub id, or a file that a format reads",
     )
     sub.add_argument(
         "--device", metavar="NAME",
@@ -81,11 +85,11 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     sub = command(
         "lower", "Lower a quantized checkpoint to one mobile format",
-        "mobilellm lower build/nano-int4 --target executorch -o build/nano max_context=1024",
+        f"mobilellm lower build/nano-int4 --target {formats[0]} -o build/nano max_context=1024",
     )  # fmt: skip
     sub.add_argument("quantized", metavar="QUANTIZED", type=Path, help="from mobilellm quantize")
     sub.add_argument("overrides", metavar="key=value", nargs="*", help="of the target")
-    sub.add_argument("--target", required=True, metavar="NAME", help="executorch, onnx or coreml")
+    sub.add_argument("--target", required=True, metavar="NAME", help=", ".join(formats))
     _output_arguments(sub)
 
     sub = command(

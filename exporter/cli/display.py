@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -98,72 +98,6 @@ def print_facts(title: str, facts: dict[str, str]) -> None:
         out.print(f"  {key:<{width}}  {escape(value)}")
 
 
-def print_checks(checks: Sequence[Any]) -> None:
-    """Passed checks of a kind in one line; every failed one with where and how much."""
-    from exporter.verification import failures
-
-    kinds = dict[tuple[str, str | None], list[Any]]()
-    for check in checks:
-        kinds.setdefault((check.check, check.target), []).append(check)
-    rows = table("", "check", "target", "value", "limit", "what")
-    for (name, target), group in kinds.items():
-        failed = list(failures(group))
-        for check in failed or group[:1]:
-            single = len(group) == 1 or failed
-            what = f"{check.subject}: {check.note}" if check.note else check.subject
-            rows.add_row(
-                "[red]✗[/]" if failed else "[green]✓[/]" if check.limit is not None
-                or not single else "[dim]·[/]",
-                name,
-                target or "",
-                figure(check.value) if single else "",
-                figure(check.limit) if single else "",
-                escape(what) if single else f"{len(group)} of {len(group)}",
-            )  # fmt: skip
-    wide.print(rows)
-    count = len(list(failures(checks)))
-    if count:
-        out.print(f"[bold red]{count} of {len(checks)} checks failed[/]")
-    else:
-        out.print(f"[bold green]all {len(checks)} checks passed[/]")
-
-
-def print_evaluation(path: str, found: Any, more: dict[str, str]) -> None:
-    """The figures of one model, then how they change along the text."""
-    facts = {"runs as": found.kind}
-    text, task, generations = found.text, found.task, found.generations
-    if text:
-        facts["perplexity"] = f"{text.perplexity:.3f} ± {text.perplexity_error:.3f}" + (
-            f" (reference {text.reference_perplexity:.3f})" if text.kl is not None else ""
-        )
-        if text.kl is not None:
-            facts["KL"] = f"{text.kl:.4g} nats"
-            facts["top-1 agreement"] = f"{text.top1_agreement:.1%}"
-        facts["measured on"] = f"{text.tokens:,} predictions in {text.sequences:,} sequences"
-    if task:
-        facts["accuracy"] = f"{task.accuracy:.1%} of {task.problems:,} problems"
-        facts["with an answer"] = f"{task.answered:.1%}"
-        facts["never ended"] = f"{task.never_ended:.1%}"
-        facts["tokens an answer"] = f"{task.mean_tokens:.1f}"
-    if generations:
-        count = generations.generations
-        facts["same generations"] = f"{generations.identical_generations:.1%} of {count:,}"
-        facts["first divergence"] = f"at {generations.median_first_divergence:g} (median)"
-    print_facts(path, facts | more)
-    if text:
-        rows = table("positions", "perplexity", "KL", "top-1 agreement", title="Along the text")
-        for band in text.agreement_by_position:
-            top1 = "" if band.top1_agreement is None else f"{band.top1_agreement:.1%}"
-            cells = figure(band.perplexity), figure(band.kl), top1
-            rows.add_row(f"{band.first}–{band.last}", *cells)
-        wide.print("", rows)
-    if generations:
-        rows = table("positions", "same token", title="Along the generations")
-        for band in generations.generation_agreement_by_position:
-            rows.add_row(f"{band.first}–{band.last}", f"{band.agreement:.1%}")
-        wide.print("", rows)
-
-
 def figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
@@ -172,26 +106,14 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def float_weights(quantized: Any) -> dict[str, str]:
-    """name → why it is not quantized."""
-    tensors = quantized.manifest["tensors"]
-    return {name: entry["reason"] for name, entry in tensors.items() if "reason" in entry}
-
-
-def float_facts(quantized: Any) -> dict[str, str]:
-    """The float weights by reason, layers run together."""
-    reasons = dict[str, dict[str, int]]()
-    for name, reason in float_weights(quantized).items():
-        pattern = ".".join("N" if part.isdigit() else part for part in name.split("."))
-        counts = reasons.setdefault(reason, {})
-        counts[pattern] = counts.get(pattern, 0) + 1
-    return {
-        "left in float": "; ".join(
-            f"{', '.join(f'{p} ({n}×)' if n > 1 else p for p, n in patterns.items())}: {reason}"
-            for reason, patterns in reasons.items()
-        )
-    }
+def print_findings(findings: Sequence[Any], fine: bool, as_json: bool) -> None:
+    """What `mobilellm doctor` found."""
+    if as_json:
+        print_json({"fine": fine, "findings": [asdict(finding) for finding in findings]})
+        return
+    rows = table("", "what", "found", "wanted", "to get it")
+    for finding in findings:
+        mark = "[green]✓[/]" if finding.fine else "[red]✗[/]" if finding.required else "–"
+        cells = finding.subject, finding.found, finding.wanted, finding.remedy
+        rows.add_row(mark, *map(escape, cells))
+    wide.print(rows)

@@ -39,7 +39,17 @@ def print_devices(as_json: bool) -> int:
     return 0
 
 
-def print_report(report: Mapping[str, Any], comparisons: Sequence[Comparison]) -> None:
+def print_profile(
+    report: Mapping[str, Any], comparisons: Sequence[Comparison], as_json: bool
+) -> None:
+    """The sessions of a report, and how they compare with a baseline."""
+    if as_json:
+        display.print_json({**report, "comparisons": [asdict(row) for row in comparisons]})
+    else:
+        _print_report(report, comparisons)
+
+
+def _print_report(report: Mapping[str, Any], comparisons: Sequence[Comparison]) -> None:
     for session in report["sessions"]:
         title = f"{session['device']}: {session['artifact']['format']}"
         if session["status"] != "complete":

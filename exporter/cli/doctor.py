@@ -2,14 +2,15 @@
 
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
 from packaging.requirements import Requirement
 
 DISTRIBUTION = "mobilellm-exporter"
-#: Extras that a user may leave out; `all` and `dev` only repeat others.
-EXTRAS = ("executorch", "onnx", "coreml", "lm-eval", "profile")
+#: Extras of which the first only repeats others, and the other is for work on the tool itself.
+_NOT_LOOKED_AT = ("all", "dev")
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,22 @@ def examine() -> list[Finding]:
     except metadata.PackageNotFoundError:
         remedy = "pip install -e ."
         return [*findings, Finding(DISTRIBUTION, "not installed", "", False, True, remedy)]
+    offered = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    extras = [extra for extra in offered if extra not in _NOT_LOOKED_AT]
     for line in lines:
         requirement = Requirement(line)
-        extra = _extra_of(requirement)
+        extra = _extra_of(requirement, extras)
         if extra is None or requirement.name == DISTRIBUTION:
             continue
         findings.append(_examine_package(requirement, extra))
     return findings
 
 
-def _extra_of(requirement: Requirement) -> str | None:
+def _extra_of(requirement: Requirement, extras: Sequence[str]) -> str | None:
     """'' for a base requirement, an extra's name, or None for one that is not looked at."""
     if requirement.marker is None:
         return ""
-    return next((e for e in EXTRAS if requirement.marker.evaluate({"extra": e})), None)
+    return next((e for e in extras if requirement.marker.evaluate({"extra": e})), None)
 
 
 def _examine_package(requirement: Requirement, extra: str) -> Finding:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.backends import Runner, backend
+from exporter.backends import Runner, backend, front, inspector_of
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
@@ -44,8 +44,8 @@ def open_model(source: str, target: str | None) -> LoadedModel:
         return _load_artifact(_chosen(open_bundle(path), target))
     if target is not None:
         raise InputError("--target", f"{path} is not a bundle", "Leave the option out")
-    package = path.suffix == ".mlpackage"  # a folder within the artifact's
-    if path.is_file() or package or (path / ARTIFACT_MANIFEST).is_file():
+    within = inspector_of(path) is not None  # a package is a folder within the artifact's
+    if path.is_file() or within or (path / ARTIFACT_MANIFEST).is_file():
         return _load_artifact(open_artifact(path))
     quantized = (path / QUANTIZED_MANIFEST).is_file()
     kind = "quantized checkpoint in torch" if quantized else "checkpoint in torch"
@@ -65,7 +65,7 @@ def open_simulated(source: str, target: str | None, prompt: int) -> LoadedModel:
         )
     bundle = open_bundle(path)
     chosen = _chosen(bundle, target).artifact.target
-    rounding = backend(chosen.target).rounding(bundle.quantized.schemes, chosen, prompt)
+    rounding = front(chosen.target).rounding(bundle.quantized.schemes, chosen, prompt)
     return _load_in_torch(bundle.quantized, f"{chosen.target} simulated in torch", rounding)
 
 

@@ -1,7 +1,7 @@
 """A checkpoint of MobileLLM-R1's shape with random weights: what sizes and times are measured on.
 
     python tests/benchmarks/random_checkpoint.py 140M build/random-140m
-    taskset -c 0 /usr/bin/time -v mobilellm export mobilellm-r1-140m-int4 \
+    taskset -c 0 /usr/bin/time -v mobilellm export mobilellm-r1-int4 \
         --checkpoint build/random-140m -o build/140m
 
 There is no tokenizer, so that logits are compared on random tokens.

@@ -298,7 +298,7 @@ def test_times_that_a_coarse_clock_cannot_tell_are_no_speeds(
     [
         (["--device", "phone"], "--device phone: names no device"),
         (["--device", "host", "depths=5"], "depths: 5 is not a list of whole numbers"),
-        (["--device", "host", "depths=[-1]"], "depths: -1 is too small"),
+        (["--device", "host", "depths=[-1]"], "depths.0: -1 is out of range"),
         (["--device", "host", "speed=9"], "unknown key 'speed'"),
         (["--device", "host", "--target", "coreml"], "--target coreml: is not in"),
         (["--device", "host", "--plot", "x.doc"], "is none of .png, .svg, .pdf"),

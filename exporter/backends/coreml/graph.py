@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporter.backends.coreml import Target
 from exporter.backends.coreml.toolkit import Function, Program, coremltools, mb, types
 from exporter.model.decoder import ModelConfig, rope_tables
 from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT, QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.recipe import CoreMLTarget
 
 PREFILL, DECODE = "prefill", "decode"
 #: The one function of a program that has no other.
@@ -36,7 +36,7 @@ def mil_name(weight: str) -> str:
     return weight.replace(".", "_")
 
 
-def build_program(quantized: QuantizedCheckpoint, target: CoreMLTarget) -> Program:
+def build_program(quantized: QuantizedCheckpoint, target: Target) -> Program:
     """Both functions. Constants of one name are stored once."""
     program = _program(quantized, target, {PREFILL: target.prefill, DECODE: 1})
     program.default_function_name = DECODE
@@ -44,13 +44,13 @@ def build_program(quantized: QuantizedCheckpoint, target: CoreMLTarget) -> Progr
     return program
 
 
-def build_step(quantized: QuantizedCheckpoint, target: CoreMLTarget) -> Program:
+def build_step(quantized: QuantizedCheckpoint, target: Target) -> Program:
     """What ``decode`` is, alone."""
     return _program(quantized, target, {MAIN: 1})
 
 
 def _program(
-    quantized: QuantizedCheckpoint, target: CoreMLTarget, functions: Mapping[str, int]
+    quantized: QuantizedCheckpoint, target: Target, functions: Mapping[str, int]
 ) -> Program:
     """Functions by name, each with the number of tokens that it reads at once."""
     program, constants = Program(), _Constants(quantized, target)
@@ -63,7 +63,7 @@ def _program(
 class _Constants:
     """The arrays of the program, each made once and shared by both functions."""
 
-    def __init__(self, quantized: QuantizedCheckpoint, target: CoreMLTarget) -> None:
+    def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self._arrays = quantized, dict[str, np.ndarray]()
         self.float_type = np.float16 if target.activations == "float16" else np.float32
 
@@ -102,7 +102,7 @@ class _Decoder:
     """One function of the program."""
 
     def __init__(
-        self, config: ModelConfig, target: CoreMLTarget, constants: _Constants, steps: int
+        self, config: ModelConfig, target: Target, constants: _Constants, steps: int
     ) -> None:
         self.config, self.target, self.constants, self.steps = config, target, constants, steps
         self.kind = "fp16" if target.activations == "float16" else "fp32"

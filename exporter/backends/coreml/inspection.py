@@ -6,10 +6,12 @@ mobilellm inspect build/nano/coreml/model.mlpackage
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter import backends
+from exporter.backends import InspectedTable
 from exporter.backends.coreml.interpreter import STATEFUL
 from exporter.backends.coreml.operators import OPERATORS
 from exporter.backends.coreml.package import (
@@ -86,6 +88,39 @@ def inspect_package(path: Path) -> Inspection:
         },
         functions=tuple(_function(package, name) for name in package.functions),
         weights=tuple(_weights(package)),
+    )
+
+
+def shown(found: Inspection) -> backends.Inspection:
+    """What people see of it: functions, operators, and how weights are stored."""
+    facts = {"description": found.description} if found.description else {}
+    facts["specification"] = f"version {found.specification_version}"
+    features = [
+        (function.name, role.removesuffix("s"), one.name, one.type, " × ".join(map(str, one.shape)))
+        for function in found.functions
+        for role in ("inputs", "states", "outputs")
+        for one in getattr(function, role)
+    ]
+    counts = [function.operators for function in found.functions]
+    operators = [
+        (name, *(str(one.get(name, "–")) for one in counts))
+        for name in dict.fromkeys(name for one in counts for name in one)
+    ]
+    weights = [
+        (one.format, str(one.tensors), f"{one.bytes / 1e6:,.1f} MB") for one in found.weights
+    ]
+    functions = tuple(function.name for function in found.functions)
+    unknown = sorted({name for function in found.functions for name in function.unknown})
+    return backends.Inspection(
+        content=asdict(found),
+        title=found.path,
+        facts=facts | dict(found.metadata),
+        tables=(
+            InspectedTable(("function", "", "name", "type", "shape"), features, "Functions"),
+            InspectedTable(("operator", *functions), operators, numbers=True),
+            InspectedTable(("weights", "tensors", "size"), weights, numbers=True),
+        ),
+        notes=[f"The reference interpreter does not know: {', '.join(unknown)}"] if unknown else [],
     )
 
 

@@ -1,10 +1,4 @@
-"""Core ML: a stateful package for iOS 18 and macOS 15, codes and scales untouched.
-
-    mobilellm lower build/nano-int4 --target coreml -o build/nano-coreml
-
-`coreml_graph` says what is in the program, `coreml_package` knows the files. Where there is no
-Core ML, `coreml_interpreter` runs the package.
-"""
+"""Writing the package of a Core ML artifact, reading its weights back, and running it."""
 
 import json
 import sys
@@ -18,6 +12,7 @@ import torch
 from torch import Tensor
 
 from exporter.backends import Artifact
+from exporter.backends.coreml import FILE_NAME, FILES, MODEL, WEIGHTS, Target
 from exporter.backends.coreml.graph import (
     DECODE,
     LOGITS,
@@ -26,61 +21,20 @@ from exporter.backends.coreml.graph import (
     mil_name,
 )
 from exporter.backends.coreml.interpreter import Interpreter, State, readers_of
-from exporter.backends.coreml.package import (
-    MANIFEST,
-    MODEL,
-    WEIGHTS,
-    Package,
-    Value,
-    open_package,
-    write_manifest,
-)
+from exporter.backends.coreml.package import Package, Value, open_package, write_manifest
 from exporter.backends.coreml.toolkit import Program, coremltools
 from exporter.backends.coreml.toolkit import load as to_specification
 from exporter.errors import InputError
 from exporter.files import replacing_folder, sha256
-from exporter.model.decoder import ModelConfig
-from exporter.quantization.activations import LARGEST_HALF, Rounding, round_to_half
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor, Scheme
-from exporter.recipe import CoreMLTarget, check_context
 
-FILE_NAME = "model.mlpackage"
-FILES = tuple(f"{FILE_NAME}/{name}" for name in (MANIFEST, MODEL, WEIGHTS))
 _IOS_18 = 9  # the specification version of iOS 18 and macOS 15
 
 
-def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: CoreMLTarget) -> None:
-    """Refuse what the program cannot be. Raises InputError."""
-    check_context(config, target)
-    if not 2 <= target.prefill <= target.max_context:
-        raise InputError(
-            "prefill",
-            f"{target.prefill} tokens are not between 2 and max_context ({target.max_context})",
-            "128 suits most phones",
-        )
-
-
-def packages(target: CoreMLTarget) -> tuple[str, ...]:
-    """The distributions whose versions decide the bytes."""
-    return "coremltools", "numpy"
-
-
-def rounding(schemes: Mapping[str, Scheme], target: CoreMLTarget, prompt: int) -> Rounding | None:
-    """Activations are float16, if not asked to be wider."""
-    return round_to_half if target.activations == "float16" else None
-
-
-def largest_activation(target: CoreMLTarget, which: str) -> float | None:
-    """What overflows in float16, which the cache always is."""
-    half = target.activations == "float16" or which in ("keys", "values")
-    return LARGEST_HALF if half else None
-
-
-def lower(quantized: QuantizedCheckpoint, target: CoreMLTarget, out: Path) -> Artifact:
+def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact:
     """Write `out`/model.mlpackage."""
-    check(quantized.config, quantized.schemes, target)
     program = build_program(quantized, target)
     with replacing_folder(out / FILE_NAME) as folder:
         write_package(program, quantized, target, folder)
@@ -88,7 +42,7 @@ def lower(quantized: QuantizedCheckpoint, target: CoreMLTarget, out: Path) -> Ar
 
 
 def write_package(
-    program: Program, quantized: QuantizedCheckpoint, target: CoreMLTarget, folder: Path
+    program: Program, quantized: QuantizedCheckpoint, target: Target, folder: Path
 ) -> Any:
     """Write a package's files into the empty `folder`; its protobuf."""
     weights_folder = (folder / WEIGHTS).parent
@@ -100,7 +54,7 @@ def write_package(
     return specification
 
 
-def _describe(metadata: Any, quantized: QuantizedCheckpoint, target: CoreMLTarget) -> None:
+def _describe(metadata: Any, quantized: QuantizedCheckpoint, target: Target) -> None:
     """What Xcode shows of a package, and what an app needs to know of it."""
     config, tokenizer = quantized.config, quantized.path / "tokenizer.json"
     facts = {
@@ -193,7 +147,7 @@ class CoreMLRunner:
 
     def __init__(self, execute: Execute, new_state: Callable[[], Any], artifact: Artifact) -> None:
         self._execute, self._new_state = execute, new_state
-        assert isinstance(artifact.target, CoreMLTarget)
+        assert isinstance(artifact.target, Target)
         self._context, self._steps = artifact.target.max_context, artifact.target.prefill
         self._state, self._position = new_state(), 0
         described = open_package(artifact.path / FILE_NAME).spec.description.metadata
@@ -245,7 +199,7 @@ def cross_check(artifact: Artifact) -> CoreMLRunner | None:
 
 def _runs_here(artifact: Artifact) -> bool:
     """Whether `load` gives Core ML itself."""
-    assert isinstance(artifact.target, CoreMLTarget)
+    assert isinstance(artifact.target, Target)
     return sys.platform == "darwin" and artifact.target.output == "logits"
 
 

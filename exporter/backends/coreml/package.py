@@ -17,13 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporter.backends.coreml import MANIFEST, MODEL, WEIGHTS
 from exporter.backends.coreml.toolkit import MIL_pb2, Model_pb2
 from exporter.errors import InputError
 from exporter.files import read_json
 
-MODEL = "Data/com.apple.CoreML/model.mlmodel"
-WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
-MANIFEST = "Manifest.json"
 _AUTHOR, _SENTINEL = "com.apple.CoreML", 0xDEADBEEF
 _RECORD = struct.Struct("<IIQQQ")
 

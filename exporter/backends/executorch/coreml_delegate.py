@@ -30,6 +30,7 @@ from executorch import exir
 from executorch.backends.apple.coreml.compiler import CoreMLBackend
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 
+from exporter.backends.coreml import Target
 from exporter.backends.coreml.graph import LOGITS, MAIN, build_step
 from exporter.backends.coreml.interpreter import Interpreter
 from exporter.backends.coreml.lowering import check_room, write_package
@@ -37,7 +38,6 @@ from exporter.backends.coreml.package import Package, Value, open_package
 from exporter.backends.executorch.file import delegate_payload
 from exporter.errors import InputError
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.recipe import CoreMLTarget
 
 #: The list at a payload's end, which names three files, is far shorter.
 _LONGEST_LIST = 1 << 16
@@ -68,9 +68,7 @@ class _StandIn(nn.Module):
         return (tokens + start).unsqueeze(-1).to(self.dtype).expand(1, 1, self.vocab_size)
 
 
-def export_step(
-    quantized: QuantizedCheckpoint, target: CoreMLTarget
-) -> torch.export.ExportedProgram:
+def export_step(quantized: QuantizedCheckpoint, target: Target) -> torch.export.ExportedProgram:
     """The program: one call of the delegate, which holds the package."""
     dtype = torch.float16 if target.activations == "float16" else torch.float32
     example = (torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
@@ -89,7 +87,7 @@ def export_step(
     return torch.export.export(_Call(delegate), example, strict=False)
 
 
-def _payload(quantized: QuantizedCheckpoint, target: CoreMLTarget) -> bytes:
+def _payload(quantized: QuantizedCheckpoint, target: Target) -> bytes:
     """The package, and what the runtime wants to know of it, as one piece of data.
 
     The name under which a phone keeps the compiled model follows from the package's own bytes.

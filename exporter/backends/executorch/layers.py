@@ -8,17 +8,17 @@ import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from torch import Tensor
 
+from exporter.backends.executorch import Target
 from exporter.backends.executorch.graph import INFERRED, XnnpackGraph
 from exporter.model.decoder import ModelConfig
 from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT, QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.recipe import ExecuTorchTarget
 
 
 class LayerGraphs:
     """The XNNPACK graph of each segment, from the quantized checkpoint's tensors."""
 
-    def __init__(self, quantized: QuantizedCheckpoint, target: ExecuTorchTarget) -> None:
+    def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self.config, self.context = quantized, quantized.config, target.max_context
         self.portable = target.attention == "portable"
         self.named_data = NamedDataStore()

@@ -1,12 +1,4 @@
-"""ExecuTorch: a .pte for XNNPACK or Core ML, codes and scales untouched.
-
-    mobilellm lower build/nano-int4 --target executorch -o build/nano
-
-The program is small: an embedding, and between two attentions one XNNPACK call that holds all
-the rest of a layer. `executorch_layers` says what is in such a call, `executorch_graph` writes
-it down, `executorch_program` puts the program around it, `executorch_file` knows the bytes.
-With ``delegate=coreml`` it is one call, see `executorch_coreml`.
-"""
+"""Writing the .pte of an ExecuTorch artifact, reading its weights back, and running it."""
 
 import contextlib
 import io
@@ -14,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,76 +27,17 @@ with warnings.catch_warnings():
     from exporter.backends.executorch.program import Program, delegate, export_program
 
 from exporter.backends import Artifact, Runner, backend
-from exporter.errors import InputError
+from exporter.backends.executorch import FILE_NAME, FILES, Target, embedded
 from exporter.files import replacing
-from exporter.model.decoder import ModelConfig
-from exporter.quantization.activations import Rounding, round_rows_to_int8
-from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
-from exporter.quantization.schemes import QuantizedTensor, Scheme
-from exporter.recipe import CoreMLTarget, ExecuTorchTarget, check_context
-
-FILE_NAME = "model.pte"
-FILES = (FILE_NAME,)
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
+from exporter.quantization.schemes import QuantizedTensor
 
 
-def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: ExecuTorchTarget) -> None:
-    """Refuse what the delegate or the model cannot do. Raises InputError."""
-    check_context(config, target)
-    if target.delegate == "coreml":
-        if target.attention != "custom_sdpa":
-            raise InputError(
-                "attention",
-                f"{target.attention} is a choice for XNNPACK; the Core ML delegate attends itself",
-                "Leave it out",
-            )
-        _coreml()
-        return
-    if target.activations != "float32":
-        raise InputError(
-            "activations",
-            f"XNNPACK's are float32 and int8, not {target.activations}",
-            "Leave it out, or set delegate to coreml",
-        )
-    for name, scheme in schemes.items():
-        multiplied = name != EMBEDDING or config.tie_word_embeddings
-        if multiplied and scheme.bits == 8 and scheme.group_size:
-            raise InputError(
-                f"{name}: {scheme}",
-                "XNNPACK multiplies int8 weights with one scale a row only",
-                "Use int8, or an int4 scheme",
-            )
-
-
-def packages(target: ExecuTorchTarget) -> tuple[str, ...]:
-    """The distributions whose versions decide the bytes."""
-    own = ("executorch", "torch")
-    return own if target.delegate == "xnnpack" else (*own, "coremltools", "numpy")
-
-
-def rounding(
-    schemes: Mapping[str, Scheme], target: ExecuTorchTarget, prompt: int
-) -> Rounding | None:
-    """XNNPACK's dynamic activations: int8, one scale a row. Core ML's own in its package."""
-    if target.delegate == "coreml":
-        simulated: Rounding | None = backend("coreml").rounding(schemes, _embedded(target), prompt)
-        return simulated
-    return round_rows_to_int8
-
-
-def largest_activation(target: ExecuTorchTarget, which: str) -> float | None:
-    """Activations are float32 in XNNPACK."""
-    if target.delegate == "coreml":
-        largest: float | None = backend("coreml").largest_activation(_embedded(target), which)
-        return largest
-    return None
-
-
-def lower(quantized: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -> Artifact:
+def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact:
     """Write `out`/model.pte."""
-    check(quantized.config, quantized.schemes, target)
     with _quietly():
         if target.delegate == "coreml":
-            exported = _coreml().export_step(quantized, _embedded(target))
+            exported = _coreml().export_step(quantized, embedded(target))
         else:
             exported = export_program(Program(quantized, target))
         edge = exir.to_edge(
@@ -134,7 +67,7 @@ def lower(quantized: QuantizedCheckpoint, target: ExecuTorchTarget, out: Path) -
     return Artifact(out, target, FILES)
 
 
-def _constant_methods(quantized: QuantizedCheckpoint, target: ExecuTorchTarget) -> dict[str, Any]:
+def _constant_methods(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
     """What the official runners ask the program (extension/llm/runner/constants.h)."""
     text_ends = quantized.eos_token_ids
     return {
@@ -158,7 +91,9 @@ def weights(
         yield from read_weights(artifact.path / FILE_NAME, quantized)
         return
     with _coreml().embedded_package(artifact.path / FILE_NAME) as package:
-        yield from backend("coreml").package_weights(package, quantized)
+        from exporter.backends.coreml.lowering import package_weights
+
+        yield from package_weights(package, quantized)
 
 
 class ExecuTorchRunner:
@@ -226,14 +161,9 @@ def _interpret(artifact: Artifact) -> Runner:
     return runner
 
 
-def _of(artifact: Artifact) -> ExecuTorchTarget:
-    assert isinstance(artifact.target, ExecuTorchTarget)
+def _of(artifact: Artifact) -> Target:
+    assert isinstance(artifact.target, Target)
     return artifact.target
-
-
-def _embedded(target: ExecuTorchTarget) -> CoreMLTarget:
-    """What the package inside the .pte is made for: one token a call."""
-    return CoreMLTarget(max_context=target.max_context, prefill=1, activations=target.activations)
 
 
 def _coreml() -> ModuleType:

@@ -16,11 +16,11 @@ from executorch.exir.passes import _quant_patterns_and_replacements as _patterns
 from executorch.extension.llm.custom_ops import custom_ops as _custom_ops  # noqa: F401
 from torch import Tensor, nn
 
+from exporter.backends.executorch import Target
 from exporter.backends.executorch.layers import LayerGraphs
 from exporter.model.decoder import rope_tables
 from exporter.quantization.quantized_checkpoint import EMBEDDING, QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.recipe import ExecuTorchTarget
 
 #: Added to the scores of positions that a token must not see.
 _HIDDEN = -1e9
@@ -66,7 +66,7 @@ def _leave(x: Tensor, attention: Sequence[Tensor], vocab_size: int, layer: int) 
 class Program(nn.Module):
     """What runs outside XNNPACK: embedding, RoPE rows, cache and, as one operator, attention."""
 
-    def __init__(self, quantized: QuantizedCheckpoint, target: ExecuTorchTarget) -> None:
+    def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         super().__init__()
         self.config, self.context = quantized.config, target.max_context
         self.portable = target.attention == "portable"

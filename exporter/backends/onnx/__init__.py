@@ -1,1 +1,138 @@
-"""ONNX."""
+"""ONNX: a graph for ONNX Runtime and its generation client, codes and scales untouched.
+
+    mobilellm lower build/nano-int4 --target onnx -o build/nano-onnx
+
+The graph is written down, not traced: `forms` says what is in it, `graph` writes it, `layout`
+knows the bytes, `lowering` makes the files. The folder runs in onnxruntime-genai as it is.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from exporter import backends
+from exporter.backends import Artifact, Prediction, Runner, check_context
+from exporter.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from exporter.model.decoder import ModelConfig
+    from exporter.quantization.activations import Rounding
+    from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
+    from exporter.quantization.schemes import QuantizedTensor, Scheme
+
+EXTRA, TOOLKIT = "onnx", ("onnx", "onnxruntime")
+FILE_NAME = "model.onnx"
+DATA_NAME = f"{FILE_NAME}.data"
+GENAI_CONFIG = "genai_config.json"
+ORT_NAME, OPERATORS_NAME = "model.ort", "model.required_operators.config"
+FILES = (DATA_NAME, FILE_NAME, GENAI_CONFIG, ORT_NAME, OPERATORS_NAME)
+SUFFIX = ""
+
+
+class Target(backends.Target):
+    """An .onnx for ONNX Runtime (``contrib``), or of standard operators only (``portable``).
+
+    `products` says whether matrix products may round activations to int8, which is faster.
+    `ort` adds the .ort file and operator list of a reduced mobile build.
+    """
+
+    target: Literal["onnx"] = "onnx"
+    form: Literal["contrib", "portable"] = "contrib"
+    activations: Literal["float32", "float16"] = "float32"
+    products: Literal["int8", "float"] = "int8"
+    ort: bool = False
+
+
+def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> None:
+    """Refuse what the form cannot hold. Raises InputError."""
+    check_context(config, target)
+    if target.form == "portable" and target.products == "int8":
+        raise InputError(
+            "products",
+            "'int8' needs ONNX Runtime's own operators, which the portable form leaves out",
+            "Set products to float, or form to contrib",
+        )
+
+
+def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
+    """The file within one per cent, two for the smallest; memory within a tenth on x86-64."""
+    from exporter.backends.onnx import size
+
+    return size.predict(config, schemes, target)
+
+
+def packages(target: Target) -> tuple[str, ...]:
+    """The distributions whose versions decide the bytes."""
+    return "onnx", "onnxruntime"
+
+
+def portable(target: Target) -> bool:
+    """ONNX Runtime comes with the operators of both forms: there is no runner with fewer."""
+    return False
+
+
+def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> bool:
+    """ONNX Runtime's own operators multiply integers, unless a weight is float."""
+    from exporter.quantization.quantized_checkpoint import EMBEDDING
+
+    shapes = config.parameter_shapes()
+    multiplied = [
+        scheme
+        for name, scheme in schemes.items()
+        if len(shapes[name]) == 2 and (name != EMBEDDING or config.tie_word_embeddings)
+    ]
+    return target.form == "contrib" and all(scheme.bits for scheme in multiplied)
+
+
+def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "Rounding | None":
+    """Blocks in MatMulNBits; in DynamicQuantizeMatMul all that is read at once together."""
+    from exporter.backends.onnx.layout import LARGEST_BLOCK
+    from exporter.quantization.activations import round_blocks_to_int8, round_prompt_to_int8
+    from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT
+    from exporter.quantization.schemes import FLOAT, Scheme
+
+    if target.products == "float":
+        return None
+    linear = [scheme for name, scheme in schemes.items() if name not in (EMBEDDING, OUTPUT)]
+    if Scheme(8) in linear:
+        return partial(round_prompt_to_int8, prompt=prompt)
+    groups = [scheme.group_size or LARGEST_BLOCK for scheme in linear if scheme != FLOAT]
+    return partial(round_blocks_to_int8, block=max(groups, default=LARGEST_BLOCK))
+
+
+def largest_activation(target: Target, which: str) -> float | None:
+    """What overflows in float16."""
+    from exporter.quantization.activations import LARGEST_HALF
+
+    return LARGEST_HALF if target.activations == "float16" else None
+
+
+def lower(quantized: "QuantizedCheckpoint", target: Target, out: Path) -> Artifact:
+    """Write model.onnx, its data file and genai_config.json, and the .ort pair on request."""
+    from exporter.backends.onnx import lowering
+
+    check(quantized.config, quantized.schemes, target)
+    return lowering.lower(quantized, target, out)
+
+
+def load(artifact: Artifact) -> Runner:
+    """The artifact in ONNX Runtime."""
+    from exporter.backends.onnx import lowering
+
+    return lowering.OnnxRunner(artifact.path, artifact.target.max_context)
+
+
+def cross_check(artifact: Artifact) -> None:
+    """There is no interpreter of ours: `load` runs ONNX Runtime itself."""
+
+
+def weights(
+    artifact: Artifact, quantized: "QuantizedCheckpoint"
+) -> "Iterator[tuple[str, str, QuantizedTensor | Tensor]]":
+    """Every weight decoded out of the model and its data file: name, place, codes and scales."""
+    from exporter.backends.onnx import lowering
+
+    return lowering.weights(artifact, quantized)

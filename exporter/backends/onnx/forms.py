@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from onnx import TensorProto
 
+from exporter.backends.onnx import Target
 from exporter.backends.onnx.graph import CONTRIB, OnnxGraph, float_bytes
-from exporter.backends.onnx.weights import (
+from exporter.backends.onnx.layout import (
     block_scales,
     block_size,
     concatenate,
@@ -22,7 +23,6 @@ from exporter.backends.onnx.weights import (
 from exporter.model.decoder import ModelConfig, rope_tables
 from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT, QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.recipe import OnnxTarget
 
 #: `accuracy_level` of MatMulNBits: how activations may be rounded.
 _FLOAT32, _INT8 = 1, 4
@@ -88,9 +88,7 @@ def _apart(graph: OnnxGraph, values: list[str], width: int) -> Sequence[str]:
 class _Common:
     """Inputs, outputs and constants of both forms."""
 
-    def __init__(
-        self, graph: OnnxGraph, quantized: QuantizedCheckpoint, target: OnnxTarget
-    ) -> None:
+    def __init__(self, graph: OnnxGraph, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.g, self.quantized, self.config, self.target = (
             graph,
             quantized,
@@ -163,9 +161,7 @@ class ContribForm(_Common):
 
     opset = CONTRIB_OPSET
 
-    def __init__(
-        self, graph: OnnxGraph, quantized: QuantizedCheckpoint, target: OnnxTarget
-    ) -> None:
+    def __init__(self, graph: OnnxGraph, quantized: QuantizedCheckpoint, target: Target) -> None:
         super().__init__(graph, quantized, target)
         self.accuracy_level = _INT8 if target.products == "int8" else _FLOAT32
         mask = graph.input(
@@ -301,9 +297,7 @@ class PortableForm(_Common):
 
     opset = PORTABLE_OPSET
 
-    def __init__(
-        self, graph: OnnxGraph, quantized: QuantizedCheckpoint, target: OnnxTarget
-    ) -> None:
+    def __init__(self, graph: OnnxGraph, quantized: QuantizedCheckpoint, target: Target) -> None:
         super().__init__(graph, quantized, target)
         past = "past_key_values.0.key"
         axis = graph.scalar(2)

@@ -18,7 +18,6 @@ PAGE = 4096
 #: Tensors below this many bytes stay in the graph itself.
 _INLINE_BYTES = 16384
 CONTRIB = "com.microsoft"
-DATA_SUFFIX = ".data"
 
 _SIZES: dict[int, int] = {
     TensorProto.FLOAT: 32,

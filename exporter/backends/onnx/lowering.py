@@ -1,17 +1,10 @@
-"""ONNX: a graph for ONNX Runtime and its generation client, codes and scales untouched.
-
-    mobilellm lower build/nano-int4 --target onnx -o build/nano-onnx
-
-The graph is written down, not traced: `onnx_forms` says what is in it, `onnx_graph` writes it,
-`onnx_weights` knows the bytes. The folder runs in onnxruntime-genai as it is.
-"""
+"""Writing the files of an ONNX artifact, reading its weights back, and running it."""
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,68 +16,25 @@ from onnx import TensorProto
 from torch import Tensor
 
 from exporter.backends import Artifact
+from exporter.backends.onnx import (
+    DATA_NAME,
+    FILE_NAME,
+    GENAI_CONFIG,
+    OPERATORS_NAME,
+    ORT_NAME,
+    Target,
+)
 from exporter.backends.onnx.forms import ContribForm, PortableForm, build
-from exporter.backends.onnx.graph import DATA_SUFFIX, OnnxGraph
-from exporter.backends.onnx.weights import LARGEST_BLOCK, StoredWeight
+from exporter.backends.onnx.graph import OnnxGraph
+from exporter.backends.onnx.layout import StoredWeight
 from exporter.errors import InputError
 from exporter.files import copy_file, replacing, write_json
-from exporter.model.decoder import ModelConfig
-from exporter.quantization.activations import (
-    LARGEST_HALF,
-    Rounding,
-    round_blocks_to_int8,
-    round_prompt_to_int8,
-)
-from exporter.quantization.quantized_checkpoint import EMBEDDING, OUTPUT, QuantizedCheckpoint
-from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
-from exporter.recipe import OnnxTarget, check_context
-
-FILE_NAME = "model.onnx"
-DATA_NAME = FILE_NAME + DATA_SUFFIX
-GENAI_CONFIG = "genai_config.json"
-ORT_NAME, OPERATORS_NAME = "model.ort", "model.required_operators.config"
-FILES = (DATA_NAME, FILE_NAME, GENAI_CONFIG, ORT_NAME, OPERATORS_NAME)
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
+from exporter.quantization.schemes import QuantizedTensor
 
 
-def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: OnnxTarget) -> None:
-    """Refuse what the form cannot hold. Raises InputError."""
-    check_context(config, target)
-    if target.form == "portable" and target.products == "int8":
-        raise InputError(
-            "products",
-            "'int8' needs ONNX Runtime's own operators, which the portable form leaves out",
-            "Set products to float, or form to contrib",
-        )
-
-
-def packages(target: OnnxTarget) -> tuple[str, ...]:
-    """The distributions whose versions decide the bytes."""
-    return "onnx", "onnxruntime"
-
-
-def rounding(schemes: Mapping[str, Scheme], target: OnnxTarget, prompt: int) -> Rounding | None:
-    """Blocks in MatMulNBits; in DynamicQuantizeMatMul all that is read at once together."""
-    if target.products == "float":
-        return None
-    linear = [scheme for name, scheme in schemes.items() if name not in (EMBEDDING, OUTPUT)]
-    if Scheme(8) in linear:
-        return partial(round_prompt_to_int8, prompt=prompt)
-    groups = [scheme.group_size or LARGEST_BLOCK for scheme in linear if scheme != FLOAT]
-    return partial(round_blocks_to_int8, block=max(groups, default=LARGEST_BLOCK))
-
-
-def largest_activation(target: OnnxTarget, which: str) -> float | None:
-    """What overflows in float16."""
-    return LARGEST_HALF if target.activations == "float16" else None
-
-
-def cross_check(artifact: Artifact) -> None:
-    """There is no interpreter of ours: `load` runs ONNX Runtime itself."""
-
-
-def lower(quantized: QuantizedCheckpoint, target: OnnxTarget, out: Path) -> Artifact:
+def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact:
     """Write model.onnx, its data file and genai_config.json, and the .ort pair on request."""
-    check(quantized.config, quantized.schemes, target)
     with replacing(out / DATA_NAME) as data:
         graph = OnnxGraph(DATA_NAME, data)
         form = ContribForm if target.form == "contrib" else PortableForm
@@ -101,7 +51,7 @@ def lower(quantized: QuantizedCheckpoint, target: OnnxTarget, out: Path) -> Arti
     return Artifact(out, target, tuple(files))
 
 
-def _metadata(quantized: QuantizedCheckpoint, target: OnnxTarget) -> dict[str, str]:
+def _metadata(quantized: QuantizedCheckpoint, target: Target) -> dict[str, str]:
     return {
         "bos_token_id": json.dumps(quantized.bos_token_id),
         "eos_token_ids": json.dumps(list(quantized.eos_token_ids)),
@@ -109,7 +59,7 @@ def _metadata(quantized: QuantizedCheckpoint, target: OnnxTarget) -> dict[str, s
     }
 
 
-def _genai_config(quantized: QuantizedCheckpoint, target: OnnxTarget) -> dict[str, Any]:
+def _genai_config(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
     """What onnxruntime-genai needs; the type only picks its decoder-only loop."""
     config, ends = quantized.config, list(quantized.eos_token_ids)
     end = ends[0] if ends else 0
@@ -337,8 +287,3 @@ class OnnxRunner:
     def _output_names(self) -> list[str]:
         """In the order in which they were bound."""
         return ["logits", *(name.replace("past_key_values", "present") for name in self._past)]
-
-
-def load(artifact: Artifact) -> OnnxRunner:
-    """The artifact ready to run."""
-    return OnnxRunner(artifact.path, artifact.target.max_context)

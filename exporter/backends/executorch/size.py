@@ -1,0 +1,61 @@
+"""What a .pte for XNNPACK will weigh, before it is made."""
+
+import math
+from collections.abc import Mapping
+
+from exporter.backends import Prediction
+from exporter.backends._sizes import RUNTIME_BYTES, stored_bytes
+from exporter.backends.executorch import Target
+from exporter.model.decoder import ModelConfig
+from exporter.quantization.quantized_checkpoint import EMBEDDING
+from exporter.quantization.schemes import FLOAT, Scheme
+
+#: Program, XNNPACK graphs and padding: for the file as a whole, and for each layer of it.
+_PROGRAM_BYTES, _LAYER_BYTES = 12_000, 10_500
+
+
+def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:
+    shapes = config.parameter_shapes()
+    weights = sum(stored_bytes(schemes[name], shape) for name, shape in shapes.items())
+    table = _table_bytes(config, schemes) + 2 * target.max_context * config.head_dim * 4
+    tied_codes = 0
+    if config.tie_word_embeddings:
+        bits = schemes[EMBEDDING].bits or 32
+        tied_codes = math.prod(shapes[EMBEDDING]) * bits // 8
+    untied_table = (
+        0 if config.tie_word_embeddings else stored_bytes(schemes[EMBEDDING], shapes[EMBEDDING])
+    )
+    overhead = _PROGRAM_BYTES + _LAYER_BYTES * config.num_hidden_layers
+    file = weights - untied_table + table - tied_codes + overhead
+    kv_cache = config.kv_cache_bytes(target.max_context, bytes_per_value=4)
+    packed = sum(
+        _packed_bytes(schemes[name], shape)
+        for name, shape in shapes.items()
+        if name != EMBEDDING or config.tie_word_embeddings
+    )
+    memory = table + packed + kv_cache + _activation_bytes(config, target) + RUNTIME_BYTES
+    return Prediction(file, kv_cache, memory)
+
+
+def _table_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
+    """The embedding as a lookup table: it has float32 scales of its own."""
+    scheme, shape = schemes[EMBEDDING], config.parameter_shapes()[EMBEDDING]
+    if scheme == FLOAT:
+        return 4 * math.prod(shape)
+    codes = math.prod(shape) * (scheme.bits or 0) // 8
+    return codes + 4 * math.prod(scheme.scale_shape(shape))
+
+
+def _packed_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    """A weight as XNNPACK repacks it in memory: float32 scales, and two numbers a row."""
+    if scheme == FLOAT:
+        return 4 * math.prod(shape)
+    codes = math.prod(shape) * (scheme.bits or 0) // 8
+    return codes + 4 * math.prod(scheme.scale_shape(shape)) + 8 * shape[0]
+
+
+def _activation_bytes(config: ModelConfig, target: Target) -> int:
+    """The planned memory between two graphs: residual in and out, q and attention, k, v, RoPE."""
+    heads = config.num_attention_heads + config.num_key_value_heads + 1
+    width = 2 * config.hidden_size + 2 * heads * config.head_dim
+    return 4 * target.max_context * width

@@ -1,0 +1,171 @@
+"""One function for each subcommand: one call into the package, and one display of its result.
+
+The package is imported within the functions: ``mobilellm --help`` does not wait for torch.
+"""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from exporter.cli import display, display_models
+
+FINE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """A checkpoint and what each recipe would make of it, or a file that a format can read."""
+    from exporter.backends import backend, inspector_of
+
+    kind = inspector_of(Path(args.checkpoint))
+    if kind is not None:
+        found = backend(kind).inspect(Path(args.checkpoint))
+        return display_models.print_inspection(found, args.json)
+    from exporter.forecast import catalogue_device, forecast_recipes
+    from exporter.model.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(args.checkpoint)
+    device = catalogue_device(args.device) if args.device else None
+    forecasts = forecast_recipes(checkpoint, device)
+    return display_models.print_checkpoint(checkpoint, forecasts, device, args.json)
+
+
+def quantize(args: argparse.Namespace) -> int:
+    """A checkpoint to a quantized checkpoint."""
+    import torch
+
+    from exporter import pipeline
+    from exporter.model.checkpoint import open_checkpoint
+    from exporter.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    checkpoint = open_checkpoint(args.checkpoint)
+    with display.progress() as progress, display.Clock() as clock:
+        dequantized = None
+        if args.dequantize:
+            dequantized = pipeline.Dequantized(args.dequantize, getattr(torch, args.dtype))
+        quantized = pipeline.quantize(
+            recipe, checkpoint, args.output, progress, args.overwrite, dequantized
+        )
+    if quantized is None:  # a process of torchrun that is not the first
+        return FINE
+    written = (args.dequantize, args.dtype) if args.dequantize else None
+    return display_models.print_quantized(recipe.name, quantized, written, clock, args.json)
+
+
+def lower(args: argparse.Namespace) -> int:
+    """A quantized checkpoint to one artifact."""
+    from exporter import pipeline
+    from exporter.quantization.quantized_checkpoint import open_quantized
+    from exporter.recipe import parse_target
+
+    target = parse_target({"target": args.target}, "--target", args.overrides)
+    quantized = open_quantized(args.quantized)
+    with display.progress() as progress, display.Clock() as clock:
+        finished = pipeline.lower(quantized, target, args.output, progress, args.overwrite)
+    return display_models.print_artifact(finished, quantized, args.output, clock, args.json)
+
+
+def export(args: argparse.Namespace) -> int:
+    """A checkpoint to a verified bundle."""
+    from exporter import pipeline
+    from exporter.model.checkpoint import open_checkpoint
+    from exporter.recipe import load_recipe
+
+    recipe = pipeline.with_targets(load_recipe(args.recipe, args.overrides), args.target)
+    checkpoint = open_checkpoint(args.checkpoint)
+    with display.progress() as progress, display.Clock() as clock:
+        result = pipeline.export(
+            recipe, checkpoint, args.output, progress, overwrite=args.overwrite, text=args.text
+        )
+    display_models.print_export(result, args.output, clock, args.json)
+    return FINE if result.bundle is not None else CHECK_FAILED
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Every check of a bundle or of a quantized checkpoint."""
+    from exporter import pipeline
+
+    with display.progress() as progress:
+        checks = pipeline.verify(args.bundle, progress, args.text)
+    passed = all(check.passed for check in checks)
+    display_models.print_verification(checks, passed, args.json)
+    return FINE if passed else CHECK_FAILED
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """The quality of a model, of any kind."""
+    from exporter.evaluation import measure
+
+    asked = measure.Measures(
+        **{field.name: getattr(args, field.name) for field in fields(measure.Measures)}
+    )
+    with display.progress() as progress, display.Clock() as clock:
+        found = measure.evaluate(args.path, args.target, asked, progress)
+    return display_models.print_evaluation(args.path, found, clock, args.json)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Text from a model of any kind."""
+    from exporter.inference.answer import begin_answer
+    from exporter.inference.generation import Sampling
+
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    answer = begin_answer(args.path, args.target, prompt, sampling, args.raw, args.system)
+    return display_models.print_answer(answer, args.json)
+
+
+def profile(args: argparse.Namespace) -> int:
+    """A bundle measured on devices."""
+    from exporter import profiling
+    from exporter.cli import display_profile
+
+    if args.plot:
+        display_profile.check_plot(args.plot)
+    request = profiling.Request(
+        args.device, args.target, args.overrides, args.runner, args.threads, args.timeout,
+        args.output, args.baseline,
+    )  # fmt: skip
+    with display.progress() as progress:
+        result = profiling.profile(args.bundle, request, progress)
+    if args.plot:
+        display_profile.plot(result.report, args.plot)
+    display_profile.print_profile(result.report, result.comparisons, args.json)
+    return FINE if result.passed else CHECK_FAILED
+
+
+def devices(args: argparse.Namespace) -> int:
+    """The devices that are connected and known."""
+    from exporter.cli import display_profile
+
+    return display_profile.print_devices(args.json)
+
+
+def recipes(args: argparse.Namespace) -> int:
+    """The recipes that come with the tool."""
+    from exporter.recipe import all_recipes
+
+    return display_models.print_recipes(all_recipes(), args.json)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """What is missing on this machine."""
+    from exporter.cli.doctor import examine
+
+    findings = examine()
+    fine = all(finding.fine for finding in findings if finding.required)
+    display.print_findings(findings, fine, args.json)
+    return FINE if fine else CHECK_FAILED
+
+
+#: Every subcommand, in the order of the help.
+# fmt: off
+COMMANDS = {
+    function.__name__: function
+    for function in (
+        inspect, quantize, lower, export, verify, evaluate, generate, profile, devices, recipes,
+        doctor,
+    )
+}
+# fmt: on

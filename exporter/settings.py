@@ -1,0 +1,160 @@
+"""Settings from plain data: YAML, JSON and ``key=value`` overrides become checked models.
+
+A section is a frozen pydantic model. An unknown key, a wrong type and a number out of range are
+refused as an InputError with the dotted key and the value.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from exporter.errors import InputError
+
+#: The type of the errors that our own validators raise.
+_REFUSED = "refused"
+_UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
+_NOT_A_MAPPING = ("model_type", "dict_type", "mapping_type")
+_TYPES = {"string_type": "str", "int_type": "int", "float_type": "float", "bool_type": "bool"}
+
+
+class Section(BaseModel):
+    """Settings that belong together. Values keep their types: ``1`` is not true."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def refusal(problem: str, remedy: str = "", key: str = "") -> PydanticCustomError:
+    """What a validator raises; `key` is the dotted key of the value, from the validator's own."""
+    context = {"problem": problem, "remedy": remedy, "key": key}
+    return PydanticCustomError(_REFUSED, "{problem}", context)
+
+
+def within(least: float, most: float = math.inf) -> AfterValidator:
+    """A number from `least` to `most`, both included, but not infinity."""
+    span = f"between {least:g} and {most:g}" if most < math.inf else f"{least:g} or more"
+
+    def check(value: float) -> float:
+        if not least <= value <= most or value == math.inf:
+            raise refusal(f"{value} is out of range", f"Give a value {span}")
+        return value
+
+    return AfterValidator(check)
+
+
+def list_of(what: str) -> BeforeValidator:
+    """A list, as YAML and JSON have it, for a field that is a tuple."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, (list, tuple)):
+            raise refusal(f"{value!r} is not a list of {what}")
+        return tuple(value)
+
+    return BeforeValidator(check)
+
+
+def parse_section(
+    model: type[AnySection],
+    raw: object,
+    subject: str,
+    key: str = "",
+    more_keys: Sequence[str] = (),
+) -> AnySection:
+    """A section from plain data. The message of an InputError begins with `subject` and the
+    section's own dotted `key`; `more_keys` are those that the caller knows beside the section's."""
+    try:
+        return model.model_validate(raw, context={"subject": subject})
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        # A misspelt key is the reason for what else may be wrong.
+        first = next((d for d in details if d["type"] in _UNKNOWN_KEY), details[0])
+        raise _input_error(model, first, subject, key, more_keys) from error
+
+
+def _input_error(
+    model: type[Section], detail: ErrorDetails, subject: str, key: str, more_keys: Sequence[str]
+) -> InputError:
+    """What is wrong first, in our words."""
+    place, value, kind = list(detail["loc"]), detail["input"], detail["type"]
+    context, remedy = detail.get("ctx", {}), ""
+    if kind in _UNKNOWN_KEY:
+        name = place.pop()
+        known = _section_at(model, place).model_fields
+        problem = f"unknown key {name!r}"
+        remedy = f"Keys: {', '.join([*known, *(() if place else more_keys)])}"
+    elif kind == _REFUSED:
+        problem, remedy = context["problem"], context["remedy"]
+        place += [context["key"]] if context["key"] else []
+    elif kind == "literal_error":
+        problem = f"{value!r} is not one of {', '.join(context['expected'].rsplit(' or ', 1))}"
+    elif kind in _NOT_A_MAPPING:
+        problem = f"{value!r} is not a mapping of keys"
+    elif kind in _TYPES:
+        problem = f"{value!r} is not of type {_TYPES[kind]}"
+    elif kind == "missing":
+        problem = "is missing"
+    else:
+        problem = f"{value!r}: {detail['msg']}"
+    where = ".".join([*([key] if key else []), *map(str, place)])
+    return InputError(f"{subject}: {where}" if where else subject, problem, remedy)
+
+
+def _section_at(model: type[Section], place: Sequence[int | str]) -> type[Section]:
+    """The section at a place of another one: a field's, or that of a tuple's items."""
+    kind: Any = model
+    for part in place:
+        kind = kind.model_fields[part].annotation if isinstance(part, str) else get_args(kind)[0]
+    section: type[Section] = kind
+    return section
+
+
+def overridden(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of plain data with ``dotted.key=value`` overrides applied. Raises InputError."""
+    values = copy.deepcopy(dict(raw))
+    for override in overrides:
+        _override(values, override)
+    return values
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Set one value; numbers in the key index lists."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(text, "is not an override", "Write key=value, as max_context=4096")
+    parts = key.split(".")
+    # A pattern of quantization.overrides has dots of its own.
+    if parts[:2] == ["quantization", "overrides"]:
+        parts = [*parts[:2], ".".join(parts[2:])]
+    place: Any = raw
+    for part, following in pairwise(parts):
+        if isinstance(place, list):
+            place = _list_item(place, part, text)
+        elif isinstance(place, dict):
+            # The recipe may leave out a list that the override begins.
+            place = place.setdefault(part, [{}] if following == "0" else {})
+        if not isinstance(place, (dict, list)):
+            raise InputError(text, f"{part!r} holds no keys", "See the recipe for its keys")
+    try:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(text, f"{value!r} is not a YAML value ({reason})", "Quote it") from error
+    if isinstance(place, list):
+        _list_item(place, parts[-1], text)
+        place[int(parts[-1])] = parsed
+    else:
+        place[parts[-1]] = parsed
+
+
+def _list_item(items: list[Any], index: str, text: str) -> Any:
+    if not index.isdecimal() or int(index) >= len(items):
+        raise InputError(text, f"{index!r} is not one of 0..{len(items) - 1}", "Count from 0")
+    return items[int(index)]
