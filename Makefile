@@ -10,8 +10,9 @@ quickstart: $(VENV)/.executorch,onnx,coreml  ## The demo checkpoint to a verifie
 	$(BIN)/mobilellm export mobilellm-r1-nano-int4 --checkpoint $(NANO) -o build/nano
 	$(BIN)/mobilellm generate build/nano --prompt "Ada has 12 eggs. Ada finds 7 more. Ada sells 5. How many eggs does Ada have now?"
 
+# By name: in xdist's order, of the number of tests, the files of a few long tests come last.
 test: $(VENV)/.dev  ## All tests, on two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 testbed: $(VENV)/.dev  ## Devices for the tests: adbd, and an arm64 Debian in qemu (Debian, root)
 	PYTHON=$(abspath $(BIN))/python tests/devices/testbed.sh

@@ -24,7 +24,6 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '<end>' }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-TEXT = "".join(f"Ada has {n} eggs and finds {n * 7 % 11} more.\n" for n in range(120))
 
 
 def small_checkpoint(

@@ -17,7 +17,7 @@ from exporter.model.config import parse_config
 from exporter.pipeline import export, no_progress
 from exporter.recipe import load_recipe
 
-pytest_plugins = ["device_bed"]
+pytest_plugins = ["device_bed", "lowering"]
 
 ROOT = Path(__file__).parent.parent
 NANO = ROOT / "examples" / "mobilellm-r1-nano"
@@ -100,6 +100,8 @@ OLMO2 = {
     "eos_token_id": 1,
 }
 
+TEXT = "".join(f"Ada has {n} eggs and finds {n * 7 % 11} more.\n" for n in range(120))
+
 MakeCheckpoint = Callable[..., Path]
 
 
@@ -116,6 +118,15 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, torc
     }
 
 
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]
+) -> Path:
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     """make_checkpoint(base=LLAMA4, dtype=torch.bfloat16, name="model", **changes) → folder.
@@ -130,13 +141,10 @@ def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
         weights: dict[str, torch.Tensor] | None = None,
         **changes: Any,
     ) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
+        config = {**base, **changes}
         if weights is None:
-            weights = random_weights({**base, **changes}, dtype)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps({**base, **changes}))
-        return folder
+            weights = random_weights(config, dtype)
+        return write_checkpoint(tmp_path / name, config, weights)
 
     return make
 
@@ -152,6 +160,14 @@ def own_cache(
     folder = tmp_path / "cache"
     monkeypatch.setenv("MOBILELLM_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A small file to calibrate on."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
 
 
 @pytest.fixture(scope="session")

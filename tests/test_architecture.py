@@ -5,7 +5,8 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -17,28 +18,54 @@ from exporter.backends import backend, front, names
 PACKAGE = ROOT / "exporter"
 DEVICES = ROOT / "devices"
 
-#: From the bottom up; a module may import from its own layer and those below it.
+#: The parts of `exporter`, from the bottom up. A part may import from its own layer and from those
+#: below it, and nowhere in a circle.
 LAYERS = (
     {"errors"},
     {"files", "progress", "settings"},
     {"model", "text"},
     {"quantization"},
     {"backends"},
-    {"bundle", "calibration", "evaluation", "inference", "recipe", "verification"},
-    {"forecast", "pipeline", "profiling"},
+    {"recipe"},
+    {
+        "bundle", "calibration", "evaluation", "forecast", "inference", "profiling", "verification",
+    },
+    {"pipeline"},
     {"cli"},
     {"__main__"},
 )  # fmt: skip
-PART_OF_LAYER = {part: height for height, parts in enumerate(LAYERS) for part in parts}
+#: The backend that may import a toolkit.
+TOOLKITS = {
+    "executorch": "executorch",
+    "torchao": "executorch",
+    "coremltools": "coreml",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+}
+#: The modules that may import a large library.
+LIBRARIES = {
+    "lm_eval": {"evaluation/lm_eval.py", "evaluation/lm_eval_plugin.py"},
+    "pyarrow": {"text/documents.py"},
+}
+
+Layers = Sequence[set[str]]
 
 
-def modules(folder: Path = PACKAGE) -> list[Path]:
+# Each rule goes through all modules of a package and lists what is against it, with the file.
+
+
+def modules(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def imports(path: Path) -> Iterator[str]:
     """Every module that a file imports, in functions too, as a dotted name."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,97 +75,348 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def part(module: str) -> str | None:
-    """The part of the package that a module belongs to: exporter.backends.onnx → backends."""
-    names = module.split(".")
-    return names[1] if names[0] == "exporter" and len(names) > 1 else None
+def libraries(path: Path) -> set[str]:
+    """The top-level packages that a file imports."""
+    return {name.split(".")[0] for name in imports(path)}
 
 
-def part_of_file(path: Path) -> str:
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+def parts_used(path: Path) -> set[str]:
+    """The parts of `exporter` that a file imports: exporter.backends.onnx → backends."""
+    names = [name.split(".") for name in imports(path)]
+    return {name[1] for name in names if name[0] == "exporter" and len(name) > 1}
 
 
-FILES = pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def parts(package: Path) -> dict[str, list[Path]]:
+    """The modules of each part: of a folder, or the one of that name."""
+    found: dict[str, list[Path]] = {}
+    for path in modules(package):
+        if path != package / "__init__.py":
+            part = path.relative_to(package).parts[0].removesuffix(".py")
+            found.setdefault(part, []).append(path)
+    return found
 
 
-@FILES
-def test_every_module_has_its_place_in_a_layer(path: Path) -> None:
-    assert part_of_file(path) in PART_OF_LAYER or path == PACKAGE / "__init__.py"
+def backend_of(package: Path, path: Path) -> str | None:
+    """The backend that a module belongs to, where it belongs to one."""
+    folder, *names = path.relative_to(package).parts
+    return names[0].removesuffix(".py") if folder == "backends" else None
 
 
-@FILES
-def test_no_module_imports_from_a_layer_above_its_own(path: Path) -> None:
-    height = PART_OF_LAYER.get(part_of_file(path), 0)
-    used = {name for name in map(part, imports(path)) if name in PART_OF_LAYER}
-    assert {name for name in used if PART_OF_LAYER[name] > height} == set()
+def shown(package: Path, path: Path, problem: object) -> str:
+    return f"{path.relative_to(package).as_posix()}: {problem}"
 
 
-@FILES
-def test_a_mobile_toolkit_is_imported_by_its_backend_alone(path: Path) -> None:
-    toolkits = {"executorch", "torchao", "coremltools", "onnx", "onnxruntime"}
-    used = {name.split(".")[0] for name in imports(path)} & toolkits
-    owners = {
-        "executorch": "executorch", "torchao": "executorch", "coremltools": "coreml",
-        "onnx": "onnx", "onnxruntime": "onnx",
-    }  # fmt: skip
-    own = {kit for kit, owner in owners.items() if path.parent.name == owner}
-    assert used <= (own if path.parent.parent.name == "backends" else set())
+def missing_parts(package: Path, layers: Layers = LAYERS) -> list[str]:
+    present = parts(package)
+    return [f"{part}: no such part" for part in sorted(set().union(*layers) - present.keys())]
 
 
-@pytest.mark.parametrize(
-    ("package", "owners"),
-    [
-        ("lm_eval", {"evaluation/lm_eval.py", "evaluation/lm_eval_plugin.py"}),
-        ("pyarrow", {"text/documents.py"}),
-    ],
-)
-def test_a_large_library_is_imported_where_it_is_needed_alone(
-    package: str, owners: set[str]
-) -> None:
-    using = [p for p in modules() if package in {name.split(".")[0] for name in imports(p)}]
-    assert {path.relative_to(PACKAGE).as_posix() for path in using} == owners
+def modules_without_a_layer(package: Path, layers: Layers = LAYERS) -> list[str]:
+    known = set().union(*layers)
+    return [
+        shown(package, path, "in no layer")
+        for part, files in parts(package).items()
+        if part not in known
+        for path in files
+    ]
 
 
-@pytest.mark.parametrize(
-    ("one", "other"), [("calibration", "backends"), ("backends", "calibration")]
-)
-def test_calibration_and_backends_do_not_see_each_other(one: str, other: str) -> None:
-    files = [path for path in modules() if part_of_file(path) == one]
-    assert [path for path in files if other in set(map(part, imports(path)))] == []
+def imports_from_above(package: Path, layers: Layers = LAYERS) -> list[str]:
+    height = {part: number for number, names in enumerate(layers) for part in names}
+    return [
+        shown(package, path, f"imports {used}")
+        for part, files in parts(package).items()
+        for path in files
+        for used in sorted(parts_used(path) & height.keys())
+        if height[used] > height.get(part, 0)
+    ]
+
+
+def circles(package: Path) -> list[str]:
+    """The parts that import themselves by way of others."""
+    present = parts(package)
+    reached = {
+        part: set().union(*map(parts_used, files)) & present.keys() - {part}
+        for part, files in present.items()
+    }
+    for way in present:
+        for part in present:
+            if way in reached[part]:
+                reached[part] |= reached[way]
+    return [f"{part}: imports itself by way of others" for part in present if part in reached[part]]
+
+
+def toolkits_outside_their_backend(package: Path) -> list[str]:
+    return [
+        shown(package, path, f"imports {toolkit}")
+        for path in modules(package)
+        for toolkit in sorted(libraries(path) & TOOLKITS.keys())
+        if backend_of(package, path) != TOOLKITS[toolkit]
+    ]
+
+
+def libraries_outside_their_modules(package: Path) -> list[str]:
+    return [
+        shown(package, path, f"imports {library}")
+        for path in modules(package)
+        for library in sorted(libraries(path) & LIBRARIES.keys())
+        if path.relative_to(package).as_posix() not in LIBRARIES[library]
+    ]
+
+
+def calibration_and_backends_importing_each_other(package: Path) -> list[str]:
+    return [
+        shown(package, path, f"imports {other}")
+        for one, other in (("calibration", "backends"), ("backends", "calibration"))
+        for path in parts(package).get(one, [])
+        if other in parts_used(path)
+    ]
+
+
+def imports_of_the_exporter(package: Path) -> list[str]:
+    return [
+        shown(package, path, "imports exporter")
+        for path in modules(package)
+        if "exporter" in libraries(path)
+    ]
+
+
+def ways_to_run_code_of_a_file(package: Path) -> list[str]:
+    forbidden = r"(torch\.load|yaml\.load|eval|exec|os\.system)\(|.*\bshell=True"
+    found = []
+    for path in modules(package):
+        pickles = sorted(libraries(path) & {"pickle", "cPickle", "dill"})
+        found += [shown(package, path, f"imports {name}") for name in pickles]
+        calls = [ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+        found += [shown(package, path, call) for call in calls if re.match(forbidden, call)]
+    return found
+
+
+def swallowed_exceptions(package: Path) -> list[str]:
+    """`except: pass` and `except Exception: pass` hide what a user must know."""
+    return [
+        shown(package, path, ast.unparse(node).replace("\n    ", " "))
+        for path in modules(package)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ExceptHandler)
+        if node.type is None or ast.unparse(node.type) == "Exception"
+        if isinstance(node.body[0], ast.Pass)
+    ]
+
+
+def modules_without_a_docstring(package: Path) -> list[str]:
+    return [
+        shown(package, path, "no docstring")
+        for path in modules(package)
+        if not ast.get_docstring(tree(path))
+    ]
+
+
+def words_of_code(path: Path) -> Iterator[str]:
+    """Every name and every text in a file that is not a docstring."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree(path))
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in docstrings:
+                yield node.value
+        elif isinstance(node, ast.Name | ast.Attribute):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+    yield from imports(path)
+
+
+def formats_named_outside_their_backend(package: Path, formats: Iterable[str]) -> list[str]:
+    pattern = re.compile(rf"(?i)\b({'|'.join(formats)})\b")
+    return [
+        shown(package, path, word)
+        for path in modules(package)
+        if backend_of(package, path) in (None, "__init__")
+        for word in words_of_code(path)
+        if pattern.search(word)
+    ]
+
+
+# What the exporter and devices keep.
+
+
+def test_every_part_of_a_layer_exists() -> None:
+    assert missing_parts(PACKAGE) == []
+
+
+def test_every_module_has_its_place_in_a_layer() -> None:
+    assert modules_without_a_layer(PACKAGE) == []
+    assert sum(map(len, LAYERS)) == len(set().union(*LAYERS))
+
+
+def test_no_module_imports_from_a_layer_above_its_own() -> None:
+    assert imports_from_above(PACKAGE) == []
+
+
+def test_no_part_imports_itself_by_way_of_others() -> None:
+    assert circles(PACKAGE) == []
+
+
+def test_a_mobile_toolkit_is_imported_by_its_backend_alone() -> None:
+    assert toolkits_outside_their_backend(PACKAGE) == []
+    owners = {backend_of(PACKAGE, path) for path in modules(PACKAGE)}
+    assert set(TOOLKITS.values()) - owners == set()
+
+
+def test_a_large_library_is_imported_where_it_is_needed_alone() -> None:
+    assert libraries_outside_their_modules(PACKAGE) == []
+    for library, owners in LIBRARIES.items():
+        assert [name for name in owners if library not in libraries(PACKAGE / name)] == []
+
+
+def test_a_format_is_named_in_its_backend_alone() -> None:
+    suffixes = {Path(front(name).FILE_NAME).suffix.removeprefix(".") for name in names()}
+    assert formats_named_outside_their_backend(PACKAGE, {*names(), *suffixes}) == []
+
+
+def test_calibration_and_backends_do_not_see_each_other() -> None:
+    assert calibration_and_backends_importing_each_other(PACKAGE) == []
 
 
 def test_devices_know_nothing_of_the_exporter() -> None:
-    seen = {path: {name.split(".")[0] for name in imports(path)} for path in modules(DEVICES)}
-    assert [path for path, names in seen.items() if "exporter" in names] == []
+    assert imports_of_the_exporter(DEVICES) == []
 
 
-def calls(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node)
+def test_nothing_can_run_code_that_lies_in_a_file() -> None:
+    assert ways_to_run_code_of_a_file(PACKAGE) == []
 
 
-@FILES
-def test_nothing_can_run_code_that_lies_in_a_file(path: Path) -> None:
-    assert {name.split(".")[0] for name in imports(path)} & {"pickle", "cPickle", "dill"} == set()
-    forbidden = r"(torch\.load|yaml\.load|eval|exec|os\.system)\(|.*\bshell=True"
-    assert [call for call in calls(path) if re.match(forbidden, call)] == []
+def test_no_exception_is_swallowed_whole() -> None:
+    assert swallowed_exceptions(PACKAGE) == []
 
 
-@FILES
-def test_no_exception_is_swallowed_whole(path: Path) -> None:
-    """`except: pass` and `except Exception: pass` hide what a user must know."""
-    handlers = [
-        n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ExceptHandler)
-    ]
-    wide = [h for h in handlers if h.type is None or ast.unparse(h.type) == "Exception"]
-    assert [ast.unparse(h) for h in wide if isinstance(h.body[0], ast.Pass)] == []
+def test_every_module_says_what_it_is_for() -> None:
+    assert modules_without_a_docstring(PACKAGE) == []
 
 
-@FILES
-def test_every_module_says_what_it_is_for(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text()))
+# Each rule on a package that is against it.
+
+TWO_LAYERS: Layers = ({"errors"}, {"files"})
+Rule = Callable[[Path], list[str]]
+
+
+@pytest.mark.parametrize(
+    ("rule", "files", "found"),
+    [
+        (
+            lambda package: missing_parts(package, TWO_LAYERS),
+            {"errors.py": ""},
+            ["files: no such part"],
+        ),
+        (
+            lambda package: modules_without_a_layer(package, TWO_LAYERS),
+            {"__init__.py": "", "errors.py": "", "more/one.py": ""},
+            ["more/one.py: in no layer"],
+        ),
+        (
+            lambda package: imports_from_above(package, TWO_LAYERS),
+            {"errors.py": "def read():\n    from exporter.files import x", "files.py": ""},
+            ["errors.py: imports files"],
+        ),
+        (
+            circles,
+            {
+                "a.py": "import exporter.b",
+                "b/x.py": "from exporter import c",
+                "c.py": "from exporter.a import x",
+                "d.py": "import exporter.a",
+            },
+            [f"{part}: imports itself by way of others" for part in "abc"],
+        ),
+        (
+            toolkits_outside_their_backend,
+            {
+                "backends/onnx/a.py": "import onnx, coremltools.models",
+                "backends/onnx.py": "import onnx",
+                "backends/onnx_form.py": "import onnx",
+                "onnx/a.py": "from onnx import helper",
+            },
+            [
+                "backends/onnx/a.py: imports coremltools",
+                "backends/onnx_form.py: imports onnx",
+                "onnx/a.py: imports onnx",
+            ],
+        ),
+        (
+            libraries_outside_their_modules,
+            {"text/documents.py": "import pyarrow", "files.py": "import pyarrow.parquet"},
+            ["files.py: imports pyarrow"],
+        ),
+        (
+            calibration_and_backends_importing_each_other,
+            {
+                "calibration/a.py": "from exporter.backends import backend",
+                "backends/b.py": "import exporter.calibration.data",
+            },
+            ["calibration/a.py: imports backends", "backends/b.py: imports calibration"],
+        ),
+        (
+            lambda package: formats_named_outside_their_backend(package, ["onnx", "pte"]),
+            {
+                "backends/__init__.py": "from exporter.backends import onnx",
+                "backends/onnx/a.py": "x = 'onnx'",
+                "sizes.py": '"""Of ONNX."""\nx = f"model.pte of {y}"',
+            },
+            ["backends/__init__.py: exporter.backends.onnx", "sizes.py: model.pte of "],
+        ),
+        (
+            imports_of_the_exporter,
+            {"adb.py": "def run():\n    import exporter.files"},
+            ["adb.py: imports exporter"],
+        ),
+        (
+            ways_to_run_code_of_a_file,
+            {
+                "a.py": "import pickle",
+                "b.py": "x = torch.load(path)",
+                "c.py": "subprocess.run(x, shell=True)",
+                "d.py": "ast.literal_eval(x)",
+            },
+            [
+                "a.py: imports pickle",
+                "b.py: torch.load(path)",
+                "c.py: subprocess.run(x, shell=True)",
+            ],
+        ),
+        (
+            swallowed_exceptions,
+            {
+                "a.py": "try:\n    x()\nexcept Exception:\n    pass",
+                "b.py": "try:\n    x()\nexcept KeyError:\n    pass",
+            },
+            ["a.py: except Exception: pass"],
+        ),
+        (
+            modules_without_a_docstring,
+            {"a.py": '"""What for."""', "b.py": "# What for."},
+            ["b.py: no docstring"],
+        ),
+    ],
+    ids=[
+        "missing part", "module without a layer", "import from above", "circle", "toolkit",
+        "large library", "calibration and backends", "format", "devices", "code of a file",
+        "swallowed exception", "docstring",
+    ],
+)  # fmt: skip
+def test_a_package_against_a_rule_is_reported_with_its_file(
+    rule: Rule, files: dict[str, str], found: list[str], tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert sorted(rule(tmp_path)) == sorted(found)
+
+
+# What every backend has.
 
 
 @pytest.fixture(params=names())
@@ -177,42 +455,9 @@ def test_every_backend_names_its_files_and_its_packages(target: str) -> None:
     assert len(packages) > 0
 
 
-def words_of_code(path: Path) -> Iterator[str]:
-    """Every name and every text in a file that is not a docstring."""
-    tree = ast.parse(path.read_text())
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in docstrings:
-                yield node.value
-        elif isinstance(node, ast.Name | ast.Attribute):
-            yield node.id if isinstance(node, ast.Name) else node.attr
-    yield from imports(path)
-
-
-def test_a_format_is_named_in_its_backend_alone() -> None:
-    fronts = [front(name) for name in names()]
-    files = {Path(module.FILE_NAME).suffix.removeprefix(".") for module in fronts}
-    pattern = re.compile(rf"(?i)\b({'|'.join({*names(), *files})})\b")
-    others = [path for path in modules() if part_of_file(path) != "backends"]
-    others.append(PACKAGE / "backends" / "__init__.py")
-    found = {path: [w for w in words_of_code(path) if pattern.search(w)] for path in others}
-    assert {path: words for path, words in found.items() if words} == {}
-
-
-LIGHT = "torch numpy executorch torchao onnx onnxruntime coremltools"
-
-
 @pytest.mark.parametrize("name", names())
 def test_importing_a_backend_loads_neither_its_toolkit_nor_torch(name: str) -> None:
-    program = f"import sys, exporter.backends.{name}; "
-    found = python(f"{program}print([n for n in {LIGHT.split()} if n in sys.modules])")
-    assert found == "[]\n"
+    assert toolkits_loaded_by(f"exporter.backends.{name}", LIGHT) == []
 
 
 def test_every_backend_has_a_target_of_its_own_name() -> None:
@@ -221,19 +466,28 @@ def test_every_backend_has_a_target_of_its_own_name() -> None:
     }
 
 
-def python(program: str) -> str:
+#: What the command line and the front of a backend are loaded without.
+LIGHT = "torch numpy executorch torchao onnx onnxruntime coremltools".split()
+HEAVY = [*LIGHT, *"pydantic transformers tokenizers safetensors huggingface_hub".split()]
+
+
+def toolkits_loaded_by(module: str, heavy: list[str], folder: Path = ROOT) -> list[str]:
+    """Which of the heavy packages importing a module of this folder loads."""
+    program = f"import sys, {module}; print(*(n for n in {heavy} if n in sys.modules))"
+    command = [sys.executable, "-c", program]
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout
+        command, capture_output=True, text=True, check=True, cwd=folder
+    ).stdout.split()
 
 
 def test_importing_the_command_line_loads_no_toolkit() -> None:
     """`mobilellm --help` must not wait for torch."""
-    heavy = "torch executorch torchao numpy pydantic transformers tokenizers safetensors"
-    found = python(
-        f"import sys, exporter.cli; print([n for n in {heavy.split()} if n in sys.modules])"
-    )
-    assert found == "[]\n"
+    assert toolkits_loaded_by("exporter.cli", HEAVY) == []
+
+
+def test_a_toolkit_that_an_import_loads_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "heavy.py").write_text("import json, numpy.linalg")
+    assert toolkits_loaded_by("heavy", HEAVY, tmp_path) == ["numpy"]
 
 
 def without_executorch(*arguments: str) -> subprocess.CompletedProcess[str]:

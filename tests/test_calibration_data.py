@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from calibrating import BEGIN, END, TEXT, quantize_here, recipe_of, small_checkpoint
+from calibrating import BEGIN, END, quantize_here, recipe_of, small_checkpoint
 from commands import contents
-from conftest import LLAMA, LLAMA4, MakeCheckpoint
+from conftest import LLAMA, LLAMA4, TEXT, MakeCheckpoint
 
 from exporter.calibration.cache import cache_lock
 from exporter.calibration.data import CalibrationText, SourceText, read_text

@@ -4,7 +4,6 @@ Packages run in the reference interpreter, which `test_coreml_interpreter` tries
 """
 
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 from commands import contents, flip, run
-from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
+from lowering import MODELS, SCHEMES, SHAPES, Change, Lower, Lowered, Weights, tokens
 
-from exporter import pipeline
-from exporter.backends.coreml import lowering as backend
+from exporter.backends import coreml as backend
 from exporter.backends.coreml.graph import DECODE, KEYS, PREFILL, TOKEN, VALUES, mil_name
 from exporter.backends.coreml.interpreter import Interpreter, State
 from exporter.backends.coreml.package import (
@@ -36,13 +34,10 @@ from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
 from exporter.inference.generation import Generation, Sampling
 from exporter.inference.reference import ReferenceRunner, score
-from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import EMBEDDING
-from exporter.pipeline import no_progress
 from exporter.quantization.activations import LARGEST_HALF
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import Scheme
-from exporter.recipe import parse_recipe
 from exporter.text.tokenizer import load_tokenizer
 from exporter.verification import (
     check_integers,
@@ -52,78 +47,25 @@ from exporter.verification import (
 )
 
 CONTEXT, CHUNK = 48, 7
-MODELS: dict[str, dict[str, Any]] = {
-    "llama4_text": {**LLAMA4, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "llama": {**LLAMA, "intermediate_size": 128},
-}
-#: Model, tied, linear and embedding scheme.
-SCHEMES = [
-    ("llama4_text", True, "int4-g32", "int4-g32"),
-    ("llama4_text", True, "int4-g64", "int4-g64"),
-    ("llama4_text", True, "int4-g32", "int8"),
-    ("llama4_text", True, "int8", "int8"),
-    ("llama4_text", True, "int8-g32", "int8-g64"),
-    ("llama4_text", True, "int4", "int4"),
-    ("llama4_text", True, "int4-g32", "float"),
-    ("llama4_text", False, "int4-g32", "int4-g64"),
-    ("llama", True, "int4-g32", "int4-g32"),
-    ("llama", False, "int8", "int8"),
-    ("llama", False, "float", "float"),
-]
-#: Heads that share keys, heads that do not, and no norm of queries and keys.
-SHAPES = {
-    "one k/v head": {"num_key_value_heads": 1},
-    "a k/v head each": {"num_key_value_heads": 4},
-    "three heads": {"num_attention_heads": 3, "num_key_value_heads": 1},
-    "one layer": {"num_hidden_layers": 1, "no_rope_layers": [1]},
-    "no q/k norm": {"use_qk_norm": False},
-}
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
-Weights = dict[str, torch.Tensor]
-Lower = Callable[..., tuple[QuantizedCheckpoint, FinishedArtifact]]
 
-
-def wide_weights(config: dict[str, Any]) -> Weights:
-    """Random weights that give logits which spread widely."""
-    return {
-        name: (tensor.float() * 3).to(torch.bfloat16) if tensor.ndim == 2 else tensor
-        for name, tensor in random_weights(config, torch.bfloat16).items()
-    }
-
-
-@pytest.fixture
-def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
-    """A small model, quantized and lowered."""
-
+@pytest.fixture(scope="module")
+def lower(lower_once: Lower) -> Lower:
     def run(
         model: str = "llama4_text",
         linear: str = "int4-g32",
         embedding: str = "int4-g32",
         target: dict[str, Any] | None = None,
-        change: Callable[[Weights], object] = lambda weights: None,
-        name: str = "model",
+        change: Change | None = None,
+        fresh: bool = False,
         **changes: Any,
-    ) -> tuple[QuantizedCheckpoint, FinishedArtifact]:
-        config = {**MODELS[model], **changes}
-        weights = wide_weights(config)
-        change(weights)
-        folder = make_checkpoint(base=config, weights=weights, name=name)
-        schemes = {"linear": linear, "embedding": embedding}
+    ) -> Lowered:
         facts = {"target": "coreml", "max_context": CONTEXT, "prefill": CHUNK, **(target or {})}
-        recipe = parse_recipe({"name": "t", "quantization": schemes, "targets": [facts]}, "t")
-        quantized = pipeline.quantize(
-            recipe, open_checkpoint(folder), tmp_path / f"{name}-quantized", no_progress
-        )
-        out = tmp_path / f"{name}-artifact"
-        return quantized, pipeline.lower(quantized, recipe.targets[0], out, no_progress)
+        schemes = {"linear": linear, "embedding": embedding}
+        return lower_once({**MODELS[model], **changes}, facts, schemes, change, fresh)
 
     return run
-
-
-def tokens(count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(96, (count,), generator=generator).tolist()
 
 
 #: One token; within a chunk; just one; one more; several; as many as leave no room for a chunk.
@@ -254,32 +196,10 @@ def test_a_prompt_may_end_anywhere_up_to_the_end_of_the_cache(
 
 
 @pytest.fixture(scope="module")
-def full_context(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[FinishedArtifact, torch.Tensor]:
+def full_context(lower: Lower) -> tuple[FinishedArtifact, torch.Tensor]:
     """A package, and the reference's logits at every position of its cache."""
-    folder = tmp_path_factory.mktemp("full")
-    lowered = Lowering(folder)
-    return lowered.artifact, score(lowered.quantized, tokens(CONTEXT), range(CONTEXT))
-
-
-class Lowering:
-    """A small model of the default recipe, made once for several tests."""
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        config = MODELS["llama4_text"]
-        (folder / "model").mkdir()
-        save_file(wide_weights(config), folder / "model" / "model.safetensors")
-        (folder / "model" / "config.json").write_text(json.dumps(config))
-        facts = {"target": "coreml", "max_context": CONTEXT, "prefill": CHUNK}
-        recipe = parse_recipe({"name": "t", "targets": [facts]}, "t")
-        checkpoint = open_checkpoint(folder / "model")
-        self.quantized = pipeline.quantize(recipe, checkpoint, folder / "quantized", no_progress)
-        self.artifact = pipeline.lower(
-            self.quantized, recipe.targets[0], folder / "artifact", no_progress
-        )
+    quantized, lowered = lower()
+    return lowered, score(quantized, tokens(CONTEXT), range(CONTEXT))
 
 
 def test_a_new_text_starts_without_the_old_one(
@@ -392,9 +312,9 @@ def test_a_model_without_a_tokenizer_names_none(lower: Lower) -> None:
 
 
 def test_two_exports_are_equal_to_the_last_byte_whatever_was_made_between(lower: Lower) -> None:
-    _, first = lower(name="first")
-    lower("llama", name="between")
-    _, second = lower(name="second")
+    _, first = lower(fresh=True)
+    lower("llama", fresh=True)
+    _, second = lower(fresh=True)
     assert contents(package_of(first)) == contents(package_of(second))
     assert len(contents(package_of(first))) == 6  # three files in three folders
 

@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -74,13 +73,6 @@ def test_a_finished_export_run_again_touches_no_file(bundle_copy: Path) -> None:
     assert times(bundle_copy) == before
 
 
-def test_a_finished_export_run_again_makes_no_weight_anew(bundle_copy: Path) -> None:
-    heavy = ["quantized/quantized.safetensors", "executorch/model.pte"]
-    before = [(bundle_copy / name).stat().st_mtime_ns for name in heavy]
-    resume(bundle_copy)
-    assert [(bundle_copy / name).stat().st_mtime_ns for name in heavy] == before
-
-
 @pytest.mark.parametrize(
     ("recipe", "override"),
     [
@@ -113,7 +105,8 @@ def test_other_weights_into_a_finished_folder_are_refused(
 def test_overwrite_replaces_a_finished_bundle_by_the_other_one(
     bundle_copy: Path, tmp_path: Path
 ) -> None:
-    recipe = load_recipe("mobilellm-r1-nano-int8")
+    """Of which nothing is left, though the other one has fewer files."""
+    recipe = load_recipe("mobilellm-r1-nano-int8", ["targets=[{target: executorch}]"])
     checkpoint = open_checkpoint(NANO)
     export(recipe, checkpoint, bundle_copy, no_progress, overwrite=True)
     export(recipe, checkpoint, tmp_path / "fresh", no_progress)
@@ -144,19 +137,27 @@ def test_two_exports_at_once_into_one_folder_do_not_mix(
     assert contents(out) == contents(finished_bundle.path)
 
 
-#: Runs one export and kills itself before the N-th change of a name in the output folder.
-KILLED_BEFORE_RENAME = """
-import os, signal, sys
+#: What takes long the first time is done here once: a killed process is a fork of this one. It
+#: loads no runtime, whose threads a fork would not have.
+READY = """
+import os, random, signal, sys, time
 from pathlib import Path
 from exporter.model.checkpoint import open_checkpoint
-from exporter.pipeline import export, no_progress
+from exporter.pipeline import export, lower, no_progress, quantize
 from exporter.recipe import load_recipe
-import exporter.backends.executorch.lowering
-source, checkpoint, out, points = *sys.argv[1:4], int(sys.argv[4])
-recipe = load_recipe(source)
+recipe, checkpoint, out = load_recipe(sys.argv[1]), open_checkpoint(sys.argv[2]), Path(sys.argv[3])
+quantized = quantize(recipe, checkpoint, out.with_name("ready"), no_progress)
+for target in recipe.targets:
+    lower(quantized, target, out.with_name(f"ready-{target.target}"), no_progress)
+"""
+#: Runs one export and kills itself before the N-th change of a name in the output folder.
+KILLED_BEFORE_RENAME = (
+    READY
+    + """
+points = int(sys.argv[4])
 for point in range(1, points + 1):
     if os.fork() == 0:
-        count, folder = 0, os.path.join(out, str(point))
+        count, folder = 0, str(out / str(point))
         def watch(event, arguments):
             global count
             if event not in ("os.rename", "os.mkdir"):
@@ -167,20 +168,60 @@ for point in range(1, points + 1):
                 if count == point:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(watch)
-        export(recipe, open_checkpoint(checkpoint), Path(folder), no_progress)
+        export(recipe, checkpoint, Path(folder), no_progress)
         os._exit(0)
     status = os.wait()[1]
     print(point, "killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status))
 """
+)
+#: Runs one export undisturbed, then N that are killed, one in each N-th of that time.
+KILLED_AT_ANY_MOMENT = (
+    READY
+    + """
+kills, rng = int(sys.argv[4]), random.Random(9)
+def begin(folder):
+    process = os.fork()
+    if process == 0:
+        export(recipe, checkpoint, folder, no_progress)
+        os._exit(0)
+    return process
+started = time.monotonic()
+assert os.waitpid(begin(out / "undisturbed"), 0)[1] == 0
+duration = time.monotonic() - started
+for trial in range(kills):
+    process = begin(out / str(trial))
+    time.sleep(duration * (trial + rng.random()) / kills)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+"""
+)
+
+
+def run_killed(program: str, recipe: Path, checkpoint: Path, out: Path, count: int) -> str:
+    """What the program prints; the results are in folders of `out`."""
+    out.mkdir()
+    arguments = [recipe, checkpoint, out, count]
+    outcome = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout
+
+
+def small_model(make_checkpoint: MakeCheckpoint) -> Path:
+    """With as many files as a model has."""
+    model = make_checkpoint(num_attention_heads=4, num_key_value_heads=2)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (model / name).write_text("{}")
+    return model
 
 
 def test_a_kill_before_any_change_of_a_name_is_made_good(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     """Every point at which a file or a folder of the bundle appears, one after the other."""
-    model = make_checkpoint(num_attention_heads=4, num_key_value_heads=2)
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        (model / name).write_text("{}")
+    model = small_model(make_checkpoint)
     source = tmp_path / "tiny.yaml"
     source.write_text("targets: [{target: executorch, max_context: 128}]\n")
     recipe, checkpoint = load_recipe(source), open_checkpoint(model)
@@ -188,16 +229,12 @@ def test_a_kill_before_any_change_of_a_name_is_made_good(
     whole = contents(tmp_path / "whole")
     # Every file and folder below the bundle's own, that one, and a point that is never reached.
     points = len(whole) + 2
-    (tmp_path / "killed").mkdir()
-    outcome = subprocess.run(
-        [sys.executable, "-c", KILLED_BEFORE_RENAME, str(source), str(model),
-         str(tmp_path / "killed"), str(points)],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    fates = [line.split()[1] for line in outcome.stdout.splitlines()]
+    killed = tmp_path / "killed"
+    printed = run_killed(KILLED_BEFORE_RENAME, source, model, killed, points)
+    fates = [line.split()[1] for line in printed.splitlines()]
     assert fates == ["killed"] * (points - 1) + ["0"]
     for point, fate in enumerate(fates, start=1):
-        out = tmp_path / "killed" / str(point)
+        out = killed / str(point)
         assert (finished_or_unfinished(out) == "finished") is (fate == "0"), point
         export(recipe, checkpoint, out, no_progress)
         assert contents(out) == whole, point
@@ -205,29 +242,28 @@ def test_a_kill_before_any_change_of_a_name_is_made_good(
 
 @pytest.mark.slow
 def test_an_export_killed_at_any_moment_can_be_resumed(
-    finished_bundle: Bundle, tmp_path: Path
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     """`kill -9` at 20 random moments, one in each twentieth of an undisturbed run."""
-    started = time.monotonic()
-    subprocess.run(command(tmp_path / "undisturbed"), check=True, capture_output=True)
-    duration = time.monotonic() - started
-    whole = contents(tmp_path / "undisturbed")
-    assert whole == contents(finished_bundle.path)
+    model, source, killed = small_model(make_checkpoint), tmp_path / "tiny.yaml", tmp_path / "out"
+    facts = "max_context: 128"
+    source.write_text(
+        f"targets: [{{target: executorch, {facts}}}, {{target: onnx, {facts}}},"
+        f" {{target: coreml, {facts}}}]\n"
+    )
+    recipe, checkpoint = load_recipe(source), open_checkpoint(model)
+    run_killed(KILLED_AT_ANY_MOMENT, source, model, killed, KILLS)
+    whole = contents(killed / "undisturbed")
+    assert finished_or_unfinished(killed / "undisturbed") == "finished"
 
-    rng, killed_at = random.Random(9), list[str]()
+    fates = list[str]()
     for trial in range(KILLS):
-        out = tmp_path / f"killed-{trial}"
-        process = subprocess.Popen(
-            command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(duration * (trial + rng.random()) / KILLS)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        out = killed / str(trial)
         if out.exists():
-            killed_at.append(finished_or_unfinished(out))
-        resume(out)
+            fates.append(finished_or_unfinished(out))
+        export(recipe, checkpoint, out, no_progress)
         assert contents(out) == whole, trial
-    assert "unfinished" in killed_at
+    assert fates.count("unfinished") > KILLS / 2
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from calibrating import TEXT, write_tokenizer
+from calibrating import write_tokenizer
 from commands import run
-from conftest import LLAMA4, NANO, MakeCheckpoint, random_weights
+from conftest import LLAMA4, NANO, TEXT, MakeCheckpoint, random_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -1,61 +1,36 @@
 """The ExecuTorch backend: what is in the .pte, and that it computes what the reference does."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 from executorch.exir._serialize import _program as pte
 from executorch.extension.pybindings import portable_lib
+from lowering import MODELS, SHAPES, Lower, Lowered, tokens
 
 from exporter import pipeline
-from exporter.backends.executorch import lowering as executorch
+from exporter.backends import executorch
 from exporter.backends.executorch.graph import decode_filter, filter_bytes, scale_bytes
 from exporter.backends.executorch.segments import exchange_columns
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import Bundle
 from exporter.evaluation.agreement import compare_logits
 from exporter.inference.reference import score
-from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import EMBEDDING
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.rounding import quantize
 from exporter.quantization.schemes import QuantizedTensor, parse_scheme
-from exporter.recipe import parse_recipe
 from exporter.verification import check_integers, run_teacher_forced
 
 CONTEXT = 64
-#: Widths that groups of 64 divide.
-MODELS: dict[str, dict[str, Any]] = {
-    "llama4_text": {**LLAMA4, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "llama": {**LLAMA, "intermediate_size": 128},
-}
-#: One k/v head for all, one for each, and layers that differ in width from the hidden size.
-SHAPES = {
-    "one k/v head": {"num_key_value_heads": 1},
-    "a k/v head each": {"num_key_value_heads": 4},
-    "three heads": {"num_attention_heads": 3, "num_key_value_heads": 1},
-    "one layer": {"num_hidden_layers": 1, "no_rope_layers": [1]},
-    "no q/k norm": {"use_qk_norm": False},
-}
-
-Lower = Callable[..., tuple[QuantizedCheckpoint, FinishedArtifact]]
 
 
-def tokens(count: int, seed: int = 1) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(96, (count,), generator=generator).tolist()
-
-
-@pytest.fixture
-def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
-    """A small model whose logits spread widely, quantized and lowered."""
-
+@pytest.fixture(scope="module")
+def lower(lower_once: Lower) -> Lower:
     def run(
         model: str = "llama4_text",
         linear: str = "int4-g32",
@@ -63,21 +38,10 @@ def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
         attention: str = "custom_sdpa",
         overrides: dict[str, str] | None = None,
         **changes: Any,
-    ) -> tuple[QuantizedCheckpoint, FinishedArtifact]:
-        config = {**MODELS[model], **changes}
-        weights = {
-            name: (tensor.float() * 3).to(torch.bfloat16) if tensor.ndim == 2 else tensor
-            for name, tensor in random_weights(config, torch.bfloat16).items()
-        }
-        folder = make_checkpoint(base=config, weights=weights)
-        schemes = {"linear": linear, "embedding": embedding, "overrides": overrides or {}}
+    ) -> Lowered:
         target = {"target": "executorch", "max_context": CONTEXT, "attention": attention}
-        raw = {"name": "test", "quantization": schemes, "targets": [target]}
-        recipe = parse_recipe(raw, "test")
-        checkpoint = open_checkpoint(folder)
-        quantized = pipeline.quantize(recipe, checkpoint, tmp_path / "quantized", no_progress)
-        lowered = pipeline.lower(quantized, recipe.targets[0], tmp_path / "artifact", no_progress)
-        return quantized, lowered
+        schemes = {"linear": linear, "embedding": embedding, "overrides": overrides or {}}
+        return lower_once({**MODELS[model], **changes}, target, schemes)
 
     return run
 

@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 import torch
 from commands import flip, run
-from conftest import LLAMA, LLAMA4, NANO, random_weights
+from conftest import LLAMA, LLAMA4, NANO
 from executorch.backends.apple.coreml import executorchcoreml
 from executorch.exir._serialize import _program as pte
 from executorch.exir.schema import DelegateCall
 from executorch.extension.pybindings import portable_lib
-from safetensors.torch import save_file
+from lowering import Lowered, lowered_in, tokens
 
-from exporter import pipeline
+from exporter.backends import executorch as backend
 from exporter.backends.coreml.graph import mil_name
 from exporter.backends.coreml.package import place_of
-from exporter.backends.executorch import lowering as backend
 from exporter.backends.executorch.coreml_delegate import embedded_package, flatten, unflatten
 from exporter.backends.executorch.file import delegate_payload
 from exporter.backends.executorch.lowering import ExecuTorchRunner
@@ -28,50 +27,31 @@ from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
 from exporter.inference.reference import score
-from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import EMBEDDING
-from exporter.pipeline import no_progress
 from exporter.quantization.activations import LARGEST_HALF
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.recipe import parse_recipe
 from exporter.verification import check_integers, run_teacher_forced
 
 CONTEXT = 24
 MODELS: dict[str, dict[str, Any]] = {"llama4_text": LLAMA4, "llama": LLAMA}
 DELEGATE = "CoreMLBackend"
 
-Lowered = tuple[QuantizedCheckpoint, FinishedArtifact]
 
-
-def lowered_in(
+def delegated_in(
     folder: Path,
     model: str = "llama4_text",
     linear: str = "int4-g32",
     embedding: str = "int4-g32",
     **target: Any,
 ) -> Lowered:
-    """A small model whose logits spread widely, quantized and lowered."""
-    weights = {
-        name: (tensor.float() * 3).to(torch.bfloat16) if tensor.ndim == 2 else tensor
-        for name, tensor in random_weights(MODELS[model], torch.bfloat16).items()
-    }
-    checkpoint = folder / "model"
-    checkpoint.mkdir(parents=True)
-    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    (checkpoint / "config.json").write_text(json.dumps(MODELS[model]))
     facts = {"target": "executorch", "max_context": CONTEXT, "delegate": "coreml", **target}
-    schemes = {"linear": linear, "embedding": embedding}
-    recipe = parse_recipe({"name": "t", "quantization": schemes, "targets": [facts]}, "t")
-    quantized = pipeline.quantize(
-        recipe, open_checkpoint(checkpoint), folder / "quantized", no_progress
-    )
-    return quantized, pipeline.lower(quantized, recipe.targets[0], folder / "artifact", no_progress)
+    return lowered_in(folder, MODELS[model], facts, {"linear": linear, "embedding": embedding})
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     """One for all tests that only read it."""
-    return lowered_in(tmp_path_factory.mktemp("small"), activations="float16")
+    return delegated_in(tmp_path_factory.mktemp("small"), activations="float16")
 
 
 @pytest.fixture
@@ -80,11 +60,6 @@ def copy(small: Lowered, tmp_path: Path) -> Lowered:
     quantized, lowered = small
     folder = shutil.copytree(lowered.artifact.path, tmp_path / "copy")
     return quantized, open_artifact(Path(folder))
-
-
-def tokens(count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(96, (count,), generator=generator).tolist()
 
 
 def program_of(lowered: FinishedArtifact) -> Path:
@@ -102,7 +77,7 @@ def test_the_package_inside_gives_the_references_logits_from_the_quantized_check
     model: str, linear: str, embedding: str, activations: str, tmp_path: Path
 ) -> None:
     """XNNPACK multiplies no int8 in groups; Core ML does."""
-    quantized, lowered = lowered_in(tmp_path, model, linear, embedding, activations=activations)
+    quantized, lowered = delegated_in(tmp_path, model, linear, embedding, activations=activations)
     found = run_teacher_forced(backend.load(lowered.artifact), tokens(CONTEXT), (1, 5))
     expected = score(quantized, tokens(CONTEXT), [0, 4, *range(5, CONTEXT)])
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -148,7 +123,7 @@ def test_the_official_runners_are_told_to_read_token_by_token(small: Lowered) ->
 def test_the_runtime_is_told_names_in_the_order_of_its_arguments(
     small: Lowered, tmp_path: Path
 ) -> None:
-    other = lowered_in(tmp_path, "llama")
+    other = delegated_in(tmp_path, "llama")
     described = [
         json.loads(bytes(unflatten(delegate_payload(program_of(one), DELEGATE))["metadata.json"]))
         for _, one in (small, other)
@@ -161,7 +136,7 @@ def test_the_runtime_is_told_names_in_the_order_of_its_arguments(
 
 
 def test_two_exports_are_equal_to_the_last_byte(small: Lowered, tmp_path: Path) -> None:
-    _, again = lowered_in(tmp_path, activations="float16")
+    _, again = delegated_in(tmp_path, activations="float16")
     assert program_of(small[1]).read_bytes() == program_of(again).read_bytes()
 
 
@@ -321,7 +296,7 @@ def test_options_that_do_not_go_together_are_refused(
     target: dict[str, str], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=said):
-        lowered_in(tmp_path, **target)
+        delegated_in(tmp_path, **target)
 
 
 def test_without_coremltools_the_extra_is_named(finished_bundle: Bundle, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import onnx
 import pytest
 import torch
 from commands import run
-from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
+from lowering import MODELS, SCHEMES, Lower, Lowered, tokens
 
 from exporter import pipeline
 from exporter.backends.executorch import lowering as executorch
@@ -30,40 +29,19 @@ from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_blocks_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.recipe import parse_recipe, parse_target
+from exporter.recipe import parse_target
 from exporter.text.tokenizer import load_tokenizer
 from exporter.verification import check_integers, run_teacher_forced
 
 CONTEXT = 64
-MODELS: dict[str, dict[str, Any]] = {
-    "llama4_text": {**LLAMA4, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "llama": {**LLAMA, "intermediate_size": 128},
-}
 FLOAT_FORMS = [
     {"products": "float"},
     {"form": "portable", "products": "float"},
 ]
-SCHEMES = [
-    ("llama4_text", True, "int4-g32", "int4-g32"),
-    ("llama4_text", True, "int4-g64", "int4-g64"),
-    ("llama4_text", True, "int4-g32", "int8"),
-    ("llama4_text", True, "int8", "int8"),
-    ("llama4_text", True, "int8-g32", "int8-g64"),
-    ("llama4_text", True, "int4", "int4"),
-    ("llama4_text", True, "int4-g32", "float"),
-    ("llama4_text", False, "int4-g32", "int4-g64"),
-    ("llama", True, "int4-g32", "int4-g32"),
-    ("llama", False, "int8", "int8"),
-    ("llama", False, "float", "float"),
-]
-
-Lower = Callable[..., tuple[QuantizedCheckpoint, FinishedArtifact]]
 
 
-@pytest.fixture
-def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
-    """A small model whose logits spread widely, quantized and lowered."""
-
+@pytest.fixture(scope="module")
+def lower(lower_once: Lower) -> Lower:
     def run(
         model: str = "llama4_text",
         linear: str = "int4-g32",
@@ -71,21 +49,10 @@ def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
         target: dict[str, Any] | None = None,
         overrides: dict[str, str] | None = None,
         **changes: Any,
-    ) -> tuple[QuantizedCheckpoint, FinishedArtifact]:
-        config = {**MODELS[model], **changes}
-        weights = {
-            name: (tensor.float() * 3).to(torch.bfloat16) if tensor.ndim == 2 else tensor
-            for name, tensor in random_weights(config, torch.bfloat16).items()
-        }
-        folder = make_checkpoint(base=config, weights=weights)
+    ) -> Lowered:
+        facts = {"target": "onnx", "max_context": CONTEXT, **(target or {})}
         schemes = {"linear": linear, "embedding": embedding, "overrides": overrides or {}}
-        targets = [{"target": "onnx", "max_context": CONTEXT, **(target or {})}]
-        recipe = parse_recipe({"name": "t", "quantization": schemes, "targets": targets}, "t")
-        quantized = pipeline.quantize(
-            recipe, open_checkpoint(folder), tmp_path / "quantized", no_progress
-        )
-        lowered = pipeline.lower(quantized, recipe.targets[0], tmp_path / "artifact", no_progress)
-        return quantized, lowered
+        return lower_once({**MODELS[model], **changes}, facts, schemes)
 
     return run
 
@@ -93,11 +60,6 @@ def lower(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Lower:
 def lower_nano(bundle: Bundle, out: Path, **target: Any) -> FinishedArtifact:
     parsed = parse_target({"target": "onnx", "max_context": 512, **target}, "test")
     return pipeline.lower(bundle.quantized, parsed, out, no_progress)
-
-
-def tokens(count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(96, (count,), generator=generator).tolist()
 
 
 def until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from calibrating import TEXT, Replaced, divergence_of, quantize_here, recipe_of, small_checkpoint
+from calibrating import Replaced, divergence_of, quantize_here, recipe_of, small_checkpoint
 from commands import contents
 from conftest import LLAMA, LLAMA4, MakeCheckpoint
 from safetensors.torch import load_file
@@ -30,13 +30,6 @@ from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 
 V_PROJ, EMBEDDING = "model.layers.1.self_attn.v_proj.weight", "model.embed_tokens.weight"
 SUBJECT = "quantization.budget"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def rounded_weights(
