@@ -1,16 +1,19 @@
 """README and docs/: links, commands and paths that they name exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
 
-from exporter.cli import main
+from exporter.cli import COMMANDS, arguments, main
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "devices/runner/README.md", *DOCS]
+#: Commands of the documents that run another one.
+_WRAPPERS = "taskset", "/usr/bin/time"
 
 by_document = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
@@ -37,6 +40,15 @@ def anchors(document: Path) -> set[str]:
 def subcommands(document: Path) -> set[str]:
     pattern = r"(?:^|[\s(])(?:mobilellm|-m exporter) +([a-z]\w*)"
     return {name for text in code(document) for name in re.findall(pattern, text)}
+
+
+def command_lines(document: Path) -> list[list[str]]:
+    """The arguments of every `mobilellm` command in a fenced block; … leaves something out."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    typed = [shlex.split(line, comments=True) for line in lines if "…" not in line]
+    ours = [words for words in typed if words and words[0] in ("mobilellm", *_WRAPPERS)]
+    return [words[words.index("mobilellm") + 1 :] for words in ours if "mobilellm" in words]
 
 
 def paths(document: Path) -> set[str]:
@@ -98,6 +110,16 @@ def test_the_readme_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -
     listed = set(re.findall(r"^    ([a-z]+) {2,}", capsys.readouterr().out, re.M))
     assert len(listed) > 5
     assert subcommands(ROOT / "README.md") == listed
+
+
+@by_document
+def test_every_command_line_is_one_that_the_parser_takes(document: Path) -> None:
+    for typed in command_lines(document):
+        arguments.parse(typed, COMMANDS)
+
+
+def test_the_command_lines_of_the_documents_are_found() -> None:
+    assert sum(len(command_lines(document)) for document in DOCUMENTS) > 20
 
 
 @by_document
