@@ -1,4 +1,4 @@
-"""README and docs/: links, commands and paths that they name exist."""
+"""README and docs/: links, commands, recipes and paths that they name exist."""
 
 import re
 import shlex
@@ -9,9 +9,11 @@ import yaml
 from conftest import ROOT
 
 from exporter.cli import COMMANDS, arguments, main
+from exporter.recipe import load_recipe
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "devices/runner/README.md", *DOCS]
+RECIPES = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
 #: Commands of the documents that run another one.
 _WRAPPERS = "taskset", "/usr/bin/time"
 
@@ -49,6 +51,18 @@ def command_lines(document: Path) -> list[list[str]]:
     typed = [shlex.split(line, comments=True) for line in lines if "…" not in line]
     ours = [words for words in typed if words and words[0] in ("mobilellm", *_WRAPPERS)]
     return [words[words.index("mobilellm") + 1 :] for words in ours if "mobilellm" in words]
+
+
+def recipes(document: Path) -> set[str]:
+    """What stands where a command takes a recipe, and every name of the form of ours."""
+    taken = r"(?:mobilellm|-m exporter) +(?:export|quantize) +([a-z][\w.-]*)|--recipe +([\w.-]+)"
+    named = r"(?<![\w/.-])([a-z]\w*(?:-\w+)*-int[48](?:-\w+)*)(?![\w/.-])"
+    found = [name for text in code(document) for name in re.findall(f"{taken}|{named}", text)]
+    return {name for names in found for name in names if name}
+
+
+def yaml_blocks(document: Path) -> list[str]:
+    return re.findall(r"^```yaml\n(.*?)^```", document.read_text(), re.M | re.S)
 
 
 def paths(document: Path) -> set[str]:
@@ -126,3 +140,32 @@ def test_the_command_lines_of_the_documents_are_found() -> None:
 def test_every_path_that_is_named_exists(document: Path) -> None:
     for name in paths(document):
         assert (ROOT / name.rstrip(".")).exists(), name
+
+
+@by_document
+def test_every_recipe_that_is_named_exists(document: Path) -> None:
+    assert recipes(document) <= RECIPES
+
+
+def test_every_recipe_that_exists_is_on_the_page_of_recipes() -> None:
+    assert recipes(ROOT / "docs/recipes.md") >= RECIPES
+
+
+@by_document
+def test_every_part_of_a_recipe_that_is_shown_is_valid(document: Path, tmp_path: Path) -> None:
+    for block in yaml_blocks(document):
+        (tmp_path / "shown.yaml").write_text(block)
+        load_recipe(tmp_path / "shown.yaml")
+
+
+def test_the_values_on_the_page_of_recipes_are_the_defaults(tmp_path: Path) -> None:
+    (block,) = yaml_blocks(ROOT / "docs/recipes.md")
+    shown = yaml.safe_load(block)
+    assert shown["quantization"].pop("overrides")
+    names = [{"target": target["target"]} for target in shown["targets"]]
+    loaded = []
+    for folder, content in (("shown", shown), ("default", {"targets": names})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+        loaded.append(load_recipe(tmp_path / folder / "recipe.yaml"))
+    assert loaded[0] == loaded[1]
