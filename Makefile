@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NANO := examples/mobilellm-r1-nano
 
-.PHONY: quickstart test testbed lint clean
+.PHONY: quickstart test testbed lint docs clean
 
 quickstart: $(VENV)/.executorch,onnx,coreml  ## The demo checkpoint to a verified .pte that answers a question
 	$(BIN)/mobilellm export mobilellm-r1-nano-int4 --checkpoint $(NANO) -o build/nano
@@ -21,6 +21,9 @@ lint: $(VENV)/.dev  ## Format, lint and static types
 	$(BIN)/ruff format --check devices exporter tests examples
 	$(BIN)/ruff check devices exporter tests examples
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## The pages in docs/ as a site in build/docs; a broken link fails
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info

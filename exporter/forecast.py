@@ -52,7 +52,7 @@ def forecast(
     """The predicted sizes for every target of a recipe, and the speeds on a device; needs no
     toolkit. A budget is taken to be used up."""
     try:
-        schemes = quantization_plan(recipe, checkpoint).schemes
+        schemes = quantization_plan(recipe.quantization, checkpoint).schemes
     except InputError as error:
         return [Forecast(recipe.name, target.target, None, str(error)) for target in recipe.targets]
     config, forecasts = checkpoint.config, list[Forecast]()

@@ -87,7 +87,7 @@ def quantize(
     Started by ``torchrun``, all processes distil together and the first one writes; the others
     return None. Raises InputError.
     """
-    plan = quantization_plan(recipe, checkpoint)
+    plan = quantization_plan(recipe.quantization, checkpoint)
     source = source_hashes(checkpoint)
     identity = quantized_identity(checkpoint, plan, source)
     known = {key: identity[key] for key in ("source", "method", "versions")}
@@ -96,7 +96,9 @@ def quantize(
     checkpoint.check_weights()
     with joined_processes() as first:
         told = progress if first else no_progress
-        inputs = quantization_inputs(recipe, checkpoint, plan, source, told)
+        inputs = quantization_inputs(
+            recipe.quantization, recipe.calibration, checkpoint, plan, source, told
+        )
         if not first:
             join_distillation(checkpoint, inputs, out)
             return None
@@ -174,7 +176,7 @@ def export(
     text: Path | None = None,
 ) -> Export:
     """Checkpoint → a verified bundle. A stage that is finished is not run again."""
-    plan = quantization_plan(recipe, checkpoint)
+    plan = quantization_plan(recipe.quantization, checkpoint)
     _check_targets(recipe, checkpoint, plan)
     texts: dict[str, Text] = {
         target.target: verification_text(checkpoint, target.max_context, text)
@@ -184,12 +186,14 @@ def export(
     may_be_same = may_be_made_from(out / BUNDLE_MANIFEST, {"recipe": recipe.to_dict()})
     check_folder(out, bundle_output(), may_be_same, overwrite)
     source = source_hashes(checkpoint)
-    inputs = quantization_inputs(recipe, checkpoint, plan, source, progress)
+    inputs = quantization_inputs(
+        recipe.quantization, recipe.calibration, checkpoint, plan, source, progress
+    )
     _check_targets(recipe, checkpoint, inputs.plan)  # again: a budget gives some weights 8 bits
     packages: dict[str, dict[str, str]] = {
         target.target: artifact_versions(target) for target in recipe.targets
     }
-    manifest = bundle_identity(recipe, inputs.identity, packages)
+    manifest = bundle_identity(recipe.to_dict(), inputs.identity, packages)
     same = is_bundle_of(out, manifest, inputs.identity)
     with claim_folder(out, bundle_output(), same, overwrite):
         # An unfinished run of another recipe may have left these.

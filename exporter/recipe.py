@@ -11,45 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 
 from exporter.backends import Target, front, names
-from exporter.backends._target import Context
+from exporter.backends._target import Context, target_from
 from exporter.calibration.settings import Calibration
 from exporter.errors import InputError
-from exporter.quantization.schemes import Scheme, parse_scheme
+from exporter.quantization.settings import Quantization
 from exporter.settings import Section, list_of, overridden, parse_section, refusal, within
-
-
-class Quantization(Section):
-    """Schemes as text (``int4-g32``, ``int8``, ``float``); overrides map patterns to schemes.
-
-    With a `budget` (``5.3 bits`` a weight, or ``90 MB``, scales included) the most sensitive
-    weights become int8 until it is used up.
-    """
-
-    linear: str = "int4-g32"
-    embedding: str = "int4-g32"
-    method: Literal["absmax", "mse", "gptq", "distill"] = "mse"
-    overrides: dict[str, str] = Field(default_factory=dict)
-    budget: str = ""
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether text is needed."""
-        return self.method in ("gptq", "distill") or bool(self.budget)
-
-    def schemes(self) -> tuple[Scheme, Scheme, dict[str, Scheme]]:
-        """The schemes of linear layers, of the embedding, and of each override's pattern."""
-        return (
-            parse_scheme(self.linear, "quantization.linear"),
-            parse_scheme(self.embedding, "quantization.embedding"),
-            {p: parse_scheme(s, f"quantization.overrides.{p}") for p, s in self.overrides.items()},
-        )
-
 
 _Positive = Annotated[int, within(1)]
 _Count = Annotated[int, within(0)]
@@ -81,7 +53,7 @@ def _targets(value: object, info: ValidationInfo) -> object:
         raise refusal("is empty", f"Name one of {', '.join(names())}")
     subject = (info.context or {}).get("subject", "recipe")
     targets = tuple(
-        one if isinstance(one, Target) else _parse_target(one, subject, f"targets.{index}")
+        one if isinstance(one, Target) else target_from(one, subject, f"targets.{index}")
         for index, one in enumerate(value)
     )
     kinds = [target.target for target in targets]
@@ -205,24 +177,6 @@ def _each_with(shared: Mapping[str, Any], targets: object) -> object:
     if not isinstance(targets, list):
         return targets
     return [{**shared, **one} if isinstance(one, dict) else one for one in targets]
-
-
-def parse_target(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Target:
-    """A target from plain data, with overrides as ``max_context=4096``. Raises InputError."""
-    return _parse_target(overridden(raw, overrides), subject)
-
-
-def _parse_target(raw: object, subject: str, key: str = "") -> Target:
-    """`key` is the target's own in the recipe."""
-    kind = raw.get("target") if isinstance(raw, Mapping) else None
-    if not isinstance(kind, str) or kind not in names():
-        raise InputError(
-            f"{subject}: {key}.target" if key else f"{subject}: target",
-            f"{kind!r} is not a target",
-            f"Known: {', '.join(names())}",
-        )
-    target: Target = parse_section(front(kind).Target, raw, subject, key)
-    return target
 
 
 def parse_profile(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Profile:

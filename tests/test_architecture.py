@@ -26,10 +26,9 @@ LAYERS = (
     {"model", "text"},
     {"quantization"},
     {"backends"},
+    {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {
-        "bundle", "calibration", "evaluation", "forecast", "inference", "profiling", "verification",
-    },
+    {"forecast", "profiling"},
     {"pipeline"},
     {"cli"},
     {"__main__"},

@@ -14,6 +14,7 @@ from commands import run
 from lowering import MODELS, SCHEMES, Lower, Lowered, tokens
 
 from exporter import pipeline
+from exporter.backends import parse_target
 from exporter.backends.executorch import lowering as executorch
 from exporter.backends.onnx import lowering as backend
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
@@ -29,7 +30,6 @@ from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_blocks_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.recipe import parse_target
 from exporter.text.tokenizer import load_tokenizer
 from exporter.verification import check_integers, run_teacher_forced
 

@@ -502,7 +502,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def safetensors_by_hand(file: Path) -> dict[str, np.ndarray]:
-    """A reader written from safetensors' own specification, for the dtypes of the README."""
+    """A reader written from safetensors' own specification, for the dtypes of our format."""
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -522,7 +522,7 @@ def safetensors_by_hand(file: Path) -> dict[str, np.ndarray]:
 
 
 def nibbles_by_hand(packed: np.ndarray) -> np.ndarray:
-    """README: column 2j in the low nibble of byte j, two's complement."""
+    """docs/quantized-checkpoint.md: column 2j in the low nibble of byte j, two's complement."""
     codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
     for low, column in ((packed & 15, 0), (packed >> 4, 1)):
         codes[:, column::2] = np.where(low > 7, low.astype(np.int16) - 16, low)

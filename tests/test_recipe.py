@@ -7,18 +7,11 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from exporter.backends import executorch, names, onnx
+from exporter.backends import executorch, names, onnx, parse_target
 from exporter.errors import InputError
 from exporter.quantization.schemes import Scheme
-from exporter.recipe import (
-    Quantization,
-    Recipe,
-    load_recipe,
-    parse_recipe,
-    parse_target,
-    recipe_folder,
-    recipes_for,
-)
+from exporter.quantization.settings import Quantization
+from exporter.recipe import Recipe, load_recipe, parse_recipe, recipe_folder, recipes_for
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"), key=lambda path: path.stem)
 NANO_INT4 = "mobilellm-r1-nano-int4"

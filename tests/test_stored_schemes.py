@@ -8,13 +8,13 @@ import torch
 from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
 
 from exporter import pipeline
-from exporter.backends import backend
+from exporter.backends import backend, parse_target
 from exporter.errors import InputError
 from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import EMBEDDING, parse_config
 from exporter.pipeline import no_progress
 from exporter.quantization.schemes import CODE_RANGE, Scheme, parse_scheme
-from exporter.recipe import Recipe, parse_recipe, parse_target
+from exporter.recipe import Recipe, parse_recipe
 from exporter.verification import check_integers, check_logits, failures, verification_text
 
 #: Rows of 72 codes in the down projections: no group divides them, and no block above 8.

@@ -1,7 +1,8 @@
-// Text on an iPhone (iOS 18) or a Mac (macOS 15) from what `mobilellm lower --target coreml` makes.
+// Generates text on an iPhone (iOS 18) or a Mac (macOS 15) with the package that
+// `mobilellm lower --target coreml` writes. docs/formats.md describes the package.
 //
 // NOT COMPILED AND NOT RUN YET: it was written without a Mac. `CoreMLRunner` in
-// exporter/backends/coreml.py does the same in Python and is tested.
+// exporter/backends/coreml/lowering.py does the same in Python and is tested.
 //
 // Add model.mlpackage to an app, which Xcode compiles to model.mlmodelc, and tokenize with
 // tokenizer.json from the same folder (huggingface/swift-transformers reads it):
@@ -17,22 +18,22 @@ enum DecoderError: Error {
     case textTooLong(tokens: Int, context: Int)
 }
 
-/// One text at a time: a state must not be used by two predictions at once.
+/// Generates one text at a time: two predictions must not use a state at the same time.
 @available(iOS 18, macOS 15, *)
 final class Decoder: @unchecked Sendable {
-    /// Both functions of one package. They share its weights, and the state that is given to both.
+    /// The two functions of the package. They share its weights, and both get the same state.
     private let prefill: MLModel
     private let decode: MLModel
     private var state: MLState
-    /// How many tokens the state holds.
+    /// The number of tokens in the state.
     private var position = 0
 
-    /// How many tokens the cache has room for, and how many `prefill` reads at once.
+    /// The number of tokens that fit into the cache, and the number that `prefill` reads at once.
     let context: Int
     let chunk: Int
-    /// Any of these ends a text.
+    /// Each of these tokens ends a text.
     let endTokens: Set<Int>
-    /// `logits`, or `token` where the program finds the likeliest token itself.
+    /// The name of the output: `logits`, or `token` if the program finds the most likely token.
     private let output: String
 
     init(modelURL: URL, computeUnits: MLComputeUnits = .cpuAndNeuralEngine) async throws {
@@ -59,11 +60,11 @@ final class Decoder: @unchecked Sendable {
         endTokens = Set(try JSONDecoder().decode([Int].self, from: ends))
     }
 
-    /// Start a new text with these tokens; the likeliest next one.
+    /// Starts a new text with these tokens. Returns the most likely next token.
     ///
-    /// Every call reads a whole chunk. The last one is padded: the program neither keeps nor looks
-    /// at what lies beyond `length`. A chunk that would end beyond the cache begins earlier, and
-    /// what is read twice is written twice, the same.
+    /// Every call reads a whole chunk. The last chunk is padded: the program ignores tokens from
+    /// `length` on and does not cache them. A chunk that would end beyond the cache begins earlier;
+    /// tokens that are read twice get the same keys and values again.
     func start(_ tokens: [Int]) async throws -> Int {
         guard !tokens.isEmpty, tokens.count <= context else {
             throw DecoderError.textTooLong(tokens: tokens.count, context: context)
@@ -87,7 +88,7 @@ final class Decoder: @unchecked Sendable {
         return next
     }
 
-    /// Continue the text by one token; the likeliest next one.
+    /// Continues the text by one token. Returns the most likely next token.
     func step(_ token: Int) async throws -> Int {
         guard position < context else {
             throw DecoderError.textTooLong(tokens: position + 1, context: context)
@@ -102,8 +103,8 @@ final class Decoder: @unchecked Sendable {
         return next
     }
 
-    /// New tokens, greedily, up to one that ends a text (which is not among them), the limit, or
-    /// the end of the cache.
+    /// Generates tokens greedily. Stops at a token that ends the text (which is not returned), at
+    /// the limit, or when the cache is full.
     func generate(prompt: [Int], limit: Int) -> AsyncThrowingStream<Int, Error> {
         AsyncThrowingStream { continuation in
             let task = Task {
@@ -134,7 +135,7 @@ final class Decoder: @unchecked Sendable {
             }
             return Int(token.scalars[0])
         }
-        // [1, 1, vocab_size], float16 or float32 as the package was lowered.
+        // [1, 1, vocab_size], float16 or float32: the target's `activations`.
         if let logits = value.shapedArrayValue(of: Float16.self) { return likeliest(logits.scalars) }
         if let logits = value.shapedArrayValue(of: Float.self) { return likeliest(logits.scalars) }
         throw DecoderError.notOurPackage

@@ -44,15 +44,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from exporter.backends._target import Target as Target
+    from exporter.backends._target import parse_target as parse_target
     from exporter.model.config import ModelConfig
 
 
 def __getattr__(name: str) -> Any:
-    """`Target` needs pydantic, for which ``mobilellm --help`` should not wait."""
-    if name == "Target":
-        from exporter.backends._target import Target
-
-        return Target
+    """Targets need pydantic, for which ``mobilellm --help`` should not wait."""
+    if name in ("Target", "parse_target"):
+        return getattr(importlib.import_module(f"{__name__}._target"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

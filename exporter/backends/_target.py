@@ -1,10 +1,13 @@
 """What the options of every format have in common."""
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator
 
-from exporter.settings import Section, refusal
+from exporter.backends import front, names
+from exporter.errors import InputError
+from exporter.settings import Section, overridden, parse_section, refusal
 
 
 def _long_enough(value: int) -> int:
@@ -25,3 +28,21 @@ class Target(Section):
 
     target: str
     max_context: Context = 2048
+
+
+def parse_target(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Target:
+    """A target from plain data, with overrides as ``max_context=4096``. Raises InputError."""
+    return target_from(overridden(raw, overrides), subject)
+
+
+def target_from(raw: object, subject: str, key: str = "") -> Target:
+    """A target from plain data of any shape; `key` is its place in a recipe. Raises InputError."""
+    kind = raw.get("target") if isinstance(raw, Mapping) else None
+    if not isinstance(kind, str) or kind not in names():
+        raise InputError(
+            f"{subject}: {key}.target" if key else f"{subject}: target",
+            f"{kind!r} is not a target",
+            f"Known: {', '.join(names())}",
+        )
+    target: Target = parse_section(front(kind).Target, raw, subject, key)
+    return target

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.backends import Artifact, Target, backend, front
+from exporter.backends import Artifact, Target, backend, front, parse_target
 from exporter.errors import InputError
 from exporter.files import (
     Output,
@@ -25,7 +25,6 @@ from exporter.files import (
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import FLOAT
-from exporter.recipe import parse_target
 from exporter.text.tokenizer import TOKENIZER_FILES
 
 MANIFEST = "artifact.json"

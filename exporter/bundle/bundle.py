@@ -28,7 +28,6 @@ from exporter.files import (
 )
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
-from exporter.recipe import Recipe
 
 MANIFEST, SEAL, QUANTIZED = "bundle.json", "SHA256SUMS", "quantized"
 FORMAT_VERSION = 1
@@ -49,12 +48,12 @@ def bundle_output() -> Output:
 
 
 def bundle_identity(
-    recipe: Recipe, quantized: Mapping[str, Any], artifacts: Mapping[str, Any]
+    recipe: Mapping[str, Any], quantized: Mapping[str, Any], artifacts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What ``bundle.json`` holds; `quantized` and `artifacts` are the parts' own versions."""
     return {
         "format_version": FORMAT_VERSION,
-        "recipe": recipe.to_dict(),
+        "recipe": recipe,
         "source": quantized["source"],
         "targets": list(artifacts),
         "versions": quantized["versions"]

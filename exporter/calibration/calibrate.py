@@ -50,7 +50,7 @@ from exporter.quantization.schemes import (
     pack_entries,
     unpack_entry,
 )
-from exporter.recipe import Recipe
+from exporter.quantization.settings import Quantization
 
 START, IDENTITY = "start.safetensors", "identity.json"
 #: In `START`, beside the parts of a scheme: the float weight that was rounded.
@@ -141,7 +141,8 @@ class CalibrationInputs:
 
 def calibration_inputs(
     checkpoint: Checkpoint,
-    recipe: Recipe,
+    quantization: Quantization,
+    calibration: Calibration,
     schemes: Mapping[str, Scheme],
     source: Mapping[str, str],
     progress: Progress,
@@ -151,7 +152,6 @@ def calibration_inputs(
     `source` has the hashes of the checkpoint's files. What takes long comes out of the cache when
     it was done before. Raises InputError.
     """
-    calibration, quantization = recipe.calibration, recipe.quantization
     keep_freed_memory()
     _check_length(calibration, checkpoint)
     check_sources(calibration)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter.calibration.settings import Calibration
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress, TensorCounter, no_progress
 from exporter.quantization.plan import QuantizationPlan, plan_schemes
@@ -19,17 +20,17 @@ from exporter.quantization.quantized_checkpoint import (
     quantized_identity,
     write_quantized,
 )
-from exporter.recipe import Recipe
+from exporter.quantization.settings import Quantization
 
 if TYPE_CHECKING:
     from exporter.calibration.calibrate import CalibrationInputs
 
 
-def quantization_plan(recipe: Recipe, checkpoint: Checkpoint) -> QuantizationPlan:
-    """How the recipe stores each tensor of the checkpoint. Raises InputError."""
-    linear, embedding, overrides = recipe.quantization.schemes()
+def quantization_plan(quantization: Quantization, checkpoint: Checkpoint) -> QuantizationPlan:
+    """How the section stores each tensor of the checkpoint. Raises InputError."""
+    linear, embedding, overrides = quantization.schemes()
     shapes = checkpoint.config.parameter_shapes()
-    return plan_schemes(shapes, linear, embedding, overrides, recipe.quantization.method)
+    return plan_schemes(shapes, linear, embedding, overrides, quantization.method)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class QuantizationInputs:
 
 
 def quantization_inputs(
-    recipe: Recipe,
+    quantization: Quantization,
+    settings: Calibration,
     checkpoint: Checkpoint,
     plan: QuantizationPlan,
     source: Mapping[str, str],
@@ -55,12 +57,14 @@ def quantization_inputs(
 
     `source` has the hashes of the checkpoint's files (`source_hashes`). Raises InputError.
     """
-    if not recipe.quantization.calibrated:
+    if not quantization.calibrated:
         return QuantizationInputs(plan, None, quantized_identity(checkpoint, plan, source))
     from exporter.calibration.calibrate import calibration_inputs
     from exporter.calibration.sensitivity import WIDER
 
-    calibration = calibration_inputs(checkpoint, recipe, plan.schemes, source, progress)
+    calibration = calibration_inputs(
+        checkpoint, quantization, settings, plan.schemes, source, progress
+    )
     schemes = {**plan.schemes, **dict.fromkeys(calibration.wider, WIDER)}
     plan = replace(plan, schemes=schemes)
     identity = quantized_identity(checkpoint, plan, source, calibration.identity())

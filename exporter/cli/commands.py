@@ -56,8 +56,8 @@ def quantize(args: argparse.Namespace) -> int:
 def lower(args: argparse.Namespace) -> int:
     """A quantized checkpoint to one artifact."""
     from exporter import pipeline
+    from exporter.backends import parse_target
     from exporter.quantization.quantized_checkpoint import open_quantized
-    from exporter.recipe import parse_target
 
     target = parse_target({"target": args.target}, "--target", args.overrides)
     quantized = open_quantized(args.quantized)

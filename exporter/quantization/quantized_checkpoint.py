@@ -1,4 +1,4 @@
-"""A quantized checkpoint on disk: ``quantized.safetensors`` and its manifest.
+"""The quantized checkpoint on disk, in the format that docs/quantized-checkpoint.md specifies.
 
     mobilellm quantize recipes/mobilellm-r1-nano-int4.yaml \\
         --checkpoint examples/mobilellm-r1-nano -o build/nano-int4
