@@ -873,7 +873,7 @@ CALIBRATING: dict[str, tuple[Row, list[str]]] = {
     ),
     "texts to go on with, but none": (
         lambda w: w.calibrate("calibration.data=[{continue_after: 4}]"),
-        ["calibration.data.0.continue_after", "needs texts to go on with", "Name a file"],
+        ["calibration.data.0.continue_after", "needs texts to continue", "Name a file"],
     ),
     "going on after a whole sequence": (
         lambda w: w.calibrate("calibration.data=[{prompts: prompts.txt, continue_after: 9999}]"),
@@ -933,7 +933,7 @@ CALIBRATING: dict[str, tuple[Row, list[str]]] = {
     ),
     "all answers of the teacher to keep, as a top_k": (
         lambda w: w.calibrate("calibration.cache_teacher=true", "calibration.top_k=512"),
-        ["calibration.cache_teacher", "top_k below the 512 tokens", "Set calibration.top_k"],
+        ["calibration.cache_teacher", "top_k below the vocabulary size", "Set calibration.top_k"],
     ),
     "budget that is no size": (
         lambda w: w.calibrate("quantization.budget=5.3"),
@@ -945,14 +945,14 @@ CALIBRATING: dict[str, tuple[Row, list[str]]] = {
     ),
     "budget that is too small": (
         lambda w: w.calibrate("quantization.budget=3 bits"),
-        ["quantization.budget", "MB, and the recipe takes", "at the least", "Raise the budget"],
+        ["quantization.budget", "MB, and the recipe needs at least", "Raise the budget"],
     ),
     "teacher that is nowhere": (
         lambda w: w.calibrate("calibration.teacher=./nowhere"), ["./nowhere", "is not a folder"]
     ),
     "teacher of other tokens": (
         lambda w: w.calibrate(f"calibration.teacher={w.make()}"),
-        ["calibration.teacher", "knows 96 tokens, the checkpoint 512", "same family"],
+        ["calibration.teacher", "has 96 tokens, the checkpoint has 512", "same family"],
     ),
     "teacher of another tokenizer": (
         lambda w: w.calibrate(f"calibration.teacher={_other_tokenizer(w)}"),

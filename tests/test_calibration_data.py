@@ -18,7 +18,7 @@ from conftest import LLAMA, LLAMA4, TEXT, MakeCheckpoint
 
 from exporter.calibration.cache import cache_lock
 from exporter.calibration.data import CalibrationText, SourceText, read_text
-from exporter.calibration.self_generation import continue_texts, written_text
+from exporter.calibration.self_generation import continue_texts, self_generated_text
 from exporter.calibration.settings import Calibration, Source
 from exporter.errors import InputError
 from exporter.files import sha256
@@ -177,7 +177,7 @@ def write(
     """The file, and the steps that were shown while it was written."""
     shown = list[str]() if steps is None else steps
     calibration = Calibration(data=(source,), sequence_length=48, seed=seed)
-    path = written_text(
+    path = self_generated_text(
         checkpoint, source, calibration, torch.float32, "this one",
         lambda done, total, note: shown.append(f"{done} of {total} {note}".strip()),
     )  # fmt: skip
@@ -216,7 +216,7 @@ def test_of_two_runs_that_want_the_same_text_one_waits_and_writes_it_only_if_the
         if made:
             path.write_bytes(content)
     assert waiting.result()[0].read_bytes() == content
-    assert said[:2] == ["0 of 1 waits for another run that makes it", "1 of 1"]
+    assert said[:2] == ["0 of 1 waiting for another run that writes it", "1 of 1"]
     assert said[2:] == ([] if made else steps)
     assert {place.name for place in path.parent.iterdir()} == {path.name, f".{path.name}.lock"}
 
@@ -378,7 +378,7 @@ def test_a_seed_gives_the_tokens_that_it_always_gave(
     ("content", "continue_after", "problem"),
     [
         ("How many? " * 10, 0, "has no prompt of less than 48 tokens"),
-        ("Why?\n" * 10, 40, "has no text of 40 tokens, after which it could go on"),
+        ("Why?\n" * 10, 40, "has no text of at least 40 tokens"),
     ],
     ids=["prompts too long", "texts too short to go on with"],
 )

@@ -436,7 +436,7 @@ TEACHERS = {
     "fewer tokens": (
         lambda make: teacher_of(make, vocab_size=80),
         {},
-        ["calibration.teacher", "knows 80 tokens, the checkpoint 96", "same family"],
+        ["calibration.teacher", "has 80 tokens, the checkpoint has 96", "same family"],
     ),
     "another tokenizer": (
         _other_tokens,
@@ -446,7 +446,7 @@ TEACHERS = {
     "other hidden states": (
         lambda make: teacher_of(make, hidden_size=128),
         {"hidden_weight": 1.0},
-        ["hidden states of 128, the checkpoint of 64", "Set calibration.hidden_weight to 0"],
+        ["has hidden size 128, the checkpoint has 64", "Set calibration.hidden_weight to 0"],
     ),
     "nowhere": (lambda make: Path("./nowhere"), {}, ["nowhere", "is not a folder"]),
     "weights that are not finite": (_not_finite, {}, ["model.safetensors", "NaN or infinite"]),

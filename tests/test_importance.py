@@ -9,7 +9,7 @@ from conftest import LLAMA, LLAMA4, MakeCheckpoint
 from torch import Tensor, nn
 
 from exporter.calibration.gptq import gptq_weights
-from exporter.calibration.importance import MOST, token_weights
+from exporter.calibration.importance import LARGEST_TOKEN_WEIGHT, token_weights
 from exporter.model.decoder import FloatWeights, attend_causal, load_decoder
 from exporter.quantization.schemes import FLOAT, Scheme
 
@@ -66,7 +66,7 @@ def test_every_linear_layer_is_weighed_and_no_token_counts_too_much(
     assert found.keys() == {n for n, shape in shapes.items() if "layers" in n and len(shape) == 2}
     for weights in found.values():
         assert weights.shape == (120,) and weights.dtype == torch.float32
-        assert weights.min() >= 0 and weights.max() <= MOST
+        assert weights.min() >= 0 and weights.max() <= LARGEST_TOKEN_WEIGHT
     assert steps == [2, 4, 5]
 
 

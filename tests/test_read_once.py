@@ -10,7 +10,7 @@ from calibrating import TEXT, quantize_here, recipe_of, small_checkpoint
 from conftest import LLAMA, MakeCheckpoint
 
 from exporter import pipeline
-from exporter.calibration.calibrate import IDENTITY, START, _claim
+from exporter.calibration.calibrate import IDENTITY, START, _keep_or_clear
 from exporter.files import read_json, write_json
 from exporter.inference.reference import score, score_each
 from exporter.model.checkpoint import open_checkpoint
@@ -102,9 +102,9 @@ def test_what_another_version_began_is_begun_anew(tmp_path: Path) -> None:
     old = {**identity, "schemes": {EMBEDDING: "int4-g32"}}
     write_json(tmp_path / IDENTITY, old)
     (tmp_path / START).write_bytes(b"codes of a byte each")
-    _claim(tmp_path, identity, schemes)
+    _keep_or_clear(tmp_path, identity, schemes)
     assert not (tmp_path / START).exists()
     (tmp_path / START).write_bytes(b"what this version began")
-    _claim(tmp_path, identity, schemes)
+    _keep_or_clear(tmp_path, identity, schemes)
     assert (tmp_path / START).exists()
     assert read_json(tmp_path / IDENTITY)["format"] == 2

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from exporter.calibration.sensitivity import (
     Sensitivity,
+    choose_int8_weights,
     model_bits,
     parse_budget,
-    search,
     sensitivities,
 )
 from exporter.errors import InputError
@@ -71,7 +71,7 @@ def test_each_cost_is_that_of_a_whole_model_with_this_weight_alone_rounded(
             expected = divergence_of(checkpoint, changed, tokens)
             assert kl == pytest.approx(expected, rel=1e-3, abs=1e-6), one.name
         assert one.kl > 1e-5
-        assert one.saved == one.kl - one.wider_kl > 0
+        assert one.kl_reduction == one.kl - one.wider_kl > 0
         assert one.scheme == "int4-g32"
         assert one.bits == weight.numel() * 4 + weight.numel() // 32 * 16
         assert one.wider_bits == weight.numel() * 8 + len(weight) * 16
@@ -101,7 +101,7 @@ def weight_of(name: str, kl: float, bits: int = 100, more: int = 100) -> Sensiti
 def test_a_budget_is_never_exceeded_and_nothing_that_still_fits_is_left(budget: int) -> None:
     sizes = {"a": 100, "b": 250, "c": 60, "d": 400}
     found = [weight_of(name, 0.1, 100, more) for name, more in sizes.items()]
-    wider = search(found, 1300, budget, SUBJECT)
+    wider = choose_int8_weights(found, 1300, budget, SUBJECT)
     used = 1300 + sum(sizes[name] for name in wider)
     assert used <= budget
     assert [name for name in sizes.keys() - set(wider) if used + sizes[name] <= budget] == []
@@ -109,10 +109,10 @@ def test_a_budget_is_never_exceeded_and_nothing_that_still_fits_is_left(budget: 
 
 def test_all_that_fits_becomes_wider_and_nothing_where_nothing_fits() -> None:
     found = [weight_of("large", 0.5, more=1000), weight_of("deaf", -0.1, more=100)]
-    assert search(found, 2000, 2000, SUBJECT) == ()
-    assert search(found, 2000, 2099, SUBJECT) == ()
-    assert search(found, 2000, 3100, SUBJECT) == ("large", "deaf")
-    assert search(found, 2000, 9000, SUBJECT) == ("large", "deaf")
+    assert choose_int8_weights(found, 2000, 2000, SUBJECT) == ()
+    assert choose_int8_weights(found, 2000, 2099, SUBJECT) == ()
+    assert choose_int8_weights(found, 2000, 3100, SUBJECT) == ("large", "deaf")
+    assert choose_int8_weights(found, 2000, 9000, SUBJECT) == ("large", "deaf")
 
 
 @pytest.mark.parametrize("budget", range(600, 3200, 150))
@@ -122,13 +122,13 @@ def test_no_choice_within_a_budget_saves_more(budget: int) -> None:
     found = [weight_of("embedding", 0.9, more=1000)]
     found += [weight_of(f"{n}", rng.random() / 5, more=rng.randrange(50, 300)) for n in range(9)]
     best = max(
-        sum(one.saved for one in some)
+        sum(one.kl_reduction for one in some)
         for count in range(len(found) + 1)
         for some in combinations(found, count)
         if 500 + sum(one.wider_bits - one.bits for one in some) <= budget
     )
-    wider = search(found, 500, budget, SUBJECT)
-    assert sum(one.saved for one in found if one.name in wider) == pytest.approx(best)
+    wider = choose_int8_weights(found, 500, budget, SUBJECT)
+    assert sum(one.kl_reduction for one in found if one.name in wider) == pytest.approx(best)
     assert 500 + sum(o.wider_bits - o.bits for o in found if o.name in wider) <= budget
 
 
@@ -136,15 +136,15 @@ def test_large_sizes_are_rounded_so_that_a_budget_is_never_exceeded() -> None:
     rng = random.Random(1)
     found = [weight_of(f"{n}", rng.random(), more=rng.randrange(10**5, 10**7)) for n in range(200)]
     room = sum(one.wider_bits - one.bits for one in found) // 3
-    wider = search(found, 0, room, SUBJECT)
+    wider = choose_int8_weights(found, 0, room, SUBJECT)
     used = sum(one.wider_bits - one.bits for one in found if one.name in wider)
     assert 0.995 * room < used <= room
 
 
 def test_a_budget_that_is_too_small_is_refused_with_both_sizes() -> None:
     with pytest.raises(InputError) as raised:
-        search([weight_of("a", 0.1)], 24_000_000, 16_000_000, SUBJECT)
-    for part in (SUBJECT, "holds 2.0 MB", "takes 3.0 MB at the least", "Raise the budget"):
+        choose_int8_weights([weight_of("a", 0.1)], 24_000_000, 16_000_000, SUBJECT)
+    for part in (SUBJECT, "holds 2.0 MB", "needs at least 3.0 MB", "Raise the budget"):
         assert part in str(raised.value)
 
 
@@ -263,6 +263,6 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_measured(
 ) -> None:
     checkpoint = small_checkpoint(make_checkpoint)
     recipe = recipe_of("mse", [{"tokens": 400}], budget="4 bits")
-    with pytest.raises(InputError, match=r"quantization\.budget: holds .* MB at the least"):
+    with pytest.raises(InputError, match=r"quantization\.budget: holds .* needs at least .* MB"):
         quantize_here(recipe, checkpoint, tmp_path / "out")
     assert not own_cache.exists() and not (tmp_path / "out").exists()

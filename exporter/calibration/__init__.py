@@ -1,1 +1,1 @@
-"""From text to better integers: GPTQ, distillation, and the search for sensitive layers."""
+"""Calibration: GPTQ, distillation, and the sensitivity search, on calibration text."""

@@ -1,4 +1,4 @@
-"""Locks in the cache folder, where texts, a teacher's answers and sensitivities are kept."""
+"""Locks for the cache folder, which holds generated texts, teacher logits and sensitivities."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,18 +11,18 @@ from exporter.progress import OnStep, no_step
 
 @contextmanager
 def cache_lock(path: Path, on_step: OnStep = no_step) -> Iterator[None]:
-    """Hold the lock of `path`, a file or a folder of the cache, to make what is missing there.
+    """Hold the lock of `path`, a file or a folder of the cache that is about to be written.
 
-    Another run that wants the same waits, and reports that it waits. Since the holder may have
-    made it meanwhile, look again whether it is there. An empty lock file stays behind: to remove
-    it is not safe on every file system.
+    A second run that needs the same path waits for the lock and reports this to `on_step`. The
+    caller checks again whether `path` exists once it holds the lock, because the first run may
+    have written it. The empty lock file is left: removing it is not safe on every file system.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        on_step(0, 1, "waits for another run that makes it")
+        on_step(0, 1, "waiting for another run that writes it")
         lock.acquire()
         on_step(1, 1, "")
     try:

@@ -1,4 +1,4 @@
-"""A whole calibration: text, sensitivities, GPTQ and distillation, in the order of a recipe."""
+"""The calibration of a recipe: text, sensitivity search, rounding (GPTQ) and distillation."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ from exporter.calibration.gptq import gptq_weights
 from exporter.calibration.importance import token_weights
 from exporter.calibration.memory import keep_freed_memory
 from exporter.calibration.plots import plot_history, plot_sensitivities
-from exporter.calibration.self_generation import read_prompts, written_text
+from exporter.calibration.self_generation import read_prompts, self_generated_text
 from exporter.calibration.sensitivity import (
     Sensitivity,
     check_budget,
+    choose_int8_weights,
     model_bits,
     parse_budget,
-    search,
     sensitivities,
 )
 from exporter.calibration.settings import Calibration
@@ -53,16 +53,16 @@ from exporter.quantization.schemes import (
 from exporter.quantization.settings import Quantization
 
 START, IDENTITY = "start.safetensors", "identity.json"
-#: In `START`, beside the parts of a scheme: the float weight that was rounded.
+#: Entry of `START`, next to the parts of the scheme: the float weight that was rounded.
 _WEIGHT = "weight"
 
-#: Of what lies in the folder of an unfinished run. In format 1, codes and scales lay unpacked.
+#: Format of the folder of an unfinished run. Format 1 had unpacked codes.
 _FOLDER_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class WeightRounding:
-    """How weights are rounded, before distillation where there is one."""
+    """Rounds the weights, as the result or as the initial weights of a distillation."""
 
     checkpoint: Checkpoint
     method: str
@@ -72,45 +72,48 @@ class WeightRounding:
     progress: Progress
 
     def __call__(self, schemes: Mapping[str, Scheme]) -> dict[str, GptqResult]:
-        """Every weight that `schemes` quantizes."""
+        """The rounding of every weight that `schemes` quantizes, by name."""
         quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
         if self.method == "gptq":
             weights = self._token_weights
-            each = gptq_weights(self.checkpoint, schemes, self.tokens, self.precision, weights)
+            rounded = gptq_weights(self.checkpoint, schemes, self.tokens, self.precision, weights)
             on_step = partial(self.progress, "gptq")
         else:
-            each = self._one_by_one(quantized)
+            rounded = self._round_independently(quantized)
             on_step = partial(self.progress, "round")
-        found = dict[str, GptqResult]()
-        for name, one in each:
-            found[name] = one
-            on_step(len(found), len(quantized), name)
-        return found
+        results = dict[str, GptqResult]()
+        for name, result in rounded:
+            results[name] = result
+            on_step(len(results), len(quantized), name)
+        return results
 
-    def _one_by_one(self, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, GptqResult]]:
-        """Each weight without a look at the others or at the text."""
+    def _round_independently(
+        self, schemes: Mapping[str, Scheme]
+    ) -> Iterator[tuple[str, GptqResult]]:
+        """Round each weight by itself (`absmax` or `mse`); needs no calibration text."""
         for name, scheme in schemes.items():
             weight = self.checkpoint.float_weight(name)
             yield name, GptqResult(quantize(weight, scheme, self.method), weight)
 
     @property
     def tokens(self) -> Tensor:
-        """What GPTQ fits weights to: [sequences, seq]."""
+        """The calibration tokens of GPTQ: [gptq_sequences, sequence_length]."""
         return self.text.train(self.calibration.gptq_sequences)
 
     @cached_property
     def _token_weights(self) -> dict[str, Tensor]:
-        """They do not depend on schemes: worked out once, also where a search rounds first."""
+        """Independent of the schemes, so the sensitivity search and the final rounding share
+        them."""
         seed, on_step = self.calibration.seed, partial(self.progress, "weigh tokens")
         return token_weights(self.checkpoint, self.tokens, self.precision, seed, on_step)
 
 
 @dataclass(frozen=True)
 class CalibrationInputs:
-    """All that is known before any weight is rounded.
+    """The inputs of a calibration, complete before any weight is rounded.
 
-    `source` and `teacher_source` are the hashes of the checkpoint's and of the teacher's files;
-    `wider` names the weights to which a budget gives 8 bits, after their `sensitivities`.
+    `source` and `teacher_source` are the hashes of the checkpoint's and of the teacher's files.
+    `int8_weights` names the weights that the budget stores as int8, chosen from `sensitivities`.
     """
 
     calibration: Calibration
@@ -122,10 +125,10 @@ class CalibrationInputs:
     teacher: Checkpoint
     teacher_source: Mapping[str, str]
     sensitivities: tuple[Sensitivity, ...]
-    wider: tuple[str, ...]
+    int8_weights: tuple[str, ...]
 
     def identity(self) -> dict[str, Any]:
-        """Everything of the calibration that decides the integers, for the manifest."""
+        """Every calibration setting and input that decides the integers, for the manifest."""
         settings = self.calibration.model_dump()
         del settings["data"], settings["cache_teacher"], settings["teacher"]
         other = self.teacher_source != self.source
@@ -135,7 +138,7 @@ class CalibrationInputs:
             "precision": str(self.precision).removeprefix("torch."),
             "text": self.text.identity(),
             "processes": parallel.world_size(),
-            "wider": list(self.wider),
+            "wider": list(self.int8_weights),
         }
 
 
@@ -147,17 +150,17 @@ def calibration_inputs(
     source: Mapping[str, str],
     progress: Progress,
 ) -> CalibrationInputs:
-    """Read the text, or let the checkpoint write it, and search where there is a budget.
+    """Read or generate the calibration text, and run the sensitivity search if there is a budget.
 
-    `source` has the hashes of the checkpoint's files. What takes long comes out of the cache when
-    it was done before. Raises InputError.
+    `source` has the hashes of the checkpoint's files. Generated text and measured sensitivities
+    are cached. Raises InputError.
     """
     keep_freed_memory()
     _check_length(calibration, checkpoint)
     check_sources(calibration)
-    for one in calibration.data:
-        if one.prompts:
-            read_prompts(Path(one.prompts), one.field)
+    for text_source in calibration.data:
+        if text_source.prompts:
+            read_prompts(Path(text_source.prompts), text_source.field)
     teacher = open_teacher(calibration, checkpoint)
     precision = _precision(calibration)
     budget, used, subject = 0, model_bits(schemes, checkpoint.config), "quantization.budget"
@@ -165,26 +168,26 @@ def calibration_inputs(
         budget = parse_budget(quantization.budget, subject, checkpoint.config)
         check_budget(used, budget, subject)
     if parallel.rank():
-        parallel.wait_for_all()  # until the first process has written the cache
+        parallel.barrier()  # until the first process has written the cache
     on_text = partial(progress, "write calibration text")
     text = read_text(
         checkpoint,
         calibration,
         [
-            written_text(checkpoint, one, calibration, precision, source, on_text)
-            for one in calibration.data
-            if one.self_generated
+            self_generated_text(checkpoint, text_source, calibration, precision, source, on_text)
+            for text_source in calibration.data
+            if text_source.self_generated
         ],
     )
     method = quantization.method
     rounded_by = calibration.start if method == "distill" else method
     rounding = WeightRounding(checkpoint, rounded_by, calibration, text, precision, progress)
-    found, wider = tuple[Sensitivity, ...](), tuple[str, ...]()
+    measured, int8_weights = tuple[Sensitivity, ...](), tuple[str, ...]()
     if budget:
-        found = _sensitivities(rounding, schemes, source)
-        wider = search(found, used, budget, subject)
+        measured = _sensitivities(rounding, schemes, source)
+        int8_weights = choose_int8_weights(measured, used, budget, subject)
     if not parallel.rank():
-        parallel.wait_for_all()
+        parallel.barrier()
     teacher_source = source if teacher is checkpoint else source_hashes(teacher)
     return CalibrationInputs(
         calibration,
@@ -195,62 +198,62 @@ def calibration_inputs(
         source,
         teacher,
         teacher_source,
-        found,
-        wider,
+        measured,
+        int8_weights,
     )
 
 
 def _check_length(calibration: Calibration, checkpoint: Checkpoint) -> None:
-    """Refuse sequences that the model was not made for. Raises InputError."""
-    longest = checkpoint.config.max_position_embeddings
-    if calibration.sequence_length > longest:
+    """Refuse sequences longer than the model's positions. Raises InputError."""
+    limit = checkpoint.config.max_position_embeddings
+    if calibration.sequence_length > limit:
         raise InputError(
             "calibration.sequence_length",
-            f"{calibration.sequence_length} is more than the model's {longest}",
+            f"{calibration.sequence_length} is more than the model's {limit}",
             "Lower it",
         )
 
 
 def _precision(calibration: Calibration) -> torch.dtype:
-    """The type of matrix products: bfloat16 where the processor multiplies it."""
+    """The type of matrix products; `auto` is bfloat16 if the processor has AVX512-BF16."""
     if calibration.precision == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
+        supported = torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if supported else torch.float32
     return torch.bfloat16 if calibration.precision == "bfloat16" else torch.float32
 
 
 def _sensitivities(
     rounding: WeightRounding, schemes: Mapping[str, Scheme], source: Mapping[str, str]
 ) -> tuple[Sensitivity, ...]:
-    """Measured, or as they were measured before."""
+    """The sensitivities from the cache, or measured and cached."""
     calibration, method, precision = rounding.calibration, rounding.method, rounding.precision
     tokens = rounding.text.train(calibration.sensitivity_sequences)
-    fitted = rounding.tokens.tolist() if method == "gptq" else []
+    gptq_tokens = rounding.tokens.tolist() if method == "gptq" else []
     plan = {name: str(scheme) for name, scheme in schemes.items()}
-    parts = source, plan, method, tokens.tolist(), fitted, calibration.seed, str(precision)
+    parts = source, plan, method, tokens.tolist(), gptq_tokens, calibration.seed, str(precision)
     path = cache_folder() / f"{hash_of('sensitivity', *parts)}.json"
-    if kept := _kept_sensitivities(path):
-        return kept
+    if cached := _cached_sensitivities(path):
+        return cached
     on_step = partial(rounding.progress, "measure sensitivity")
     with cache_lock(path, on_step):
-        if kept := _kept_sensitivities(path):
-            return kept
-        rounded = {name: start.rounded for name, start in rounding(schemes).items()}
-        found = sensitivities(rounding.checkpoint, rounded, tokens, precision, on_step)
-        write_json(path, {"sensitivities": [asdict(one) for one in found]})
-        return tuple(found)
+        if cached := _cached_sensitivities(path):
+            return cached
+        rounded = {name: result.rounded for name, result in rounding(schemes).items()}
+        measured = sensitivities(rounding.checkpoint, rounded, tokens, precision, on_step)
+        write_json(path, {"sensitivities": [asdict(entry) for entry in measured]})
+        return tuple(measured)
 
 
-def _kept_sensitivities(path: Path) -> tuple[Sensitivity, ...]:
-    """Nothing where they are not there, or damaged."""
+def _cached_sensitivities(path: Path) -> tuple[Sensitivity, ...]:
+    """Empty if the file is missing or damaged."""
     with suppress(InputError, KeyError, TypeError):
-        return tuple(Sensitivity(**one) for one in read_json(path)["sensitivities"])
+        return tuple(Sensitivity(**entry) for entry in read_json(path)["sensitivities"])
     return ()
 
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The integers, and the reports as files: name → content."""
+    """The quantized weights by name, and the report files: name → content."""
 
     weights: Mapping[str, QuantizedTensor]
     reports: Mapping[str, bytes]
@@ -263,21 +266,24 @@ def calibrate(
     folder: Path,
     progress: Progress,
 ) -> CalibrationResult:
-    """Round every weight as the recipe says. `folder` keeps what a killed run had reached."""
+    """Quantize every weight by the recipe's method.
+
+    `folder` holds the training state, from which a later call resumes after a kill.
+    """
     quantized = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
     calibration, text, precision = inputs.calibration, inputs.text, inputs.precision
     history = None
     if inputs.method == "distill":
         if not parallel.rank():
-            _claim(folder, {"source": inputs.source, **inputs.identity()}, quantized)
+            _keep_or_clear(folder, {"source": inputs.source, **inputs.identity()}, quantized)
             if not (folder / START).is_file():
                 _save(folder / START, inputs.rounding(schemes))
-        parallel.wait_for_all()
-        starts = _load(folder / START, quantized)
+        parallel.barrier()
+        initial = _load(folder / START, quantized)
         rounding = round_rows_to_int8 if calibration.activations == "int8" else None
         distilled = distill(
-            Student(checkpoint, starts, calibration.sequence_length, rounding),
-            Teacher(inputs.teacher, calibration, _answers_folder(inputs)),
+            Student(checkpoint, initial, calibration.sequence_length, rounding),
+            Teacher(inputs.teacher, calibration, _teacher_cache(inputs)),
             calibration,
             text,
             folder,
@@ -286,12 +292,12 @@ def calibrate(
         )
         weights, history = distilled.weights, distilled.history
     else:
-        weights = {name: start.rounded for name, start in inputs.rounding(schemes).items()}
+        weights = {name: result.rounded for name, result in inputs.rounding(schemes).items()}
     return CalibrationResult(weights, _reports(inputs, history))
 
 
-def _answers_folder(inputs: CalibrationInputs) -> Path | None:
-    """Where the teacher's answers are kept, if they are."""
+def _teacher_cache(inputs: CalibrationInputs) -> Path | None:
+    """The cache folder of the teacher's logits; None if they are not cached."""
     calibration = inputs.calibration
     if not calibration.cache_teacher:
         return None
@@ -299,22 +305,24 @@ def _answers_folder(inputs: CalibrationInputs) -> Path | None:
     return cache_folder() / hash_of("teacher", inputs.teacher_source, settings)
 
 
-def _claim(folder: Path, identity: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> None:
-    """Go on with what lies in `folder` if it is of the same calibration; else clear it."""
+def _keep_or_clear(
+    folder: Path, identity: Mapping[str, Any], schemes: Mapping[str, Scheme]
+) -> None:
+    """Keep the training state in `folder` if it belongs to this calibration; else delete it."""
     names = {name: str(scheme) for name, scheme in schemes.items()}
-    whole = {"format": _FOLDER_FORMAT, **identity, "schemes": names}
-    plain = json.loads(json.dumps(whole))
+    content = {"format": _FOLDER_FORMAT, **identity, "schemes": names}
+    expected = json.loads(json.dumps(content))  # tuples become lists, as in the file
     with suppress(InputError):
-        if read_json(folder / IDENTITY) == plain:
+        if read_json(folder / IDENTITY) == expected:
             return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_json(folder / IDENTITY, plain)
+    write_json(folder / IDENTITY, expected)
 
 
-def _save(path: Path, starts: Mapping[str, GptqResult]) -> None:
-    entries = pack_entries({name: start.rounded for name, start in starts.items()})
-    weights = {entry_name(name, _WEIGHT): start.weight for name, start in starts.items()}
+def _save(path: Path, initial: Mapping[str, GptqResult]) -> None:
+    entries = pack_entries({name: result.rounded for name, result in initial.items()})
+    weights = {entry_name(name, _WEIGHT): result.weight for name, result in initial.items()}
     write_tensors(path, entries | weights)
 
 
@@ -330,15 +338,18 @@ def _load(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, GptqResult]:
 
 
 def _reports(inputs: CalibrationInputs, history: TrainingHistory | None) -> dict[str, bytes]:
-    """What was measured, as tables and plots."""
+    """The loss history and the sensitivities, each as JSON and as a plot: file name → content."""
     reports = dict[str, bytes]()
     if history is not None:
         reports["distillation.json"] = _json(asdict(history) | {"best": asdict(history.best)})
         reports["distillation.png"] = plot_history(history)
     if inputs.sensitivities:
-        rows = [asdict(one) | {"wider": one.name in inputs.wider} for one in inputs.sensitivities]
+        rows = [
+            asdict(entry) | {"wider": entry.name in inputs.int8_weights}
+            for entry in inputs.sensitivities
+        ]
         reports["sensitivity.json"] = _json({"sensitivities": rows})
-        reports["sensitivity.png"] = plot_sensitivities(inputs.sensitivities, inputs.wider)
+        reports["sensitivity.png"] = plot_sensitivities(inputs.sensitivities, inputs.int8_weights)
     return reports
 
 
@@ -347,7 +358,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def write_reports(folder: Path, reports: Mapping[str, bytes]) -> list[Path]:
-    """Write the reports into `folder`, which is made for them."""
+    """Write the reports into `folder`, which is created; returns their paths."""
     for name, content in reports.items():
         with replacing(folder / name) as file:
             file.write(content)

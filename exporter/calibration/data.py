@@ -1,7 +1,7 @@
-"""The text that a calibration learns from: sources mixed by weight, a part of each held out.
+"""The calibration text: sources mixed by weight, with a part of each source held out.
 
-The mixture depends on its seed alone, so that a run that goes on after it was killed, and several
-machines that share the work, see the same text.
+The mixture depends on the seed alone, so a resumed run and every process of a distributed run see
+the same text.
 """
 
 import hashlib
@@ -35,32 +35,34 @@ class SourceText:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """All sources. Sequences are int64 [sequence_length]."""
+    """The text of all sources; each sequence is int64 [sequence_length]."""
 
     sources: tuple[SourceText, ...]
     seed: int
 
     def train(self, count: int) -> Tensor:
-        """The first `count` sequences of the mixture [count, sequence_length]. Each source is
-        shuffled, and shuffled anew when it is used up."""
+        """The first `count` training sequences of the mixture [count, sequence_length].
+
+        Each source is shuffled, and shuffled again when all its sequences were used.
+        """
         rng = random.Random(self.seed)
         total = sum(source.weight for source in self.sources)
         shares = [source.weight / total for source in self.sources]
-        chosen, taken = list[Tensor](), [0] * len(self.sources)
-        waiting: list[list[int]] = [[] for _ in self.sources]
-        for place in range(1, count + 1):
-            # The source that lags furthest behind its share is next.
-            lag = [share * place - had for share, had in zip(shares, taken, strict=True)]
-            index = lag.index(max(lag))
+        mixture, taken = list[Tensor](), [0] * len(self.sources)
+        remaining: list[list[int]] = [[] for _ in self.sources]
+        for position in range(1, count + 1):
+            # The next sequence is of the source that is furthest below its share.
+            deficits = [share * position - n for share, n in zip(shares, taken, strict=True)]
+            index = deficits.index(max(deficits))
             source = self.sources[index]
-            if not waiting[index]:
-                waiting[index] = rng.sample(range(len(source.train)), len(source.train))
-            chosen.append(source.train[waiting[index].pop()])
+            if not remaining[index]:
+                remaining[index] = rng.sample(range(len(source.train)), len(source.train))
+            mixture.append(source.train[remaining[index].pop()])
             taken[index] += 1
-        return torch.stack(chosen)
+        return torch.stack(mixture)
 
     def held_out(self, count: int) -> Tensor:
-        """Up to `count` sequences that nothing is learned from, an equal part of each source."""
+        """Up to `count` held-out sequences [n, sequence_length], equally many of each source."""
         each = max(1, count // len(self.sources))
         return torch.cat([source.held_out[:each] for source in self.sources])
 
@@ -72,10 +74,10 @@ class CalibrationText:
 def read_text(
     checkpoint: Checkpoint, calibration: Calibration, written: Sequence[Path]
 ) -> CalibrationText:
-    """Every source, as sequences of the checkpoint's tokens.
+    """Every source, cut into sequences of tokens.
 
-    `written` holds the files of the sources that the checkpoint wrote, in their order. Raises
-    InputError for a file that cannot be used, and for one that is too short.
+    `written` holds the files of the self-generated sources, in the order of the recipe. Raises
+    InputError for a file that cannot be read or is too short.
     """
     files = iter(written)
     sources = [
@@ -86,7 +88,7 @@ def read_text(
 
 
 def check_sources(calibration: Calibration) -> None:
-    """Refuse texts that cannot be read, before anything is written. Raises InputError."""
+    """Check that every source file can be read. Raises InputError."""
     for source in calibration.data:
         if not source.self_generated:
             read_documents(Path(source.path), source.field or None)
@@ -110,14 +112,16 @@ def _read(
     if len(sequences) < 2:
         raise InputError(
             path,
-            f"gives one sequence of {length} tokens, and some of it must be held out",
+            f"gives one sequence of {length} tokens; training and evaluation need one each",
             "Give more text, or lower calibration.sequence_length",
         )
-    held = min(len(sequences) - 1, max(1, round(calibration.held_out * len(sequences))))
+    held_out = min(len(sequences) - 1, max(1, round(calibration.held_out * len(sequences))))
     name = "self-generated" if written else path.name
-    return SourceText(name, sha256(path), source.weight, sequences[:-held], sequences[-held:])
+    return SourceText(
+        name, sha256(path), source.weight, sequences[:-held_out], sequences[-held_out:]
+    )
 
 
 def hash_of(*parts: object) -> str:
-    """A name for a cached result of these."""
+    """The name of a cached result: 32 hex digits of the SHA-256 of the parts' `repr`."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

@@ -1,10 +1,11 @@
-"""Distillation: the quantized model learns to say what the float checkpoint says.
+"""Distillation: train the quantized model to match the logits of the float checkpoint.
 
-    mobilellm quantize mobilellm-r1-int4-distill --checkpoint DIR -o build/quantized checkpoint
+    mobilellm quantize mobilellm-r1-int4-distill --checkpoint DIR -o build/quantized
 
 Weights and scales are trained together against the teacher's logits (compare LLM-QAT, arXiv
-2305.17888). Text that nothing is learned from decides which step is kept, so that the result is
-never worse than its start. What has been reached is on disk: a run that was killed goes on.
+2305.17888). The step with the lowest KL on held-out text is kept, and the initial weights count as
+step 0, so the result is never worse than them. The training state is saved at every evaluation; a
+killed run resumes from it.
 """
 
 import json
@@ -35,8 +36,8 @@ STATE, BEST = "state.safetensors", "best.safetensors"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """On the held-out text after `step` steps: mean KL in nats, and how often the most likely
-    token is the teacher's."""
+    """Measured on the held-out text after `step` steps: mean KL in nats, and top-1 agreement with
+    the teacher (0 to 1)."""
 
     step: int
     kl: float
@@ -45,26 +46,27 @@ class Evaluation:
 
 @dataclass
 class TrainingHistory:
-    """What a distillation has done so far: the loss of each step, and every evaluation."""
+    """The loss of each step and every evaluation of a distillation so far."""
 
     losses: list[float] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
 
     @property
     def best(self) -> Evaluation:
+        """The evaluation of lowest KL. Raises ValueError before the first evaluation."""
         return min(self.evaluations, key=lambda evaluation: evaluation.kl)
 
     @property
-    def stalled(self) -> int:
-        """How many evaluations in a row were no better than one before. The start does not count:
-        while rates are high, a student may be worse for a time."""
+    def evaluations_since_best(self) -> int:
+        """The number of evaluations since the one of lowest KL. The evaluation of step 0 is left
+        out: during warm-up the KL may rise above it for a time."""
         trained = [evaluation.kl for evaluation in self.evaluations[1:]]
         return len(trained) - 1 - trained.index(min(trained)) if trained else 0
 
 
 @dataclass(frozen=True)
-class Distilled:
-    """The best integers that were found, and how it went."""
+class DistillationResult:
+    """The quantized weights of the best step, and the training history."""
 
     weights: Mapping[str, QuantizedTensor]
     history: TrainingHistory
@@ -78,17 +80,19 @@ def distill(
     folder: Path,
     precision: torch.dtype,
     on_step: OnStep,
-) -> Distilled:
-    """Train the student from where it stands, or from where a killed run left `folder`.
+) -> DistillationResult:
+    """Train the student, or resume from the training state in `folder`.
 
-    Matrix products are of type `precision`. Raises InputError where the loss is no longer finite;
-    what was reached stays on disk.
+    Training ends after `calibration.steps` steps, or after `calibration.patience` evaluations
+    without an improvement. Matrix products are of type `precision`. Raises InputError if the loss
+    is not finite; the saved training state is kept.
     """
-    run = _Run(student, teacher, calibration, text, folder, precision)
+    run = _Trainer(student, teacher, calibration, text, folder, precision)
     history = run.resume()
     if not history.evaluations:
         run.evaluate(history)
-    while len(history.losses) < calibration.steps and history.stalled < calibration.patience:
+    patience = calibration.patience
+    while len(history.losses) < calibration.steps and history.evaluations_since_best < patience:
         step = len(history.losses)
         if step == 0 or step % calibration.evaluate_every == 0:
             on_step(step, calibration.steps, _note(history))
@@ -96,19 +100,19 @@ def distill(
         on_step(step + 1, calibration.steps, _note(history))
         if (step + 1) % calibration.evaluate_every == 0 or step + 1 == calibration.steps:
             run.evaluate(history)
-    parallel.wait_for_all()
-    return Distilled(dict(_read_integers(folder / BEST, student.schemes())), history)
+    parallel.barrier()
+    return DistillationResult(dict(_read_integers(folder / BEST, student.schemes())), history)
 
 
 def _note(history: TrainingHistory) -> str:
-    """What a progress bar shows: the loss of late, and the best of the held-out text."""
-    late = history.losses[-10:]
-    loss = f"loss {sum(late) / len(late):.4f}, " if late else ""
+    """The note of the progress bar: the mean loss of the last 10 steps and the best evaluation."""
+    recent = history.losses[-10:]
+    loss = f"loss {sum(recent) / len(recent):.4f}, " if recent else ""
     return f"{loss}held out KL {history.best.kl:.4f}, top-1 {history.best.top1:.1%}"
 
 
-class _Run:
-    """One process of a distillation."""
+class _Trainer:
+    """The training loop of one process."""
 
     def __init__(
         self,
@@ -120,30 +124,34 @@ class _Run:
         precision: torch.dtype,
     ) -> None:
         self.student, self.teacher, self.calibration = student, teacher, calibration
-        self.trained = parallel.spread(student, calibration.parallel)
+        self.trained = parallel.distributed_student(student, calibration.parallel)
         self.folder, self.precision = folder, precision
-        self.each = calibration.batch_size * parallel.world_size()
-        self.tokens = text.train(calibration.steps * calibration.accumulate * self.each)
+        self.global_batch_size = calibration.batch_size * parallel.world_size()
+        batches = calibration.steps * calibration.accumulate
+        self.tokens = text.train(batches * self.global_batch_size)
         self.held_out = text.held_out(calibration.held_out_sequences)
         self.rates, groups = list[float](), list[dict[str, list[Tensor]]]()
         learned = student.learned().values()
         for bits in sorted({weight.bits for weight in learned}):
-            alike = [weight for weight in learned if weight.bits == bits]
-            groups.append({"params": [weight.codes for weight in alike]})
-            groups.append({"params": [weight.log_scales for weight in alike]})
-            # A change of scale that rounding to int4 swallows, int8 does not.
-            finer = 2.0 ** (4 - bits)
-            self.rates += [calibration.learning_rate, calibration.scale_learning_rate * finer]
+            same_bits = [weight for weight in learned if weight.bits == bits]
+            groups.append({"params": [weight.codes for weight in same_bits]})
+            groups.append({"params": [weight.log_scales for weight in same_bits]})
+            # int8 codes are 16 times finer than int4 codes, so their scales get 1/16 of the rate.
+            factor = 2.0 ** (4 - bits)
+            self.rates += [calibration.learning_rate, calibration.scale_learning_rate * factor]
         self.optimizer = torch.optim.AdamW(
             groups,
             betas=(0.9, 0.95), weight_decay=0.0, fused=calibration.parallel == "ddp",
         )  # fmt: skip
 
     def step(self, step: int) -> float:
-        """One update of the student; its loss, the mean of all processes."""
-        share = _share_of_rate(self.calibration, step)
+        """Update the student once; returns the loss averaged over all processes.
+
+        Raises InputError if the loss is not finite.
+        """
+        factor = _learning_rate_factor(self.calibration, step)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * share
+            group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=False)
         total = torch.zeros(())
         for part in range(self.calibration.accumulate):
@@ -155,7 +163,7 @@ class _Run:
         if not math.isfinite(loss_value):
             raise InputError(
                 "calibration.learning_rate",
-                f"the loss is {loss_value} in step {step + 1}: training has come apart",
+                f"the loss is {loss_value} in step {step + 1}: training diverged",
                 "Lower the learning rates, or set calibration.precision to float32",
             )
         self.optimizer.step()
@@ -163,36 +171,39 @@ class _Run:
 
     def _batch(self, index: int) -> Tensor:
         """This process's part of a batch: [batch_size, sequence_length]."""
-        first = index * self.each + parallel.rank() * self.calibration.batch_size
+        first = index * self.global_batch_size + parallel.rank() * self.calibration.batch_size
         return self.tokens[first : first + self.calibration.batch_size]
 
     def _loss(self, tokens: Tensor) -> Tensor:
         calibration = self.calibration
-        with self._products():
+        with self._autocast():
             if calibration.hidden_weight:
                 target = self.teacher.states(tokens)
-                answers = self.teacher.answer(target.flatten(0, 1))
+                logits = self.teacher.logits_of(target.flatten(0, 1))
             else:
-                answers = self.teacher.answers(tokens)
+                logits = self.teacher.logits(tokens)
             states, weight = self.trained(tokens)
-            loss = divergence(states.flatten(0, 1), weight, answers, calibration.temperature)
+            loss = divergence(states.flatten(0, 1), weight, logits, calibration.temperature)
             if calibration.hidden_weight:
                 loss = loss + calibration.hidden_weight * F.mse_loss(states, target)
         return loss
 
-    def _products(self) -> torch.autocast:
+    def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", self.precision, enabled=self.precision != torch.float32)
 
     @torch.no_grad()
     def evaluate(self, history: TrainingHistory) -> None:
-        """Measure the held-out text, and keep on disk what has been reached."""
+        """Evaluate on the held-out text and save the training state. Raises InputError if the KL is
+        not finite."""
         kl = top1 = 0.0
-        with self._products():
+        with self._autocast():
             for tokens in self.held_out.split(self.calibration.batch_size):
-                theirs = self.teacher.states(tokens).flatten(0, 1)
+                expected = self.teacher.states(tokens).flatten(0, 1)
                 states, weight = self.student(tokens)
-                found = compare(theirs, self.teacher.output_weight, states.flatten(0, 1), weight)
-                kl, top1 = kl + found[0], top1 + found[1]
+                batch_kl, batch_top1 = compare(
+                    expected, self.teacher.output_weight, states.flatten(0, 1), weight
+                )
+                kl, top1 = kl + batch_kl, top1 + batch_top1
         count = self.held_out.numel()
         history.evaluations.append(Evaluation(len(history.losses), kl / count, top1 / count))
         if not math.isfinite(kl):
@@ -200,7 +211,8 @@ class _Run:
         self._save(history)
 
     def _save(self, history: TrainingHistory) -> None:
-        """The best integers, then the state that goes with the history, which names the step."""
+        """Write the best integers if they are new, then the training state with its history. Every
+        process calls this; the first one writes."""
         state = parallel.training_state(self.student, self.optimizer)
         new_best = history.best is history.evaluations[-1]
         integers = self.student.quantized() if new_best else {}
@@ -213,7 +225,7 @@ class _Run:
         write_tensors(self.folder / STATE, state, metadata)
 
     def resume(self) -> TrainingHistory:
-        """What a killed run left, or an empty history."""
+        """Restore the saved training state; an empty history if there is none."""
         path = self.folder / STATE
         if not path.is_file():
             return TrainingHistory()
@@ -225,8 +237,8 @@ class _Run:
         return TrainingHistory(saved["losses"], evaluations)
 
 
-def _share_of_rate(calibration: Calibration, step: int) -> float:
-    """Warm-up, then half a cosine down to zero."""
+def _learning_rate_factor(calibration: Calibration, step: int) -> float:
+    """Linear warm-up times cosine decay to zero."""
     warm_up = min(1.0, (step + 1) / max(1, calibration.warm_up))
     return warm_up * 0.5 * (1 + math.cos(math.pi * step / calibration.steps))
 

@@ -1,7 +1,7 @@
-"""GPTQ over a whole model: each weight is rounded when the calibration text reaches it.
+"""GPTQ over a whole model: the calibration text runs through the layers in order.
 
-The text runs through one layer after the other, and what has been rounded stays rounded, so a
-weight is fitted to the inputs that it will really see.
+Each weight is replaced by its rounding before its first product, so every later weight is fitted to
+the inputs of the quantized model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +24,9 @@ from exporter.quantization.gptq import GptqResult, gptq
 from exporter.quantization.rounding import quantize
 from exporter.quantization.schemes import FLOAT, Scheme
 
-#: Share of a Hessian's mean diagonal that is added to it.
+#: Share of a Hessian's mean diagonal that is added to its diagonal.
 DAMPING = 0.01
-#: The same for the tied embedding: as a lookup table its error counts in every direction.
+#: For the tied embedding, which is a lookup table too: an error in any direction of a row counts.
 TIED_DAMPING = 1.0
 
 
@@ -38,11 +38,12 @@ def gptq_weights(
     products: torch.dtype,
     token_weights: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, GptqResult]]:
-    """Every quantized weight, in the order of computation, the tied embedding last.
+    """Yield the name and rounding of every quantized weight, in the order of computation; a tied
+    embedding is last.
 
     `tokens` [sequences, seq] is the calibration text; `products` is the type of matrix products.
-    `token_weights` says by a weight's name what each token counts [sequences * seq]; where it says
-    nothing, all count alike.
+    `token_weights` maps the name of a weight to the weights of the tokens in its Hessian
+    [sequences * seq]; a layer that it does not name weights all tokens equally.
     """
     config = source.config
     cos, sin = rope_tables(config, tokens.shape[1])
@@ -56,10 +57,10 @@ def gptq_weights(
     x = F.embedding(tokens, rounded)
     with torch.autocast("cpu", products, enabled=products != torch.float32):
         for layer in stream_layers(source):
-            done = dict[str, GptqResult]()
-            _round_on_arrival(layer, schemes, token_weights, done)
+            results = dict[str, GptqResult]()
+            _round_before_first_product(layer, schemes, token_weights, results)
             x = layer(x, cos, sin, attend_causal)
-            yield from done.items()
+            yield from results.items()
     output = config.output_weight
     if schemes[output] != FLOAT:
         damping = TIED_DAMPING if config.tie_word_embeddings else DAMPING
@@ -74,22 +75,23 @@ def _rounded(weight: Tensor, hessian: Tensor, scheme: Scheme, damping: float) ->
         )
 
 
-def _round_on_arrival(
+def _round_before_first_product(
     layer: DecoderLayer,
     schemes: Mapping[str, Scheme],
     token_weights: Mapping[str, Tensor],
-    done: dict[str, GptqResult],
+    results: dict[str, GptqResult],
 ) -> None:
-    """Replace each linear weight just before its first product, knowing all of its inputs."""
+    """Register hooks that replace each linear weight of `layer` by its rounding, fitted to the
+    inputs of its first product, and store it in `results`."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def arrive(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def round_weight(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             assert isinstance(module, nn.Linear)
             hessian = _hessian(inputs[0], token_weights.get(name))
-            done[name] = _rounded(module.weight, hessian, schemes[name], DAMPING)
-            module.weight = nn.Parameter(done[name].rounded.dequantize(), requires_grad=False)
+            results[name] = _rounded(module.weight, hessian, schemes[name], DAMPING)
+            module.weight = nn.Parameter(results[name].rounded.dequantize(), requires_grad=False)
 
-        return arrive
+        return round_weight
 
     for part, module in layer.named_modules():
         name = f"{layer.prefix}{part}.weight"
@@ -98,10 +100,10 @@ def _round_on_arrival(
 
 
 def _hessian(inputs: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The sum of x xᵀ over all positions of `inputs` [..., features], float32; each counts as
-    `weights` [positions] says."""
+    """The sum of x xᵀ over all positions of `inputs` [..., features], weighted by `weights`
+    [positions]: float32 [features, features]."""
     flat = inputs.flatten(0, -2).float()
     if weights is not None:
         flat = flat * weights.sqrt()[:, None]
-    with torch.autocast("cpu", enabled=False):  # in bfloat16 it would not stay positive definite
+    with torch.autocast("cpu", enabled=False):  # bfloat16 sums may not be positive definite
         return flat.t() @ flat

@@ -1,7 +1,7 @@
-"""How far the student's next-token distribution is from the teacher's, with its gradient.
+"""The distillation loss, KL(teacher || student) at a temperature, and its gradient.
 
-The loss is KL(teacher || student) at a temperature. A teacher may be given by its likeliest tokens
-only; then all others are one bucket in both distributions.
+The teacher's distribution may be given by its `top_k` most likely tokens; then all other tokens
+are one bucket in both distributions.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,16 @@ _SMALLEST = 1e-9
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """The teacher at some positions: ids int32 and log-probabilities at the temperature, each
-    [positions, top_k]; without ids, log-probabilities [positions, vocab_size] of all tokens."""
+    """The teacher's distributions: int32 token ids and log-probabilities at the temperature, each
+    [positions, top_k]; if `ids` is None, log-probabilities of all tokens [positions, vocab_size].
+    """
 
     ids: Tensor | None
     log_probabilities: Tensor
 
 
 def teacher_logits(logits: Tensor, top_k: int, temperature: float) -> TeacherLogits:
-    """The `top_k` likeliest tokens of logits [positions, vocab_size]; 0 keeps all."""
+    """The `top_k` most likely tokens of logits [positions, vocab_size]; 0 keeps all tokens."""
     log_p = (logits.float() / temperature).log_softmax(-1)
     if not top_k or top_k >= logits.shape[-1]:
         return TeacherLogits(None, log_p)
@@ -34,8 +35,8 @@ def teacher_logits(logits: Tensor, top_k: int, temperature: float) -> TeacherLog
 
 
 class _Divergence(torch.autograd.Function):
-    """Output layer and loss in one, a block of positions at a time: the logits of a whole batch
-    are never in memory, and each is computed once."""
+    """Output layer and loss in one operation. It works on blocks of positions and computes the
+    gradient in the forward pass, so the logits of a batch are never all in memory."""
 
     @staticmethod
     def forward(
@@ -52,25 +53,26 @@ class _Divergence(torch.autograd.Function):
                 logits = F.linear(block, narrow).float().div_(temperature)
                 ids = None if teacher.ids is None else teacher.ids[rows].long()
                 log_p = teacher.log_probabilities[rows].float()
-                loss, slope = _divergence_and_slope(logits, ids, log_p)
+                loss, to_logits = _divergence_and_gradient(logits, ids, log_p)
                 total += loss
-                # temperature² keeps the gradient's size; one temperature is of the division.
-                slope = slope.mul_(temperature / len(states)).to(low)
-                to_states[rows] = slope @ narrow
-                to_weight += slope.t() @ block
+                # The loss has the factor temperature²; the division of the logits takes one.
+                to_logits = to_logits.mul_(temperature / len(states)).to(low)
+                to_states[rows] = to_logits @ narrow
+                to_weight += to_logits.t() @ block
         ctx.save_for_backward(to_states, to_weight)
         return total * (temperature**2 / len(states))
 
     @staticmethod
-    def backward(ctx: Any, arriving: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         to_states, to_weight = ctx.saved_tensors
-        return to_states * arriving, to_weight * arriving, None, None
+        return to_states * gradient, to_weight * gradient, None, None
 
 
-def _divergence_and_slope(
+def _divergence_and_gradient(
     logits: Tensor, ids: Tensor | None, log_p: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The sum of KL over positions, and its derivative by logits, which are overwritten."""
+    """The sum of KL over positions, and its gradient with respect to `logits`, which it
+    overwrites."""
     log_q = logits.log_softmax(-1)
     chosen = log_q if ids is None else log_q.gather(-1, ids)
     p = log_p.exp()
@@ -81,15 +83,18 @@ def _divergence_and_slope(
     p_rest = (1 - p.sum(-1, keepdim=True)).clamp_(min=_SMALLEST)
     q_rest = (1 - chosen.exp().sum(-1, keepdim=True)).clamp_(min=_SMALLEST)
     loss += (p_rest * (p_rest.log() - q_rest.log())).sum()
-    slope = q.mul_(1 - p_rest / q_rest)
-    return loss, slope.scatter_(-1, ids, chosen.exp() - p)
+    gradient = q.mul_(1 - p_rest / q_rest)
+    return loss, gradient.scatter_(-1, ids, chosen.exp() - p)
 
 
 def divergence(
     states: Tensor, weight: Tensor, teacher: TeacherLogits, temperature: float = 1.0
 ) -> Tensor:
-    """Mean KL in nats, times temperature², of states [positions, hidden] through the output layer
-    `weight` [vocab_size, hidden]."""
+    """The mean KL in nats, times temperature², from `teacher` to the student's logits.
+
+    The logits are those of `states` [positions, hidden] and the output layer's `weight`
+    [vocab_size, hidden].
+    """
     loss: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]  # of torch
         states, weight, teacher, temperature
     )
@@ -100,9 +105,11 @@ def divergence(
 def compare(
     teacher: Tensor, teacher_weight: Tensor, student: Tensor, student_weight: Tensor
 ) -> tuple[float, float]:
-    """The sum of KL in nats over positions, and how many have the same most likely token.
+    """The sum of KL in nats over positions, and the number of positions with the same most likely
+    token.
 
-    States [positions, hidden] of both, and the weights of their output layers.
+    `teacher` and `student` are hidden states [positions, hidden]; the weights are those of the
+    output layers [vocab_size, hidden].
     """
     kl = same = 0.0
     for start in range(0, len(teacher), _POSITIONS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""Memory that is used again: training frees and wants the same large tensors in every step."""
+"""Allocator settings for training, which frees and allocates the same large tensors each step."""
 
 import ctypes
 import sys
@@ -8,13 +8,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed, for all of this process.
+    """Make glibc keep freed memory in this process instead of returning it to the system.
 
-    Otherwise each large tensor is new pages from the system, which are cleared at first touch:
-    on a virtual machine that took nine tenths of a training step.
+    Otherwise every large tensor gets new pages, which the kernel clears at first access: on a
+    virtual machine that took 90 % of a training step. Does nothing with another C library.
     """
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library: it works as before
+        with suppress(OSError, AttributeError):  # another C library, such as musl
             library = ctypes.CDLL("libc.so.6")
             library.mallopt(_M_MMAP_MAX, 0)
             library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

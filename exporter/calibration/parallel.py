@@ -1,9 +1,9 @@
-"""Several processes that share one distillation, started by ``torchrun``.
+"""Distillation in several processes, started by ``torchrun``.
 
     torchrun --nproc-per-node 2 -m exporter quantize RECIPE --checkpoint DIR -o DIR
 
-Every process learns from its own part of each batch. With `ddp` each holds the whole student, with
-`fsdp` (FSDP2) its rows are spread over all of them.
+Every process trains on its own part of each batch. With `ddp` each process holds the whole student;
+with `fsdp` (FSDP2) the rows of its parameters are sharded over all processes.
 """
 
 import os
@@ -20,16 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from exporter.calibration.student import Student, unshard
 
-_PATIENCE = timedelta(hours=12)  # one process may round a whole model while the others wait
+_TIMEOUT = timedelta(hours=12)  # the other processes wait while the first runs GPTQ
 
 
 @contextmanager
-def processes() -> Iterator[None]:
-    """Join the others where ``torchrun`` started this process; otherwise there is only one."""
+def process_group() -> Iterator[None]:
+    """Join the process group if ``torchrun`` started this process; otherwise do nothing."""
     if "RANK" not in os.environ or distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("gloo", timeout=_PATIENCE)
+    distributed.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield
     finally:
@@ -37,28 +37,32 @@ def processes() -> Iterator[None]:
 
 
 def rank() -> int:
+    """The index of this process; 0 is the one that writes and reports."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
+    """The number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
+    """Wait until every process has called this."""
     if distributed.is_initialized():
         distributed.barrier()
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean of a number over all processes."""
+    """The mean of a scalar tensor over all processes; `value` is overwritten."""
     if distributed.is_initialized():
         distributed.all_reduce(value)
         value /= world_size()
     return value
 
 
-def spread(student: Student, kind: Literal["ddp", "fsdp"]) -> nn.Module:
-    """The student as this process trains it; alone, it is what was given."""
+def distributed_student(student: Student, kind: Literal["ddp", "fsdp"]) -> nn.Module:
+    """The module to train: the student wrapped by DDP or FSDP2; in a single process, the student
+    itself."""
     if not distributed.is_initialized():
         return student
     if kind == "ddp":
@@ -70,9 +74,9 @@ def spread(student: Student, kind: Literal["ddp", "fsdp"]) -> nn.Module:
 
 
 def training_state(student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that training goes on from, whole; every process calls it."""
+    """The unsharded parameters and optimizer state, by name. Every process must call this."""
     if isinstance(student, FSDPModule):
-        student.reshard()  # after an evaluation the root is still whole, and not what is optimized
+        student.reshard()  # an evaluation leaves the root unsharded
     state = dict[str, Tensor]()
     for name, parameter in _learned(student):
         state[f"learned.{name}"] = unshard(parameter.detach())
@@ -85,18 +89,18 @@ def training_state(student: Student, optimizer: torch.optim.Optimizer) -> dict[s
 def restore(
     student: Student, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `training_state`."""
+    """Load what `training_state` returned into the student and the optimizer."""
     for name, parameter in _learned(student):
-        parameter.copy_(_placed(state[f"learned.{name}"], parameter))
+        parameter.copy_(_sharded_like(state[f"learned.{name}"], parameter))
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = state.get(f"optimizer.{key}.{name}")
-            if value is not None:  # none before the first step
-                value = value if key == "step" else _placed(value, parameter)
+            if value is not None:  # there is none before the first step
+                value = value if key == "step" else _sharded_like(value, parameter)
                 optimizer.state[parameter][key] = value
 
 
-def _placed(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, spread over processes as the parameter is."""
+def _sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """An unsharded tensor, sharded over the processes as `parameter` is."""
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value

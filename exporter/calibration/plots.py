@@ -1,4 +1,4 @@
-"""Pictures of a calibration; the same bytes for the same numbers."""
+"""Plots of a calibration as PNG; the same numbers give the same bytes."""
 
 import io
 from collections.abc import Collection, Sequence
@@ -17,7 +17,7 @@ def _png(figure: Any) -> bytes:
 
 
 def plot_history(history: TrainingHistory) -> bytes:
-    """The loss of each step, and the held-out text's KL and top-1 agreement."""
+    """A PNG of the loss of each step, and of KL and top-1 agreement on the held-out text."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -36,18 +36,20 @@ def plot_history(history: TrainingHistory) -> bytes:
     return _png(figure)
 
 
-def plot_sensitivities(found: Sequence[Sensitivity], wider: Collection[str]) -> bytes:
-    """What each weight costs when it alone is quantized; those that became wider stand out."""
+def plot_sensitivities(
+    sensitivities: Sequence[Sensitivity], int8_weights: Collection[str]
+) -> bytes:
+    """A PNG of the KL of each weight; those that are stored as int8 are orange."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.6 + 0.16 * len(found)), layout="constrained")
+    figure = Figure(figsize=(8, 0.6 + 0.16 * len(sensitivities)), layout="constrained")
     axes = figure.subplots()
-    colors = [_ORANGE if one.name in wider else _BLUE for one in found]
-    names = [one.name.removeprefix("model.").removesuffix(".weight") for one in found]
-    axes.barh(range(len(found)), [one.kl for one in found], color=colors)
-    axes.set_yticks(range(len(found)), names, fontsize=6)
+    colors = [_ORANGE if entry.name in int8_weights else _BLUE for entry in sensitivities]
+    names = [entry.name.removeprefix("model.").removesuffix(".weight") for entry in sensitivities]
+    axes.barh(range(len(sensitivities)), [entry.kl for entry in sensitivities], color=colors)
+    axes.set_yticks(range(len(sensitivities)), names, fontsize=6)
     axes.invert_yaxis()
-    axes.set(xscale="log", xlabel=f"KL in nats; orange: stored wider ({len(wider)})")
+    axes.set(xscale="log", xlabel=f"KL in nats; orange: stored wider ({len(int8_weights)})")
     axes.tick_params(axis="x", which="both", labelsize=6)
     axes.margins(y=0.005)
     return _png(figure)

@@ -1,6 +1,6 @@
-"""Checkpoint → quantized checkpoint: its plan, its calibration where there is one, its file.
+"""Checkpoint → quantized checkpoint: the plan, the calibration if the recipe has one, the file.
 
-What rounds or calibrates is imported where a recipe asks for it: that takes its time.
+The calibration modules are imported only if the recipe calibrates, because they load slowly.
 """
 
 import shutil
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def quantization_plan(quantization: Quantization, checkpoint: Checkpoint) -> QuantizationPlan:
-    """How the section stores each tensor of the checkpoint. Raises InputError."""
+    """The scheme of each tensor of the checkpoint. Raises InputError."""
     linear, embedding, overrides = quantization.schemes()
     shapes = checkpoint.config.parameter_shapes()
     return plan_schemes(shapes, linear, embedding, overrides, quantization.method)
@@ -35,9 +35,10 @@ def quantization_plan(quantization: Quantization, checkpoint: Checkpoint) -> Qua
 
 @dataclass(frozen=True)
 class QuantizationInputs:
-    """Everything that decides a quantized checkpoint, known before any weight is rounded.
+    """The quantization plan and the calibration inputs, complete before any weight is rounded.
 
-    `plan` includes what a budget has widened; `identity` is what the manifest says of it all.
+    `plan` includes the weights that a budget stores as int8. `identity` is the content of the
+    manifest, without the hashes of the files.
     """
 
     plan: QuantizationPlan
@@ -53,19 +54,19 @@ def quantization_inputs(
     source: Mapping[str, str],
     progress: Progress,
 ) -> QuantizationInputs:
-    """The plan and, where the recipe calibrates, the text and what a budget allows.
+    """Complete the plan; if the recipe calibrates, prepare the text and choose the int8 weights.
 
     `source` has the hashes of the checkpoint's files (`source_hashes`). Raises InputError.
     """
     if not quantization.calibrated:
         return QuantizationInputs(plan, None, quantized_identity(checkpoint, plan, source))
     from exporter.calibration.calibrate import calibration_inputs
-    from exporter.calibration.sensitivity import WIDER
+    from exporter.calibration.sensitivity import INT8
 
     calibration = calibration_inputs(
         checkpoint, quantization, settings, plan.schemes, source, progress
     )
-    schemes = {**plan.schemes, **dict.fromkeys(calibration.wider, WIDER)}
+    schemes = {**plan.schemes, **dict.fromkeys(calibration.int8_weights, INT8)}
     plan = replace(plan, schemes=schemes)
     identity = quantized_identity(checkpoint, plan, source, calibration.identity())
     return QuantizationInputs(plan, calibration, identity)
@@ -74,16 +75,16 @@ def quantization_inputs(
 def quantize_checkpoint(
     checkpoint: Checkpoint, inputs: QuantizationInputs, out: Path, progress: Progress
 ) -> QuantizedCheckpoint:
-    """The quantized checkpoint in `out`: the finished one that is there, or a new one."""
+    """Write the quantized checkpoint into `out`; one that is finished there is opened instead."""
     folder = _training_folder(out)
     quantized = finished_quantized(out, inputs.identity)
     if quantized is None:
         weights, reports = None, list[str]()
-        shutil.rmtree(out / REPORTS, ignore_errors=True)  # of an unfinished run
+        shutil.rmtree(out / REPORTS, ignore_errors=True)  # left by an unfinished run
         if inputs.calibration is not None:
             from exporter.calibration.calibrate import calibrate, write_reports
 
-            folder.mkdir(parents=True, exist_ok=True)  # marks `out` as ours until weights do
+            folder.mkdir(parents=True, exist_ok=True)  # `check_folder` accepts `out` by this folder
             result = calibrate(
                 checkpoint, inputs.calibration, inputs.plan.schemes, folder, progress
             )
@@ -94,12 +95,12 @@ def quantize_checkpoint(
         quantized = write_quantized(
             checkpoint, inputs.plan, inputs.identity, out, counter, weights, reports
         )
-    shutil.rmtree(folder, ignore_errors=True)  # also what a run left that was killed just here
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left it too
     return quantized
 
 
 def join_distillation(checkpoint: Checkpoint, inputs: QuantizationInputs, out: Path) -> None:
-    """What a process of ``torchrun`` does that is not the first: its part of a distillation."""
+    """Take part in a distillation as a process other than the first; writes no result."""
     calibration = inputs.calibration
     if calibration is None or calibration.method != "distill":
         return
@@ -111,5 +112,5 @@ def join_distillation(checkpoint: Checkpoint, inputs: QuantizationInputs, out: P
 
 
 def _training_folder(out: Path) -> Path:
-    """What a killed distillation has reached lies here, until it is finished."""
+    """The folder of the training state, which a later run resumes from."""
     return out / f".{REPORTS}.tmp"

@@ -1,7 +1,6 @@
-"""Text that the checkpoint writes itself, so that calibration needs no data.
+"""Self-generated calibration text: sampled from the checkpoint, so no data is needed.
 
-What a model says is what it must still say when it is quantized (LLM-QAT, arXiv 2305.17888). The
-text is kept in a cache, named for everything that decides it.
+Source: LLM-QAT, arXiv 2305.17888. The text is cached under a hash of everything that decides it.
 """
 
 import json
@@ -24,12 +23,12 @@ from exporter.progress import OnStep
 from exporter.text.documents import is_table, read_documents, read_rows, text_field
 from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 
-#: So many texts are written at once.
+#: Texts that are sampled at once.
 _BATCH = 128
 _PROMPT_FIELDS = ("prompt", "question", "text")
 
 
-def written_text(
+def self_generated_text(
     checkpoint: Checkpoint,
     source: Source,
     calibration: Calibration,
@@ -37,9 +36,10 @@ def written_text(
     identity: object,
     on_step: OnStep,
 ) -> Path:
-    """A JSONL file of about `source.tokens` tokens; written only where the cache has none.
+    """The path of a JSONL file of about `source.tokens` tokens; generated if it is not cached.
 
-    `identity` stands for the checkpoint's bytes.
+    `identity` identifies the checkpoint (the hashes of its files). Raises InputError for prompts
+    that cannot be used.
     """
     prompts = sha256(Path(source.prompts)) if source.prompts else ""
     settings = source.tokens, source.temperature, source.top_p, source.field, source.continue_after
@@ -85,34 +85,37 @@ def _prompts(
     calibration: Calibration,
     generator: torch.Generator,
 ) -> Iterator[list[int]]:
-    """Endlessly: the prompts of the file, or how its texts begin, or the begin of a text, or any
-    token where there is no token for that."""
-    begin, limit = checkpoint.bos_token_id, calibration.sequence_length
+    """Prompts as token ids, without end.
+
+    With a file of prompts: its prompts, or the first `continue_after` tokens of its texts. Without
+    one: the begin-of-text token, or a random token for a model that has none.
+    """
+    bos, limit = checkpoint.bos_token_id, calibration.sequence_length
     if not source.prompts:
         while True:
-            any_token = torch.randint(checkpoint.config.vocab_size, (), generator=generator)
-            yield [int(any_token) if begin is None else begin]
+            random_token = torch.randint(checkpoint.config.vocab_size, (), generator=generator)
+            yield [int(random_token) if bos is None else bos]
     path = Path(source.prompts)
     texts = read_prompts(path, source.field)
     if first := source.continue_after:
-        head = [] if begin is None else [begin]
+        head = [] if bos is None else [bos]
         encoded = [tokenizer.encode(text)[:first] for text in texts]
-        fitting = [head + ids for ids in encoded if len(ids) == first]
-        problem = f"has no text of {first} tokens, after which it could go on"
+        usable = [head + ids for ids in encoded if len(ids) == first]
+        problem = f"has no text of at least {first} tokens"
         remedy = "Lower continue_after, or give longer texts"
     else:
         encoded = [tokenizer.encode(tokenizer.prompt_text(text, raw=False)) for text in texts]
-        fitting = [ids for ids in encoded if 0 < len(ids) < limit]
+        usable = [ids for ids in encoded if 0 < len(ids) < limit]
         problem = f"has no prompt of less than {limit} tokens"
         remedy = "Raise calibration.sequence_length, or give shorter prompts"
-    if not fitting:
+    if not usable:
         raise InputError(path, problem, remedy)
     while True:
-        yield from fitting
+        yield from usable
 
 
 def read_prompts(path: Path, field: str) -> list[str]:
-    """One prompt a row, or a line of plain text. Raises InputError."""
+    """One prompt per row of a table, or per line of plain text. Raises InputError."""
     if is_table(path):
         names = (field,) if field else _PROMPT_FIELDS
         return [text_field(row, place, names) for place, row in read_rows(path)]
@@ -128,19 +131,20 @@ def continue_texts(
     source: Source,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """Each prompt with what the model adds to it, up to an end or as far as its context goes.
+    """Each prompt with its sampled continuation, up to the first of `ends` or the full context.
 
-    All texts are at the same position: one whose prompt is longer reads on while others write.
-    One that has ended writes on, to be cut off, until half of them have.
+    All texts are at the same position in each step: a longer prompt is still being read while
+    shorter ones are continued. A finished text leaves the batch when at least half of the batch has
+    finished; what it samples until then is cut off.
     """
     output = decoder.lm_head.weight
     cache = StaticCache(decoder.config, decoder.context, len(prompts), output.dtype)
     texts = [list(prompt[:1]) for prompt in prompts]
-    rows = list(range(len(texts)))  # which texts the cache holds
+    rows = list(range(len(texts)))  # the index of the text in each row of the cache
     running = set(rows)
     for position in range(decoder.context - 1):
-        last = torch.tensor([[texts[index][-1]] for index in rows])
-        states = decoder.hidden_states(last, torch.tensor([position]), cache.attend)
+        tokens = torch.tensor([[texts[index][-1]] for index in rows])
+        states = decoder.hidden_states(tokens, torch.tensor([position]), cache.attend)
         cache.start += 1
         logits = F.linear(states[:, -1], output).float()
         sampled = sample(logits, source.temperature, source.top_p, generator)
@@ -163,6 +167,6 @@ def continue_texts(
 
 
 def _until_end(text: list[int], prompt: int, ends: set[int]) -> list[int]:
-    """The text up to its first end behind the prompt."""
+    """The text up to and including the first end token after the prompt."""
     first = next((i for i in range(prompt, len(text)) if text[i] in ends), len(text))
     return text[: first + 1]

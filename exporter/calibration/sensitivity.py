@@ -1,7 +1,7 @@
-"""Which weights suffer most from few bits, and which of them a size budget gives more.
+"""The sensitivity search: which weights a size budget stores as int8 (mixed precision).
 
-Each weight is quantized alone, as the recipe's method rounds it, and all others stay float: the
-divergence of the logits is its sensitivity. Only the layers behind it are computed anew.
+The sensitivity of a weight is the KL of the logits when this weight alone is quantized, by the
+recipe's method, and all others stay float. Only the layers from that weight on are computed again.
 """
 
 import re
@@ -21,18 +21,18 @@ from exporter.progress import OnStep
 from exporter.quantization.rounding import quantize
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 
-#: What a sensitive weight is stored as instead.
-WIDER = Scheme(8)
-#: How finely the search divides what a budget leaves.
-_SIZES = 1 << 16
-#: A weight that seems to cost nothing is still better off wider.
-_LEAST = 1e-12
+#: The scheme of sensitive weights.
+INT8 = Scheme(8)
+#: Into how many units the search divides the bits that the budget leaves.
+_BUDGET_UNITS = 1 << 16
+#: Lower limit of a KL reduction, so that a budget is used even where int8 gains nothing measurable.
+_SMALLEST_REDUCTION = 1e-12
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """KL in nats that storing this weight alone as `scheme` costs, or as `WIDER`, and its size in
-    bits either way."""
+    """The cost of one weight: KL in nats and size in bits, as `scheme` (`kl`, `bits`) and as int8
+    (`wider_kl`, `wider_bits`). The field names are keys of ``sensitivity.json``."""
 
     name: str
     scheme: str
@@ -42,14 +42,14 @@ class Sensitivity:
     wider_bits: int
 
     @property
-    def saved(self) -> float:
-        """The divergence that `WIDER` saves. What any change at all costs, because products are
-        rounded to bfloat16 behind it, cancels out."""
-        return max(self.kl - self.wider_kl, _LEAST)
+    def kl_reduction(self) -> float:
+        """By how many nats int8 lowers the KL. The bfloat16 noise floor is in both terms and
+        cancels."""
+        return max(self.kl - self.wider_kl, _SMALLEST_REDUCTION)
 
 
 def parse_budget(text: str, subject: str, config: ModelConfig) -> int:
-    """``5.3 bits`` (a weight of the whole model) or ``90 MB``, as bits. Raises InputError."""
+    """The bits of ``5.3 bits`` (the mean per weight) or ``90 MB``. Raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(bits?|bpw|MB)\s*", text)
     if not match:
         raise InputError(subject, f"{text!r} is not a budget", "Write '5.3 bits' or '90 MB'")
@@ -58,59 +58,61 @@ def parse_budget(text: str, subject: str, config: ModelConfig) -> int:
 
 
 def parameter_count(config: ModelConfig) -> int:
+    """The number of parameters of a model; a tied embedding counts once."""
     return sum(torch.Size(shape).numel() for shape in config.parameter_shapes().values())
 
 
 def stored_bits(scheme: Scheme, shape: tuple[int, ...]) -> int:
-    """Codes and scales; what stays in float counts 16 bits."""
+    """The bits of the codes and scales of one weight; a float weight counts 16 bits per value."""
     if scheme == FLOAT:
         return 16 * torch.Size(shape).numel()
     return 8 * scheme.stored_bytes(shape)
 
 
 def model_bits(schemes: Mapping[str, Scheme], config: ModelConfig) -> int:
-    """All weights of a model, stored so."""
+    """The bits of all weights of a model with these schemes."""
     return sum(
         stored_bits(schemes[name], shape) for name, shape in config.parameter_shapes().items()
     )
 
 
 def check_budget(used: int, budget: int, subject: str) -> None:
-    """Refuse a budget in bits below what the recipe's own schemes use. Raises InputError."""
+    """Refuse a budget (bits) smaller than the recipe's own schemes need. Raises InputError."""
     if used > budget:
         raise InputError(
             subject,
-            f"holds {budget / 8e6:.1f} MB, and the recipe takes {used / 8e6:.1f} MB at the least",
+            f"holds {budget / 8e6:.1f} MB, and the recipe needs at least {used / 8e6:.1f} MB",
             "Raise the budget, or choose smaller schemes",
         )
 
 
-def search(
+def choose_int8_weights(
     sensitivities: Sequence[Sensitivity], used: int, budget: int, subject: str
 ) -> tuple[str, ...]:
-    """The weights that become `WIDER`, in the order given: of all choices within the budget, the
-    one that saves most divergence, as if what single weights cost added up.
+    """The weights to store as int8, in the order given: the choice within the budget that lowers
+    the KL most, on the assumption that the KL of single weights adds up (a knapsack problem).
 
-    `used` is what all weights take before. Raises InputError where that is more than the budget.
+    `used` is the size of the model in bits before. Raises InputError if it exceeds `budget`.
     """
     check_budget(used, budget, subject)
-    room = budget - used
-    # Sizes in whole units, rounded up: the least room left unused, and never too much taken.
-    unit = max(1, room // _SIZES)
-    sizes = [-(-(one.wider_bits - one.bits) // unit) for one in sensitivities]
-    saved = torch.zeros(room // unit + 1, dtype=torch.float64)
+    free = budget - used
+    # Sizes are rounded up to whole units, so the budget is never exceeded.
+    unit = max(1, free // _BUDGET_UNITS)
+    sizes = [-(-(entry.wider_bits - entry.bits) // unit) for entry in sensitivities]
+    # best[n]: the largest KL reduction that n units allow with the weights seen so far
+    best = torch.zeros(free // unit + 1, dtype=torch.float64)
     taken = list[Tensor]()
-    for one, size in zip(sensitivities, sizes, strict=True):
-        with_it = saved.clone()
-        if size < len(saved):
-            with_it[size:] = saved[: len(saved) - size] + one.saved
-        taken.append(with_it > saved)
-        saved = torch.maximum(saved, with_it)
-    chosen, place = list[str](), len(saved) - 1
-    for one, size, better in reversed(list(zip(sensitivities, sizes, taken, strict=True))):
-        if better[place]:
-            chosen.append(one.name)
-            place -= size
+    for entry, size in zip(sensitivities, sizes, strict=True):
+        with_entry = best.clone()
+        if size < len(best):
+            with_entry[size:] = best[: len(best) - size] + entry.kl_reduction
+        taken.append(with_entry > best)
+        best = torch.maximum(best, with_entry)
+    chosen, units = list[str](), len(best) - 1
+    for entry, size, is_taken in reversed(list(zip(sensitivities, sizes, taken, strict=True))):
+        if is_taken[units]:
+            chosen.append(entry.name)
+            units -= size
     return tuple(reversed(chosen))
 
 
@@ -122,31 +124,32 @@ def sensitivities(
     precision: torch.dtype,
     on_step: OnStep,
 ) -> list[Sensitivity]:
-    """Of every weight of `rounded` that could be stored wider, in the order of the model.
+    """The sensitivity of every weight of `rounded` that is smaller than int8, in the order of the
+    model.
 
-    `tokens` [sequences, seq] is the text that is tried.
+    The KL is measured on `tokens` [sequences, seq]; matrix products are of type `precision`.
     """
     shapes = source.config.parameter_shapes()
     candidates = {
-        name: one
-        for name, one in rounded.items()
-        if stored_bits(one.scheme, shapes[name]) < stored_bits(WIDER, shapes[name])
+        name: weight
+        for name, weight in rounded.items()
+        if stored_bits(weight.scheme, shapes[name]) < stored_bits(INT8, shapes[name])
     }
-    found = list[Sensitivity]()
+    measured = list[Sensitivity]()
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        for name, kl, wider_kl in _costs(source, candidates, tokens):
+        for name, kl, wider_kl in _measure(source, candidates, tokens):
             scheme, shape = rounded[name].scheme, shapes[name]
-            bits, wider_bits = stored_bits(scheme, shape), stored_bits(WIDER, shape)
-            found.append(Sensitivity(name, str(scheme), kl, wider_kl, bits, wider_bits))
-            on_step(len(found), len(candidates), f"{name} {kl:.2g}")
-    order = {name: place for place, name in enumerate(shapes)}
-    return sorted(found, key=lambda one: order[one.name])
+            bits, wider_bits = stored_bits(scheme, shape), stored_bits(INT8, shape)
+            measured.append(Sensitivity(name, str(scheme), kl, wider_kl, bits, wider_bits))
+            on_step(len(measured), len(candidates), f"{name} {kl:.2g}")
+    order = {name: index for index, name in enumerate(shapes)}
+    return sorted(measured, key=lambda entry: order[entry.name])
 
 
-def _costs(
+def _measure(
     source: FloatWeights, rounded: Mapping[str, QuantizedTensor], tokens: Tensor
 ) -> Iterator[tuple[str, float, float]]:
-    """Each name, and the KL of storing this weight alone as it is rounded, and as `WIDER`."""
+    """Yield each name with the KL of quantizing this weight alone: as given, and as int8."""
     config = source.config
     tables = rope_tables(config, tokens.shape[1])
     layers, norm = list(stream_layers(source)), load_final_norm(source)
@@ -154,7 +157,7 @@ def _costs(
     output = embedding if tied else source.float_weight(config.output_weight)
 
     def run(x: Tensor, first: int) -> Iterator[Tensor]:
-        """The inputs of each layer from `first` on, then the last normalized states."""
+        """Yield the inputs of each layer from `first` on, then the states after the final norm."""
         for layer in layers[first:]:
             yield x
             x = layer(x, *tables, attend_causal)
@@ -162,23 +165,23 @@ def _costs(
 
     *inputs, states = run(F.embedding(tokens, embedding), 0)
 
-    def divergence(found: Tensor, weight: Tensor) -> float:
-        return compare(states, output, found, weight)[0] / tokens.numel()
+    def mean_kl(changed: Tensor, weight: Tensor) -> float:
+        return compare(states, output, changed, weight)[0] / tokens.numel()
 
-    def cost(name: str, weight: Tensor) -> float:
+    def kl_with(name: str, weight: Tensor) -> float:
         if name == OUTPUT:
-            return divergence(states, weight)
+            return mean_kl(states, weight)
         if name == EMBEDDING:
             *_, last = run(F.embedding(tokens, weight), 0)
-            return divergence(last, weight if tied else output)
+            return mean_kl(last, weight if tied else output)
         index = int(name.split(".")[2])
         part = layers[index].get_submodule(name.split(".", 3)[3].removesuffix(".weight"))
         assert isinstance(part, nn.Linear)
-        exact, part.weight = part.weight, nn.Parameter(weight, requires_grad=False)
+        original, part.weight = part.weight, nn.Parameter(weight, requires_grad=False)
         *_, last = run(inputs[index], index)
-        part.weight = exact
-        return divergence(last, output)
+        part.weight = original
+        return mean_kl(last, output)
 
-    for name, one in rounded.items():
-        wider = quantize(source.float_weight(name), WIDER, "mse")
-        yield name, cost(name, one.dequantize()), cost(name, wider.dequantize())
+    for name, weight in rounded.items():
+        as_int8 = quantize(source.float_weight(name), INT8, "mse")
+        yield name, kl_with(name, weight.dequantize()), kl_with(name, as_int8.dequantize())

@@ -6,15 +6,18 @@ from pydantic import model_validator
 
 from exporter.settings import Section, list_of, refusal, within
 
-#: What is above zero: ranges include their ends.
+#: Lower limit of values that must be above zero, because ranges include their limits.
 _POSITIVE = 1e-12
 
 
 class Source(Section):
-    """A file of text, JSONL or parquet (`field` names what to read of a row), or, without a
-    `path`, `tokens` tokens that the checkpoint writes itself: from nothing, or answers to the
-    `prompts` of a file, or, with `continue_after`, how it goes on after so many tokens of each of
-    them. Sources are mixed by `weight`."""
+    """One source of calibration text: a file, or text that the checkpoint generates.
+
+    `path` is a file of text, JSONL or parquet; `field` names the field of a row. Without a `path`,
+    the checkpoint generates `tokens` tokens: from the begin-of-text token, or as answers to the
+    `prompts` of a file, or, with `continue_after`, as continuations of the first `continue_after`
+    tokens of each text in that file. Sources are mixed by `weight`.
+    """
 
     path: str = ""
     field: str = ""
@@ -27,33 +30,36 @@ class Source(Section):
 
     @property
     def self_generated(self) -> bool:
-        """Whether the checkpoint writes it."""
+        """Whether the checkpoint generates the text."""
         return not self.path
 
     @model_validator(mode="after")
-    def _prompts_are_of_use(self) -> "Source":
+    def _check_prompts(self) -> "Source":
         if self.path and self.prompts:
             raise refusal(
                 "has no use for a source with a path",
-                "Leave the path out, and the checkpoint answers the prompts",
+                "Leave the path out to let the checkpoint answer the prompts",
                 key="prompts",
             )
         if self.continue_after and not self.prompts:
-            raise refusal("needs texts to go on with", "Name a file with prompts", "continue_after")
+            raise refusal("needs texts to continue", "Name a file in prompts", "continue_after")
         return self
 
 
 class Calibration(Section):
-    """The text that GPTQ, distillation and the sensitivity search learn from, and how they do.
+    """The calibration text, and the settings of GPTQ, sensitivity search and distillation.
 
-    `held_out` is the share of every source that nothing is learned from: it decides which step of
-    a distillation is kept. `start` is what distillation starts from. Steps of `batch_size`
-    sequences (times `accumulate`) minimize KL(teacher || student) at `temperature`, over the
-    `top_k` likeliest tokens and all others as one (0: over all), plus `hidden_weight` times the
-    squared error of the last hidden states. `activations: int8` rounds them as XNNPACK does.
-    `learning_rate` is that of real codes, in codes a step; `scale_learning_rate` is that of the
-    logarithms of int4 scales, of which int8 has a sixteenth.
-    The teacher is the checkpoint itself, or another one of the same tokenizer.
+    `held_out` is the share of every source that is not trained on; it decides which step of a
+    distillation is kept. `start` is the rounding that distillation starts from. `teacher` is the
+    checkpoint itself, or another one with the same tokenizer.
+
+    Each step has `batch_size` sequences per process, `accumulate` times, and minimizes KL(teacher
+    || student) at `temperature`, plus `hidden_weight` times the mean squared error of the last
+    hidden states. With a `top_k`, the KL is over that many most likely tokens and one bucket for
+    all others; 0 is over all tokens. `activations: int8` simulates XNNPACK's rounding of them.
+
+    `learning_rate` is that of the unrounded codes, in codes per step. `scale_learning_rate` is that
+    of the logarithms of int4 scales; for int8 scales it is a sixteenth of that.
     """
 
     data: Annotated[tuple[Source, ...], list_of("sources")] = (Source(),)
@@ -82,21 +88,21 @@ class Calibration(Section):
     seed: Annotated[int, within(0, 2**63 - 1)] = 0
 
     @model_validator(mode="after")
-    def _parts_fit_together(self) -> "Calibration":
+    def _check_combinations(self) -> "Calibration":
         if not self.data:
             raise refusal("[] is not a list of sources", "Name one", "data")
-        longest = self.sequence_length - 2
+        limit = self.sequence_length - 2
         for index, source in enumerate(self.data):
-            if source.continue_after and not 1 <= source.continue_after <= longest:
+            if source.continue_after and not 1 <= source.continue_after <= limit:
                 raise refusal(
                     f"{source.continue_after} is out of range",
-                    f"Give a value between 1 and {longest}",
+                    f"Give a value between 1 and {limit}",
                     f"data.{index}.continue_after",
                 )
         if self.cache_teacher and not (self.top_k and not self.hidden_weight):
             raise refusal(
                 "needs a top_k, and no hidden_weight",
-                "Set top_k to some hundred: all logits of all tokens do not fit a disk",
+                "Set top_k to a few hundred: the logits of all tokens would not fit on the disk",
                 "cache_teacher",
             )
         return self

@@ -1,10 +1,10 @@
-"""The model that learns to be quantized: float weights that are rounded in every forward pass.
+"""The student of a distillation: its weights are rounded in every forward pass.
 
-What is learned are real codes, the weights over their scales, and the scales. Rounding has no
-slope, so gradients pass through it as if it were not there (the straight-through estimator).
-Scales are learned as logarithms and always used as the portable ones that they will be stored as.
-Learning a scale changes no code: unlike with learned step sizes (LSQ: Esser et al., arXiv
-1902.08153), the errors that GPTQ has set off against each other stay so.
+The parameters are unrounded codes (weights divided by their scales) and scales. Gradients pass
+through the rounding unchanged (the straight-through estimator). Scales are trained as logarithms
+and rounded to the portable grid before use, as they are stored. A change of a scale changes no
+code, unlike with learned step sizes (LSQ: Esser et al., arXiv 1902.08153), so the errors that GPTQ
+compensated stay compensated.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ from exporter.quantization.schemes import CODE_RANGE, QuantizedTensor, Scheme
 
 
 class _Rounded(torch.autograd.Function):
-    """real codes [rows, columns] and log_scales [rows, groups] → whole code times scale, in
-    `dtype`.
+    """Unrounded codes [rows, columns] and log_scales [rows, groups] → rounded code times scale
+    [rows, columns] in `dtype`.
 
-    Works on blocks of rows that stay in the processor's cache.
+    Works on blocks of rows that fit in the processor's cache.
     """
 
     @staticmethod
@@ -39,8 +39,8 @@ class _Rounded(torch.autograd.Function):
         result = torch.empty(codes.shape, dtype=dtype)
         for rows in row_blocks(codes):
             scale = to_scale_grid(log_scales[rows].exp())[..., None]
-            whole_codes = codes[rows].round().clamp_(*CODE_RANGE[bits])
-            result[rows] = _grouped(whole_codes, log_scales).mul_(scale).flatten(1)
+            rounded = codes[rows].round().clamp_(*CODE_RANGE[bits])
+            result[rows] = _grouped(rounded, log_scales).mul_(scale).flatten(1)
         return result
 
     @staticmethod
@@ -51,38 +51,41 @@ class _Rounded(torch.autograd.Function):
         for rows in row_blocks(codes):
             scale = to_scale_grid(log_scales[rows].exp())[..., None]
             block = codes[rows]
-            arriving = _grouped(gradient[rows].float(), log_scales).mul(scale)
-            whole_codes = _grouped(block.round().clamp_(lowest, highest), log_scales)
-            to_scales[rows] = whole_codes.mul_(arriving).sum(-1)
-            inside = (block >= lowest - 0.5) & (block <= highest + 0.5)
-            to_codes[rows] = arriving.flatten(1).mul_(inside)
+            scaled = _grouped(gradient[rows].float(), log_scales).mul(scale)
+            rounded = _grouped(block.round().clamp_(lowest, highest), log_scales)
+            to_scales[rows] = rounded.mul_(scaled).sum(-1)
+            in_range = (block >= lowest - 0.5) & (block <= highest + 0.5)
+            to_codes[rows] = scaled.flatten(1).mul_(in_range)
         return to_codes, to_scales, None, None
 
 
 def _grouped(values: Tensor, log_scales: Tensor) -> Tensor:
-    """[rows, columns] as [rows, groups, group_size]."""
+    """A view of `values` [rows, columns] as [rows, groups, group_size]."""
     return values.view(len(values), log_scales.shape[1], -1)
 
 
 def unshard(parameter: Tensor) -> Tensor:
-    """A parameter, also where its rows are spread over processes."""
+    """The full parameter; one whose rows are sharded over processes is gathered."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 class RoundedWeight(nn.Module):
-    """A weight that is being learned, as real codes and scales; `forward` gives it as it is now,
-    rounded."""
+    """A trained weight [out_features, in_features], as unrounded codes and logarithms of scales.
 
-    def __init__(self, start: GptqResult) -> None:
+    `initial` gives the weight and the scales before training.
+    """
+
+    def __init__(self, initial: GptqResult) -> None:
         super().__init__()
-        scheme = start.rounded.scheme
+        scheme = initial.rounded.scheme
         assert scheme.bits is not None
         self.scheme, self.bits = scheme, scheme.bits
-        scales = start.rounded.scales
-        self.codes = nn.Parameter((_grouped(start.weight, scales) / scales[..., None]).flatten(1))
+        scales = initial.rounded.scales
+        self.codes = nn.Parameter((_grouped(initial.weight, scales) / scales[..., None]).flatten(1))
         self.log_scales = nn.Parameter(scales.log())
 
     def forward(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight [out_features, in_features] in `dtype`."""
         rounded: Tensor = _Rounded.apply(  # type: ignore[no-untyped-call]  # of torch
             self.codes, self.log_scales, self.bits, dtype
         )
@@ -90,7 +93,7 @@ class RoundedWeight(nn.Module):
 
     @torch.no_grad()
     def quantized(self) -> QuantizedTensor:
-        """What would be stored now."""
+        """Codes and scales as they would be stored now."""
         codes = unshard(self.codes).round().clamp_(*CODE_RANGE[self.bits]).to(torch.int8)
         return QuantizedTensor(codes, to_scale_grid(unshard(self.log_scales).exp()), self.scheme)
 
@@ -98,40 +101,43 @@ class RoundedWeight(nn.Module):
 class RoundedLinear(nn.Module):
     """A linear layer without bias whose weight is a `RoundedWeight`."""
 
-    def __init__(self, start: GptqResult, rounding: Rounding | None) -> None:
+    def __init__(self, initial: GptqResult, rounding: Rounding | None) -> None:
         super().__init__()
-        self.rounded, self.rounding = RoundedWeight(start), rounding
+        self.rounded, self.rounding = RoundedWeight(initial), rounding
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in_features], rounded by `rounding` if there is one → [..., out_features]."""
         x = _straight_through(x, self.rounding) if self.rounding else x
         kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         return F.linear(x, self.rounded(kind))
 
 
 class RoundedEmbedding(nn.Module):
-    """An embedding; where it is the output layer too, that uses what the last lookup rounded."""
+    """An embedding; a tied output layer uses the table that the last lookup rounded."""
 
-    def __init__(self, start: GptqResult) -> None:
+    def __init__(self, initial: GptqResult) -> None:
         super().__init__()
-        self.rounded = RoundedWeight(start)
+        self.rounded = RoundedWeight(initial)
         self.table: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [batch, seq] → float32 [batch, seq, hidden]."""
         self.table = self.rounded(torch.float32)
         return F.embedding(tokens, self.table)
 
 
 class Student(nn.Module):
-    """A decoder whose quantized weights are learned; everything else stays as it is.
+    """A decoder whose quantized weights are trained; all other weights are fixed.
 
-    `starts` holds what each quantized weight starts from. With `rounding`, the inputs of every
-    matrix product are rounded as a runtime does it.
+    `initial` maps the name of each quantized weight to its rounding before training. `rounding`
+    simulates a runtime's rounding of the inputs of every matrix product. `context` is the longest
+    sequence in tokens.
     """
 
     def __init__(
         self,
         source: FloatWeights,
-        starts: Mapping[str, GptqResult],
+        initial: Mapping[str, GptqResult],
         context: int,
         rounding: Rounding | None = None,
     ) -> None:
@@ -140,27 +146,28 @@ class Student(nn.Module):
         with torch.device("meta"):
             self.decoder = Decoder(source.config, context)
         tied = source.config.tie_word_embeddings
-        for name, start in starts.items():
+        for name, result in initial.items():
             parent, _, child = name.removesuffix(".weight").rpartition(".")
             learned: nn.Module = (
-                RoundedEmbedding(start) if name == EMBEDDING else RoundedLinear(start, rounding)
+                RoundedEmbedding(result) if name == EMBEDDING else RoundedLinear(result, rounding)
             )
             setattr(self.decoder.get_submodule(parent), child, learned)
-        if tied and EMBEDDING in starts:
+        if tied and EMBEDDING in initial:
             self.decoder.lm_head = nn.Identity()  # type: ignore[assignment]  # see `output_weight`
         fill_weights(self.decoder, source, "")
         for weight in self.learned().values():
             weight.requires_grad_(True)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [batch, seq] to the inputs of the output layer [batch, seq, hidden], and the
-        weight of that layer [vocab_size, hidden]."""
+        """tokens [batch, seq] → the inputs of the output layer [batch, seq, hidden], and the weight
+        of that layer [vocab_size, hidden]."""
         positions = torch.arange(tokens.shape[1])
         states = self.decoder.hidden_states(tokens, positions, attend_causal)
         states = _straight_through(states, self.rounding) if self.rounding else states
         return states, self.output_weight()
 
     def output_weight(self) -> Tensor:
+        """The output layer's weight [vocab_size, hidden]; a tied one is that of the last lookup."""
         embedding, output = self.decoder.model.embed_tokens, self.decoder.lm_head
         weight: Tensor
         if isinstance(output, RoundedLinear):
@@ -173,7 +180,7 @@ class Student(nn.Module):
         return weight
 
     def learned(self) -> dict[str, RoundedWeight]:
-        """Every learned weight, by its name in the checkpoint."""
+        """The trained weights, by their names in the checkpoint."""
         return {
             name.removeprefix("decoder.").removesuffix(".rounded") + ".weight": module
             for name, module in self.named_modules()
@@ -181,13 +188,14 @@ class Student(nn.Module):
         }
 
     def schemes(self) -> dict[str, Scheme]:
+        """The scheme of each trained weight, by name."""
         return {name: weight.scheme for name, weight in self.learned().items()}
 
     def quantized(self) -> dict[str, QuantizedTensor]:
-        """Codes and scales as they would be stored now."""
+        """Codes and scales of each trained weight as they would be stored now, by name."""
         return {name: weight.quantized() for name, weight in self.learned().items()}
 
 
 def _straight_through(x: Tensor, rounding: Rounding) -> Tensor:
-    """`x` rounded; the gradient passes as if it were not."""
+    """`x` rounded; the gradient passes through the rounding unchanged."""
     return x + (rounding(x.detach().float()) - x.detach()).to(x.dtype)

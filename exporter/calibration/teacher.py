@@ -1,4 +1,4 @@
-"""The float checkpoint as a teacher, and its answers on disk where that is asked for."""
+"""The teacher of a distillation: a float checkpoint, and the cache of its logits."""
 
 from pathlib import Path
 
@@ -18,36 +18,39 @@ from exporter.model.decoder import FloatWeights, attend_causal, load_decoder
 
 
 def open_teacher(calibration: Calibration, student: Checkpoint) -> Checkpoint:
-    """The recipe's teacher; raises InputError for one that says other tokens than the student, or
-    whose answers would be too many to keep."""
+    """Open the recipe's teacher, by default the student's own checkpoint.
+
+    Raises InputError for a teacher with another vocabulary, tokenizer or hidden size, and for a
+    `top_k` that is too large to cache the teacher's logits.
+    """
     vocabulary = student.config.vocab_size
     if calibration.cache_teacher and calibration.top_k >= vocabulary:
         raise InputError(
             "calibration.cache_teacher",
-            f"needs a top_k below the {vocabulary} tokens that there are",
-            "Set calibration.top_k to some hundred",
+            f"needs a top_k below the vocabulary size of {vocabulary}",
+            "Set calibration.top_k to a few hundred",
         )
     if not calibration.teacher:
         return student
     teacher, subject = open_checkpoint(calibration.teacher), "calibration.teacher"
-    theirs, ours = teacher.config, student.config
+    config, own = teacher.config, student.config
     remedy = "Give a checkpoint of the same family"
-    if theirs.vocab_size != ours.vocab_size:
+    if config.vocab_size != own.vocab_size:
         raise InputError(
-            subject, f"knows {theirs.vocab_size} tokens, the checkpoint {ours.vocab_size}", remedy
+            subject, f"has {config.vocab_size} tokens, the checkpoint has {own.vocab_size}", remedy
         )
     files = [model.path / "tokenizer.json" for model in (teacher, student)]
     if all(file.is_file() for file in files) and len({sha256(file) for file in files}) > 1:
         raise InputError(subject, f"{files[0]} is not the checkpoint's tokenizer", remedy)
-    if calibration.hidden_weight and theirs.hidden_size != ours.hidden_size:
-        reason = f"has hidden states of {theirs.hidden_size}, the checkpoint of {ours.hidden_size}"
+    if calibration.hidden_weight and config.hidden_size != own.hidden_size:
+        reason = f"has hidden size {config.hidden_size}, the checkpoint has {own.hidden_size}"
         raise InputError(subject, reason, "Set calibration.hidden_weight to 0")
     teacher.check_weights()
     return teacher
 
 
 class Teacher:
-    """Answers for sequences of tokens; `cache` is a folder for them, named for this teacher."""
+    """Computes the teacher's logits; `cache` is the folder of its cached logits, or None."""
 
     def __init__(
         self, source: FloatWeights, calibration: Calibration, cache: Path | None = None
@@ -63,18 +66,19 @@ class Teacher:
         return self._decoder.hidden_states(tokens, positions, attend_causal)
 
     @torch.no_grad()
-    def answer(self, states: Tensor) -> TeacherLogits:
-        """What it says at these states [positions, hidden_size]."""
+    def logits_of(self, states: Tensor) -> TeacherLogits:
+        """The logits of last hidden states [positions, hidden_size]."""
         logits = F.linear(states, self.output_weight)
         return teacher_logits(logits, self._calibration.top_k, self._calibration.temperature)
 
-    def answers(self, tokens: Tensor) -> TeacherLogits:
-        """For tokens [batch, seq]: one after the other, [batch * seq, top_k]."""
+    def logits(self, tokens: Tensor) -> TeacherLogits:
+        """The logits at all positions of `tokens` [batch, seq]: [batch * seq, top_k], or
+        [batch * seq, vocab_size] with a `top_k` of 0. Read from the cache if there is one."""
         if self._cache is None:
-            return self.answer(self.states(tokens).flatten(0, 1))
-        found = [self._cached(sequence, self._cache) for sequence in tokens]
+            return self.logits_of(self.states(tokens).flatten(0, 1))
+        cached = [self._cached(sequence, self._cache) for sequence in tokens]
         return TeacherLogits(
-            torch.cat([ids for ids, _ in found]), torch.cat([values for _, values in found])
+            torch.cat([ids for ids, _ in cached]), torch.cat([values for _, values in cached])
         )
 
     def _cached(self, sequence: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
@@ -82,11 +86,11 @@ class Teacher:
         if not path.is_file():
             with cache_lock(path):
                 if not path.is_file():
-                    self._keep(sequence, path)
+                    self._write(sequence, path)
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("ids"), file.get_tensor("values")
 
-    def _keep(self, sequence: Tensor, path: Path) -> None:
-        answer = self.answer(self.states(sequence[None])[0])
-        assert answer.ids is not None
-        write_tensors(path, {"ids": answer.ids, "values": answer.log_probabilities.float()})
+    def _write(self, sequence: Tensor, path: Path) -> None:
+        logits = self.logits_of(self.states(sequence[None])[0])
+        assert logits.ids is not None
+        write_tensors(path, {"ids": logits.ids, "values": logits.log_probabilities.float()})

@@ -1,4 +1,4 @@
-"""The processes that quantize together. Imports nothing of torch where there is only one."""
+"""The processes of ``torchrun``. Does not import torch in a single process."""
 
 import os
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def joined_processes() -> Iterator[bool]:
-    """Join the other processes where ``torchrun`` started this one; gives whether this is the
-    first process, which decides, writes and reports."""
+    """Join the process group if ``torchrun`` started this process. Yields True in the first
+    process, the one that writes and reports."""
     if "RANK" not in os.environ:
         yield True
         return
-    from exporter.calibration.parallel import processes, rank
+    from exporter.calibration.parallel import process_group, rank
 
-    with processes():
+    with process_group():
         yield not rank()
