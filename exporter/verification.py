@@ -1,8 +1,8 @@
-"""Proof that an artifact has the same integers and, as near as it must be, the same logits.
+"""Verification: an artifact has the quantized checkpoint's codes and scales, and its logits.
 
     mobilellm verify BUNDLE
 
-A check never raises for what it finds: everything found is in the list, with where and how much.
+A check does not raise: each returns a list of findings with the place, the value and its limit.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,7 +15,13 @@ from torch import Tensor
 
 from exporter.backends import Runner, backend
 from exporter.bundle.artifact import FinishedArtifact
-from exporter.bundle.bundle import SEAL, file_problems, is_bundle, open_bundle, sealed_files
+from exporter.bundle.bundle import (
+    CHECKSUMS,
+    checksummed_files,
+    file_problems,
+    is_bundle,
+    open_bundle,
+)
 from exporter.errors import InputError
 from exporter.evaluation.agreement import Agreement, compare_logits
 from exporter.files import differing_files
@@ -27,18 +33,19 @@ from exporter.quantization.schemes import QuantizedTensor
 from exporter.text.tokenizer import load_tokenizer
 
 SAMPLE_TEXT = Path(__file__).parent / "evaluation" / "sample.txt"
-#: Prefill is tried at these lengths; from the last of them the text is continued by decoding.
+#: Lengths of the prefills in tokens; the decode steps continue the last one.
 PREFILL_LENGTHS = (1, 17, 64)
 DECODE_STEPS = 128
-#: With float activations: KL in nats, share of other choices, difference in standard deviations.
-EXACT_KL, EXACT_TOP1, EXACT_DIFFERENCE = 1e-4, 0.01, 0.02
-#: With int8 activations, on top of that: how many times the simulated cost is allowed.
-NOISE, NOISE_TOP1 = 2.0, 0.05
+#: Limits with float activations: mean KL in nats, top-1 disagreement, and the largest difference
+#: of a logit in standard deviations of the logits.
+FLOAT_KL, FLOAT_TOP1, FLOAT_DIFFERENCE = 1e-4, 0.01, 0.02
+#: Added with rounded activations: this factor times the simulated error, and top-1 disagreement.
+ROUNDING_FACTOR, ROUNDING_TOP1 = 2.0, 0.05
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding; `limit` None means that the value is only reported."""
+    """One finding; a `limit` of None means that the value is reported only."""
 
     check: str
     target: str | None
@@ -51,7 +58,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens to compare logits on; `real` when they come from text and not from a generator."""
+    """Tokens to compare logits on; `real` is False for random tokens."""
 
     tokens: tuple[int, ...]
     source: str
@@ -59,20 +66,20 @@ class Text:
 
 
 def check_quantized_files(quantized: QuantizedCheckpoint) -> list[Check]:
-    """The hash of every file of a quantized checkpoint; one check a file."""
+    """The hash of every file of a quantized checkpoint; one check per file."""
     hashes = quantized.manifest["files"]
     return _file_checks(tuple(hashes), differing_files(quantized.path, hashes))
 
 
 def check_bundle_files(path: Path) -> list[Check]:
-    """The hash of every file of a bundle; one check a file. Raises InputError where there is no
-    bundle."""
+    """The hash of every file of a bundle; one check per file. Raises InputError if the folder is
+    not a finished bundle."""
     if not is_bundle(path):
-        open_bundle(path)  # says why not
+        open_bundle(path)  # raises with the reason
     try:
-        return _file_checks(sealed_files(path), file_problems(path))
-    except InputError as error:  # the seal itself is damaged
-        return [Check("files", None, SEAL, False, 1, 0, error.problem)]
+        return _file_checks(checksummed_files(path), file_problems(path))
+    except InputError as error:  # SHA256SUMS itself is damaged
+        return [Check("files", None, CHECKSUMS, False, 1, 0, error.problem)]
 
 
 def _file_checks(names: tuple[str, ...], problems: Mapping[str, str]) -> list[Check]:
@@ -85,7 +92,7 @@ def _file_checks(names: tuple[str, ...], problems: Mapping[str, str]) -> list[Ch
 
 
 def check_quantized(quantized: QuantizedCheckpoint) -> list[Check]:
-    """Codes in range, scales on the portable grid, floats finite; one check a tensor."""
+    """Codes in range, scales on the portable grid, floats finite; one check per tensor."""
     problems = damaged_tensors(quantized)
     return [
         Check("quantized", None, name, name not in problems, 0.0, None, problems.get(name, ""))
@@ -96,53 +103,53 @@ def check_quantized(quantized: QuantizedCheckpoint) -> list[Check]:
 def check_integers(
     quantized: QuantizedCheckpoint, finished: FinishedArtifact, on_tensor: Callable[[str], None]
 ) -> list[Check]:
-    """Codes and scales of the artifact against the quantized checkpoint, bit for bit."""
+    """Compare the artifact's codes and scales with the quantized checkpoint's, bit for bit."""
     artifact = finished.artifact
     target = artifact.target.target
     checks, seen = list[Check](), set[str]()
     stored: tuple[str, QuantizedTensor | Tensor] | None = None
     try:
-        for name, place, found in backend(target).weights(artifact, quantized):
+        for name, place, weight in backend(target).weights(artifact, quantized):
             seen.add(name)
-            if stored is None or stored[0] != name:  # table and filter of one weight follow
+            if stored is None or stored[0] != name:  # all copies of a weight are consecutive
                 stored = name, quantized.read(name)
-            count, note = _differences(stored[1], found)
+            count, note = _differences(stored[1], weight)
             subject = f"{name} ({place})"
             checks.append(Check("integers", target, subject, count == 0, count, 0, note))
             on_tensor(name)
     except InputError as error:
         checks.append(Check("integers", target, error.subject, False, 1, 0, error.problem))
-    except Exception as error:  # a damaged file can break its toolkit's parser in any way
+    except Exception as error:  # a toolkit's parser may raise anything for a damaged file
         note = f"cannot be read ({type(error).__name__}: {error})"
         checks.append(Check("integers", target, str(artifact.path), False, 1, 0, note))
     for name in quantized.schemes:
         if name not in seen:
-            checks.append(Check("integers", target, name, False, 1, 0, "was not found in it"))
+            checks.append(Check("integers", target, name, False, 1, 0, "is not in the artifact"))
     return checks
 
 
 def _differences(
-    expected: QuantizedTensor | Tensor, found: QuantizedTensor | Tensor
+    expected: QuantizedTensor | Tensor, actual: QuantizedTensor | Tensor
 ) -> tuple[int, str]:
-    """How many values differ, and the first of them in words."""
-    if isinstance(expected, QuantizedTensor) and isinstance(found, QuantizedTensor):
-        parts = {"code": (expected.codes, found.codes), "scale": (expected.scales, found.scales)}
-    elif isinstance(expected, Tensor) and isinstance(found, Tensor):
-        parts = {"value": (expected.to(torch.float32), found)}
+    """The number of values that differ, and a note with the place of the first."""
+    if isinstance(expected, QuantizedTensor) and isinstance(actual, QuantizedTensor):
+        parts = {"code": (expected.codes, actual.codes), "scale": (expected.scales, actual.scales)}
+    elif isinstance(expected, Tensor) and isinstance(actual, Tensor):
+        parts = {"value": (expected.to(torch.float32), actual)}
     else:
         return 1, "one is quantized, the other is not"
     total, notes = 0, list[str]()
     for kind, (wanted, got) in parts.items():
         if wanted.shape != got.shape:
             return 1, f"{kind}s have shape {list(got.shape)}, not {list(wanted.shape)}"
-        # Compared as bits: NaN equals itself, and 0.0 is not -0.0.
+        # As bits, NaN equals itself and 0.0 differs from -0.0.
         different = _bits(wanted) != _bits(got)
         count = int(different.sum())
         if count:
             first = tuple(different.nonzero()[0].tolist())
             notes.append(
-                f"{count} {kind}s differ; at {list(first)} it is {got[first].item():g}, "
-                f"the quantized checkpoint has {wanted[first].item():g}"
+                f"{count} {kind}s differ; at {list(first)} the artifact has "
+                f"{got[first].item():g}, the quantized checkpoint {wanted[first].item():g}"
             )
         total += count
     return total, "; ".join(notes)
@@ -155,7 +162,8 @@ def _bits(x: Tensor) -> Tensor:
 def verification_text(
     model: Checkpoint | QuantizedCheckpoint, context: int, file: Path | None
 ) -> Text:
-    """The first tokens of `file`, or of the sample; seeded random ones without a tokenizer."""
+    """The first tokens of `file`, or of the sample text; random tokens of a fixed seed if the model
+    has no tokenizer. Raises InputError for a file that cannot be used."""
     wanted, vocab_size = min(PREFILL_LENGTHS[-1] + DECODE_STEPS, context), model.config.vocab_size
     if not (model.path / "tokenizer.json").is_file():
         if file is not None:
@@ -168,8 +176,8 @@ def verification_text(
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"cannot be read as text ({error})", "Give a UTF-8 file") from error
-    begin = [] if model.bos_token_id is None else [model.bos_token_id]
-    tokens = (begin + load_tokenizer(model.path).encode(content))[:wanted]
+    bos = [] if model.bos_token_id is None else [model.bos_token_id]
+    tokens = (bos + load_tokenizer(model.path).encode(content))[:wanted]
     if len(tokens) < min(3, wanted):
         raise InputError(path, f"gives {len(tokens)} tokens, too few to compare", "Give more text")
     if max(tokens) >= vocab_size:
@@ -184,13 +192,14 @@ def verification_text(
 def check_logits(
     quantized: QuantizedCheckpoint, finished: FinishedArtifact, text: Text
 ) -> list[Check]:
-    """The artifact in its own runtime against the torch reference: prefill, then decoding; and
-    against the reference interpreter, where there is one of what that runtime runs.
+    """Compare the artifact's logits in its own runtime, prefill and decode, with the reference's.
 
-    The reference has float activations. Where the runtime rounds them to int8, the limits are
-    measured: simulating that rounding in torch gives what it must cost on this text, and the
-    artifact may cost `NOISE` times as much. (The artifact and the simulation are not compared
-    with each other: over many layers their roundings part, and they differ like two samples.)
+    If the backend has a reference interpreter, the runtime's logits are compared with that too.
+
+    The torch reference has float activations. If the runtime rounds activations, the limits are
+    measured: that rounding is simulated in torch on the same text, and the artifact's error may be
+    `ROUNDING_FACTOR` times the simulated one. (The artifact is not compared with the simulation:
+    over many layers their rounding errors become independent.)
     """
     artifact = finished.artifact
     target = artifact.target.target
@@ -199,8 +208,8 @@ def check_logits(
     try:
         logits = run_teacher_forced(module.load(artifact), text.tokens, lengths)
         interpreter = module.cross_check(artifact)
-        opinion = run_teacher_forced(interpreter, text.tokens, lengths) if interpreter else logits
-    except Exception as error:  # the runtimes raise what they like
+        interpreted = run_teacher_forced(interpreter, text.tokens, lengths) if interpreter else None
+    except Exception as error:  # a runtime may raise anything
         note = f"the runtime failed ({type(error).__name__}: {error})"
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
     positions = [length - 1 for length in lengths] + list(range(lengths[-1], len(text.tokens)))
@@ -209,10 +218,10 @@ def check_logits(
     roundings = [None, rounding] if rounding else [None]
     reference, *simulated = score_each(quantized, text.tokens, positions, roundings, activations)
     activations("lm_head", "output", reference)
-    found = compare_logits(reference, logits)
+    measured = compare_logits(reference, logits)
     expected = compare_logits(reference, simulated[0]) if simulated else None
     kl, top1, difference = _limits(expected, reference.std().item(), text.real)
-    largest = found.max_difference
+    largest = measured.max_difference
     steps = len(text.tokens) - lengths[-1]
     prefills = ", ".join(map(str, lengths))
     subject = f"prefill of {prefills} and {steps} decode steps on {text.source}"
@@ -220,16 +229,18 @@ def check_logits(
     def check(name: str, value: float, passed: bool, limit: float | None, note: str) -> Check:
         return Check(f"logits.{name}", target, subject, passed, value, limit, note)
 
-    apart = compare_logits(opinion, logits).kl
-    second = [check("interpreter", apart, apart <= kl, kl, "")] if interpreter else []
-    worst = f"worst at position {positions[found.worst]}"
-    simulated_kl = f"; rounded activations simulated cost {expected.kl:.2g}" if expected else ""
+    interpreter_checks = list[Check]()
+    if interpreted is not None:
+        interpreter_kl = compare_logits(interpreted, logits).kl
+        interpreter_checks = [check("interpreter", interpreter_kl, interpreter_kl <= kl, kl, "")]
+    worst = f"worst at position {positions[measured.worst]}"
+    simulated_kl = f"; simulated activation rounding has KL {expected.kl:.2g}" if expected else ""
     return [
         *activations.checks(target),
-        check("kl", found.kl, found.kl <= kl, kl, worst + simulated_kl),
-        check("top1", found.top1, top1 is None or found.top1 >= top1, top1, ""),
+        check("kl", measured.kl, measured.kl <= kl, kl, worst + simulated_kl),
+        check("top1", measured.top1, top1 is None or measured.top1 >= top1, top1, ""),
         check("max_difference", largest, largest <= difference, difference, ""),
-        *second,
+        *interpreter_checks,
     ]
 
 
@@ -240,17 +251,20 @@ def check_models(
     progress: Progress,
     damaged: Collection[str] = (),
 ) -> list[Check]:
-    """Quantized checkpoint, integers and logits; a `damaged` file never reaches a runtime."""
+    """Check the quantized checkpoint, then the integers and logits of each artifact.
+
+    The logits of an artifact with a file in `damaged` are not computed, and its check fails.
+    """
     checks = check_quantized(quantized)
     for target, finished in artifacts.items():
         counter = TensorCounter(progress, f"verify {target}: integers", len(quantized.schemes))
         checks += check_integers(quantized, finished, counter)
         stage = f"verify {target}: logits"
         progress(stage, 0, 1)
-        needed = [f"{target}/{name}" for name in finished.manifest["files"]]
-        broken = [name for name in needed if name in damaged]
-        if broken or target not in texts:
-            subject = (broken or sorted(damaged))[0]
+        files = [f"{target}/{name}" for name in finished.manifest["files"]]
+        own_damaged = [name for name in files if name in damaged]
+        if own_damaged or target not in texts:
+            subject = (own_damaged or sorted(damaged))[0]
             note = "not run: the file is damaged"
             checks.append(Check("logits", target, subject, False, 1, 0, note))
             continue
@@ -259,26 +273,30 @@ def check_models(
     return checks
 
 
-_WIDER = "overflows in float16: set the target's activations to float32"
-_CACHED = "overflows in the cache, which is float16 whatever the activations are"
+_ACTIVATION_OVERFLOW = "overflows in float16: set the target's activations to float32"
+_CACHE_OVERFLOW = "overflows in the cache, which is float16 for any type of activations"
 
 
 class _LargestActivations:
-    """The largest activation of each layer in the reference, of those that have a limit."""
+    """Records the largest activation of each layer in the reference, where the target has a limit.
+
+    `limit` maps the kind of an activation to its largest allowed absolute value, or None.
+    """
 
     def __init__(self, limit: Callable[[str], float | None]) -> None:
         self._limit = limit
         self._found = dict[str, tuple[float, float, str]]()
 
-    def __call__(self, name: str, which: str, values: Tensor) -> None:
-        limit = self._limit(which)
+    def __call__(self, name: str, kind: str, values: Tensor) -> None:
+        limit = self._limit(kind)
         if limit is None:
             return
         prefix, _, part = name.partition("layers.")[2].partition(".")
         layer = f"model.layers.{prefix}" if prefix else name
-        largest, place = values.abs().max().item(), f"{which} of {part or name}"
+        largest, place = values.abs().max().item(), f"{kind} of {part or name}"
         if largest > limit:
-            place += f"; {_CACHED if which in ('keys', 'values') else _WIDER}"
+            in_cache = kind in ("keys", "values")
+            place += f"; {_CACHE_OVERFLOW if in_cache else _ACTIVATION_OVERFLOW}"
         self._found[layer] = max(self._found.get(layer, (0.0, 0.0, "")), (largest, limit, place))
 
     def checks(self, target: str) -> list[Check]:
@@ -289,34 +307,38 @@ class _LargestActivations:
 
 
 def _limits(
-    expected: Agreement | None, spread: float, real_text: bool
+    expected: Agreement | None, logit_std: float, real_text: bool
 ) -> tuple[float, float | None, float]:
-    """Largest KL, least top-1 agreement, largest difference; `spread` is that of the logits.
+    """The largest KL, the smallest top-1 agreement and the largest difference of a logit.
 
-    Random tokens have no top-1 limit: they leave so many near ties that it would mean nothing.
+    `expected` is the agreement with simulated activation rounding, None with float activations;
+    `logit_std` is the standard deviation of the reference's logits. Random tokens have no top-1
+    limit, because many of their top logits are nearly equal.
     """
-    kl, top1, difference = EXACT_KL, 1 - EXACT_TOP1, EXACT_DIFFERENCE * spread
+    kl, top1, difference = FLOAT_KL, 1 - FLOAT_TOP1, FLOAT_DIFFERENCE * logit_std
     if expected is not None:
-        kl += NOISE * expected.kl
-        top1 = expected.top1 - NOISE_TOP1
-        difference += NOISE * expected.max_difference
+        kl += ROUNDING_FACTOR * expected.kl
+        top1 = expected.top1 - ROUNDING_TOP1
+        difference += ROUNDING_FACTOR * expected.max_difference
     return kl, top1 if real_text else None, difference
 
 
 def run_teacher_forced(
     runner: Runner, tokens: Sequence[int], prefill_lengths: Sequence[int]
 ) -> Tensor:
-    """Logits after each prefill, and after every further token from the last one on."""
+    """Logits [steps, vocab_size]: after each prefill, then after each decode step over the tokens
+    that follow the last prefill."""
     rows = [runner.prefill(list(tokens[:length])) for length in prefill_lengths]
     rows += [runner.decode(token) for token in tokens[prefill_lengths[-1] :]]
     return torch.stack(rows)
 
 
 def _prefill_lengths(available: int) -> tuple[int, ...]:
-    """Lengths that leave at least half of a short text for decoding."""
+    """The prefill lengths for a text of `available` tokens: at most half of it."""
     half = max(1, available // 2)
     return tuple(sorted({min(length, half) for length in PREFILL_LENGTHS}))
 
 
 def failures(checks: Sequence[Check]) -> Iterator[Check]:
+    """The checks that did not pass."""
     return (check for check in checks if not check.passed)

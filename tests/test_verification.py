@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from exporter import pipeline
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
-from exporter.bundle.bundle import SEAL, Bundle, file_problems
+from exporter.bundle.bundle import CHECKSUMS, Bundle, file_problems
 from exporter.files import sha256
 from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import EMBEDDING, parse_config
@@ -166,7 +166,7 @@ def test_several_flips_in_one_tensor_are_all_counted(int4: Lowered, tmp_path: Pa
         flip(program, offset + index, bit=4)
     (check,) = failed(int4, artifact)
     assert check.value == 6
-    assert check.note.startswith("6 codes differ; at [0, 10] it is ")
+    assert check.note.startswith("6 codes differ; at [0, 10] the artifact has ")
 
 
 def test_the_first_difference_is_given_with_both_values(int4: Lowered, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_the_first_difference_is_given_with_both_values(int4: Lowered, tmp_path:
     wrong = code - 8 if code >= 0 else code + 8
     assert (
         check.note
-        == f"1 codes differ; at [0, 0] it is {wrong}, the quantized checkpoint has {code}"
+        == f"1 codes differ; at [0, 0] the artifact has {wrong}, the quantized checkpoint {code}"
     )
 
 
@@ -204,21 +204,21 @@ def test_no_quantized_weight_of_another_scheme_passes(int4: Lowered, int8: Lower
     assert any(not check.passed for check in checks)
 
 
-def reseal(bundle: Path) -> None:
-    """Make the seal and the manifest true again, as someone who tampers would."""
+def rewrite_hashes(bundle: Path) -> None:
+    """Update the manifest and the checksums after a change, as someone who tampers would."""
     manifest = bundle / "executorch" / "artifact.json"
     content = json.loads(manifest.read_text())
     content["files"]["model.pte"] = sha256(bundle / PTE)
     manifest.write_text(json.dumps(content))
-    lines = [line.split("  ") for line in (bundle / SEAL).read_text().splitlines()]
-    (bundle / SEAL).write_text("".join(f"{sha256(bundle / n)}  {n}\n" for _, n in lines))
+    lines = [line.split("  ") for line in (bundle / CHECKSUMS).read_text().splitlines()]
+    (bundle / CHECKSUMS).write_text("".join(f"{sha256(bundle / n)}  {n}\n" for _, n in lines))
 
 
-def test_a_flip_under_a_seal_made_true_again_is_found_by_its_integers(
+def test_a_flip_with_updated_checksums_is_found_by_its_integers(
     bundle_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip(bundle_copy / PTE, named_data(bundle_copy / PTE)[Q_PROJ][0] + 9)
-    reseal(bundle_copy)
+    rewrite_hashes(bundle_copy)
     outcome = run(capsys, "verify", bundle_copy, "--json")
     assert outcome.code == 1
     wrong = [check for check in outcome.json["checks"] if not check["passed"]]
@@ -237,7 +237,7 @@ def test_a_program_with_a_wrong_rope_table_is_found_by_its_logits(
     assert start > 0
     size = 1024 * 64 * 4
     (executorch_copy / PTE).write_bytes(data[:start] + bytes(size) + data[start + size :])
-    reseal(executorch_copy)
+    rewrite_hashes(executorch_copy)
     outcome = run(capsys, "verify", executorch_copy, "--json")
     assert outcome.code == 1
     wrong = {check["check"] for check in outcome.json["checks"] if not check["passed"]}
@@ -364,8 +364,8 @@ def test_a_flipped_bit_anywhere_in_the_bundle_is_found_and_named(bundle_copy: Pa
         checks = check_bundle_files(bundle_copy)
         wrong = {check.subject for check in checks if not check.passed}
         name = file.relative_to(bundle_copy).as_posix()
-        # A flip in the seal shows at the file whose line it hit, or as a broken seal.
-        if not wrong or (name not in wrong and name != SEAL):
+        # A flip in SHA256SUMS shows at the file whose line it hit, or as a malformed line.
+        if not wrong or (name not in wrong and name != CHECKSUMS):
             missed.append((name, offset, bit, wrong))
         flip(file, offset, bit)
     assert missed == []
@@ -430,7 +430,7 @@ def test_a_removed_file_is_named(name: str, bundle_copy: Path) -> None:
 
 def test_every_removed_file_is_found(bundle_copy: Path) -> None:
     for name in contents(bundle_copy):
-        if (bundle_copy / name).is_file() and name != SEAL:
+        if (bundle_copy / name).is_file() and name != CHECKSUMS:
             moved = (bundle_copy / name).rename(bundle_copy.parent / "aside")
             assert list(file_problems(bundle_copy)) == [name]
             moved.rename(bundle_copy / name)
@@ -441,7 +441,7 @@ def test_every_removed_file_is_found(bundle_copy: Path) -> None:
 def test_an_added_file_is_named(name: str, bundle_copy: Path) -> None:
     (bundle_copy / name).parent.mkdir(exist_ok=True)
     (bundle_copy / name).write_text("x")
-    assert file_problems(bundle_copy) == {name: f"is not listed in {SEAL}"}
+    assert file_problems(bundle_copy) == {name: f"is not listed in {CHECKSUMS}"}
 
 
 def test_a_symbolic_link_does_not_stand_for_a_file(bundle_copy: Path) -> None:
@@ -451,7 +451,7 @@ def test_a_symbolic_link_does_not_stand_for_a_file(bundle_copy: Path) -> None:
 
 
 def change_line(change: Callable[[str], str]) -> Callable[[str], str]:
-    """Edit the seal's line of the program."""
+    """Edit the program's line of SHA256SUMS."""
     return lambda text: "".join(
         change(line) if line.endswith("model.pte\n") else line for line in text.splitlines(True)
     )
@@ -469,24 +469,26 @@ def change_line(change: Callable[[str], str]) -> Callable[[str], str]:
     ],
     ids=["empty", "no last newline", "one space", "path outside", "absolute", "upper case"],
 )
-def test_a_broken_seal_is_no_seal(change: Callable[[str], str], executorch_copy: Path) -> None:
-    seal = executorch_copy / SEAL
-    seal.write_text(change(seal.read_text()))
+def test_malformed_checksums_are_refused(
+    change: Callable[[str], str], executorch_copy: Path
+) -> None:
+    checksums = executorch_copy / CHECKSUMS
+    checksums.write_text(change(checksums.read_text()))
     wrong = [check.subject for check in failures(pipeline.verify(executorch_copy, no_progress))]
-    assert SEAL in wrong
+    assert CHECKSUMS in wrong
 
 
-def test_a_line_taken_out_of_the_seal_leaves_its_file_foreign(bundle_copy: Path) -> None:
-    seal = bundle_copy / SEAL
-    seal.write_text(change_line(lambda line: "")(seal.read_text()))
-    assert file_problems(bundle_copy) == {PTE: f"is not listed in {SEAL}"}
+def test_a_file_without_its_line_of_checksums_is_reported(bundle_copy: Path) -> None:
+    checksums = bundle_copy / CHECKSUMS
+    checksums.write_text(change_line(lambda line: "")(checksums.read_text()))
+    assert file_problems(bundle_copy) == {PTE: f"is not listed in {CHECKSUMS}"}
 
 
 def test_an_untouched_bundle_passes_every_check(finished_bundle: Bundle) -> None:
     checks = pipeline.verify(finished_bundle.path, no_progress)
     assert list(failures(checks)) == []
     files = {name for name, digest in contents(finished_bundle.path).items() if digest != "folder"}
-    assert {check.subject for check in checks if check.check == "files"} == files - {SEAL}
+    assert {check.subject for check in checks if check.check == "files"} == files - {CHECKSUMS}
     own = [check.check for check in checks if check.target in (None, "executorch")]
     assert own.count("quantized") == len(finished_bundle.quantized.schemes) == 56
     assert own.count("integers") == 57

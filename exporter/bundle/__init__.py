@@ -1,1 +1,1 @@
-"""What an export leaves on disk: one folder for each artifact, and the bundle that holds them."""
+"""The output of an export: a folder for each artifact, and the bundle that contains them."""

@@ -1,8 +1,8 @@
-"""An artifact's folder: the lowered model, what it needs to read text, and its manifest.
+"""An artifact's folder: the lowered model, its tokenizer files, and its manifest.
 
     mobilellm lower build/nano-int4 --target NAME -o build/nano-lowered
 
-The folder is what goes to the phone. ``artifact.json`` is written last.
+The folder is what is deployed to the phone. ``artifact.json`` is written last.
 """
 
 from collections.abc import Mapping
@@ -29,30 +29,32 @@ from exporter.text.tokenizer import TOKENIZER_FILES
 
 MANIFEST = "artifact.json"
 FORMAT_VERSION = 1
-#: What travels with the model: whoever runs it needs text and the ids that end it.
+#: Files that are copied next to the model: the tokenizer, and the end-of-text ids.
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 
 
 @dataclass(frozen=True)
 class FinishedArtifact:
-    """An artifact with its manifest; all that running it needs."""
+    """An artifact and its manifest."""
 
     artifact: Artifact
     manifest: Mapping[str, Any]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids of the tokens that end a text."""
         return tuple(self.manifest["eos_token_ids"])
 
 
 def artifact_output(target: Target) -> Output:
+    """The names of the files and folders that lowering to this target writes."""
     files = front(target.target).FILES
-    tops = [Path(name).parts[0] for name in files]  # a file may be a folder, as a package is
-    return Output(tops[0], MANIFEST, (*tops, *COMPANIONS))
+    names = [Path(file).parts[0] for file in files]  # the first part may be a folder (.mlpackage)
+    return Output(names[0], MANIFEST, (*names, *COMPANIONS))
 
 
 def artifact_identity(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
-    """Everything that decides the bytes of an artifact."""
+    """Everything that decides the bytes of an artifact, for its manifest."""
     return {
         "format_version": FORMAT_VERSION,
         "target": target.model_dump(mode="json"),
@@ -69,14 +71,14 @@ def artifact_identity(quantized: QuantizedCheckpoint, target: Target) -> dict[st
 
 
 def artifact_versions(target: Target) -> dict[str, str]:
-    """Versions of everything that writes this artifact."""
+    """The versions of the packages that write this artifact."""
     return package_versions("mobilellm-exporter", *front(target.target).packages(target))
 
 
 def write_artifact(
     quantized: QuantizedCheckpoint, target: Target, identity: Mapping[str, Any], out: Path
 ) -> FinishedArtifact:
-    """Lower into `out`; a whole artifact of the same identity is left as it is."""
+    """Lower into `out`; a complete artifact of the same identity is opened instead."""
     if made_from(out / MANIFEST, identity):
         hashes = read_json(out / MANIFEST)["files"]
         if not differing_files(out, hashes):
@@ -96,7 +98,7 @@ def write_artifact(
 
 
 def open_artifact(path: Path) -> FinishedArtifact:
-    """Open an artifact's folder, or a file in it. Raises InputError."""
+    """Open an artifact by its folder or by a file in it. Raises InputError."""
     folder = path.parent if path.is_file() or (path.parent / MANIFEST).is_file() else path
     manifest = read_json(folder / MANIFEST)
     subject = folder / MANIFEST
@@ -107,8 +109,8 @@ def open_artifact(path: Path) -> FinishedArtifact:
             f"This version reads {FORMAT_VERSION}; lower the model again",
         )
     target, files = manifest.get("target"), manifest.get("files")
-    ends = manifest.get("eos_token_ids")
-    if not (isinstance(target, dict) and isinstance(files, dict) and isinstance(ends, list)):
+    eos = manifest.get("eos_token_ids")
+    if not (isinstance(target, dict) and isinstance(files, dict) and isinstance(eos, list)):
         raise InputError(subject, "is not an artifact's manifest", "Lower the model again")
     parsed = parse_target(target, str(subject))
     return FinishedArtifact(Artifact(folder, parsed, tuple(files)), manifest)

@@ -1,11 +1,11 @@
 """A bundle: one quantized checkpoint, its artifacts, and the hashes of every file.
 
     BUNDLE/quantized/      the quantized checkpoint
-    BUNDLE/TARGET/         one folder for each target: what goes to the phone
-    BUNDLE/bundle.json     the recipe and what was made from it
-    BUNDLE/SHA256SUMS      of every other file (`sha256sum -c` reads it); written last
+    BUNDLE/TARGET/         one folder for each target: what is deployed to the phone
+    BUNDLE/bundle.json     the recipe, the hashes of the checkpoint, and package versions
+    BUNDLE/SHA256SUMS      the hashes of all other files (for `sha256sum -c`); written last
 
-Nothing measured is stored here, so two exports of one recipe are equal to the last byte.
+No measurement is stored here, so two exports of the same recipe are byte-identical.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from exporter.files import (
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 
-MANIFEST, SEAL, QUANTIZED = "bundle.json", "SHA256SUMS", "quantized"
+MANIFEST, CHECKSUMS, QUANTIZED = "bundle.json", "SHA256SUMS", "quantized"
 FORMAT_VERSION = 1
 
 
@@ -43,14 +43,18 @@ class Bundle:
 
 
 def bundle_output() -> Output:
-    """The names that an export writes."""
-    return Output(QUANTIZED, SEAL, (MANIFEST, *backend_names()))
+    """The names of the files and folders that an export writes."""
+    return Output(QUANTIZED, CHECKSUMS, (MANIFEST, *backend_names()))
 
 
 def bundle_identity(
     recipe: Mapping[str, Any], quantized: Mapping[str, Any], artifacts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What ``bundle.json`` holds; `quantized` and `artifacts` are the parts' own versions."""
+    """The content of ``bundle.json``.
+
+    `quantized` is the identity of the quantized checkpoint; `artifacts` maps target → package
+    versions.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "recipe": recipe,
@@ -61,13 +65,13 @@ def bundle_identity(
     }
 
 
-def write_seal(
+def write_checksums(
     folder: Path,
     manifest: Mapping[str, Any],
     quantized: QuantizedCheckpoint,
     artifacts: Mapping[str, FinishedArtifact],
 ) -> None:
-    """Write ``bundle.json`` and the hashes that make the folder a finished bundle."""
+    """Write ``bundle.json``, then ``SHA256SUMS``, which makes the folder a finished bundle."""
     write_json(folder / MANIFEST, manifest)
     names = [MANIFEST, f"{QUANTIZED}/{QUANTIZED_MANIFEST}"]
     names += [f"{QUANTIZED}/{name}" for name in quantized.manifest["files"]]
@@ -75,19 +79,20 @@ def write_seal(
         names += [f"{target}/{ARTIFACT_MANIFEST}"]
         names += [f"{target}/{name}" for name in finished.manifest["files"]]
     lines = [f"{sha256(folder / name)}  {name}\n" for name in sorted(names)]
-    with replacing(folder / SEAL) as file:
+    with replacing(folder / CHECKSUMS) as file:
         file.write("".join(lines).encode())
 
 
 def is_bundle(folder: Path) -> bool:
-    return (folder / SEAL).is_file()
+    """Whether the folder is a finished bundle; its files are not checked."""
+    return (folder / CHECKSUMS).is_file()
 
 
 def is_bundle_of(
     folder: Path, manifest: Mapping[str, Any], quantized_identity: Mapping[str, Any]
 ) -> bool:
-    """Whether the folder was made from the same, as ``bundle.json`` says; where that is damaged,
-    as the quantized checkpoint says."""
+    """Whether ``bundle.json`` in the folder equals `manifest`; if it is missing or damaged, whether
+    the quantized checkpoint has this identity."""
     try:
         content = read_json(folder / MANIFEST)
     except InputError:
@@ -96,35 +101,38 @@ def is_bundle_of(
 
 
 def file_problems(folder: Path) -> dict[str, str]:
-    """Files that are missing, changed or foreign, by name: name → what is wrong."""
-    hashes = _read_seal(folder)
+    """Files that are missing, changed or not listed: name → what is wrong. Raises InputError if
+    ``SHA256SUMS`` is damaged."""
+    hashes = _read_checksums(folder)
     problems = differing_files(folder, hashes)
     for name in sorted(_files(folder) - set(hashes)):
-        problems[name] = f"is not listed in {SEAL}"
+        problems[name] = f"is not listed in {CHECKSUMS}"
     for name in (MANIFEST, f"{QUANTIZED}/{QUANTIZED_MANIFEST}"):
         if name not in hashes:
-            problems[name] = f"is not listed in {SEAL}"
+            problems[name] = f"is not listed in {CHECKSUMS}"
     return problems
 
 
-def sealed_files(folder: Path) -> tuple[str, ...]:
-    """The names of every file that the seal covers."""
-    return tuple(_read_seal(folder))
+def checksummed_files(folder: Path) -> tuple[str, ...]:
+    """The names of the files in ``SHA256SUMS``. Raises InputError if it is damaged."""
+    return tuple(_read_checksums(folder))
 
 
 def open_bundle(folder: Path) -> Bundle:
     """Open a finished bundle; its files are not hashed here. Raises InputError."""
     if not is_bundle(folder):
-        began = (folder / QUANTIZED).is_dir()
+        unfinished = (folder / QUANTIZED).is_dir()
         raise InputError(
             folder,
-            "is a bundle whose export did not finish" if began else "is not a bundle",
-            "Run the same mobilellm export again" if began else "mobilellm export makes one",
+            "is a bundle whose export did not finish" if unfinished else "is not a bundle",
+            "Run the same mobilellm export again" if unfinished else "mobilellm export makes one",
         )
     manifest = read_json(folder / MANIFEST)
     targets = manifest.get("targets")
     if not isinstance(targets, list) or not targets or not set(targets) <= set(backend_names()):
-        raise InputError(f"{folder / MANIFEST}: targets", f"{targets!r} names no known target")
+        raise InputError(
+            f"{folder / MANIFEST}: targets", f"{targets!r} is not a list of known targets"
+        )
     return Bundle(
         path=folder,
         quantized=open_quantized(folder / QUANTIZED),
@@ -133,17 +141,17 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def _files(folder: Path) -> set[str]:
-    """Every file of the bundle but the seal, relative, with forward slashes."""
+    """Every file of the bundle except ``SHA256SUMS``: relative paths with forward slashes."""
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if not path.is_dir() or path.is_symlink()
-    } - {SEAL}
+    } - {CHECKSUMS}
 
 
-def _read_seal(folder: Path) -> dict[str, str]:
-    """name → sha256. Every line is checked, so that a damaged seal is no seal."""
-    path = folder / SEAL
+def _read_checksums(folder: Path) -> dict[str, str]:
+    """The hashes of ``SHA256SUMS``: name → SHA-256. Raises InputError for any malformed line."""
+    path = folder / CHECKSUMS
     hashes = dict[str, str]()
     try:
         text = path.read_bytes().decode("ascii")
@@ -153,7 +161,7 @@ def _read_seal(folder: Path) -> dict[str, str]:
         digest, separator, name = line[:64], line[64:66], line[66:]
         inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
         if separator != "  " or not inside or set(digest) - set("0123456789abcdef"):
-            raise InputError(path, f"holds the line {line!r}", "Export the bundle again")
+            raise InputError(path, f"has the malformed line {line!r}", "Export the bundle again")
         hashes[name] = digest
     if not hashes or not text.endswith("\n"):
         raise InputError(path, "is not complete", "Export the bundle again")

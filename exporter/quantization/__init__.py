@@ -1,1 +1,1 @@
-"""Integers and scales: how weights become codes, and how codes lie on disk."""
+"""Quantization: schemes, rounding of weights to codes, and the quantized checkpoint on disk."""

@@ -1,16 +1,16 @@
-"""How the runtimes round activations before a matrix product, simulated in torch."""
+"""The runtimes' rounding of activations before a matrix product, simulated in torch."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-#: Activations [..., seq, features] as a runtime rounds them before a matrix product.
+#: Maps activations [..., seq, features] to the values that a runtime rounds them to.
 Rounding = Callable[[Tensor], Tensor]
 
 
 def round_rows_to_int8(x: Tensor) -> Tensor:
-    """x as XNNPACK's dynamic int8 activations hold it: one scale and zero point for each row.
+    """Round x as XNNPACK's dynamic int8 activations do: one scale and zero point per row.
 
     Source: ``xnn_f32_qd8_asymmetric_quantization_params`` in XNNPACK's quantization.h; the range
     always includes zero.
@@ -19,23 +19,25 @@ def round_rows_to_int8(x: Tensor) -> Tensor:
 
 
 def round_prompt_to_int8(x: Tensor, prompt: int) -> Tensor:
-    """x [..., seq, features] as ONNX Runtime's DynamicQuantizeLinear holds it: one scale for all
-    that is read at once, here the first `prompt` rows, and then for each row."""
+    """Round x [..., seq, features] as ONNX Runtime's DynamicQuantizeLinear does, one scale a call.
+
+    The first `prompt` rows are one call (prefill), each later row is one (decode).
+    """
     first, rest = x[..., :prompt, :], x[..., prompt:, :]
     return torch.cat((_round_over(first, (-2, -1)), _round_over(rest, (-1,))), -2)
 
 
-#: The largest number that float16 holds.
+#: The largest finite float16 number.
 LARGEST_HALF = 65504.0
 
 
 def round_to_half(x: Tensor) -> Tensor:
-    """x as float16 holds it."""
+    """Round x to float16; the result is float32."""
     return x.half().float()
 
 
 def _round_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """8 bits with a scale and zero point common to `dims`."""
+    """Round to 8 bits, asymmetric, with one scale and zero point over `dims`."""
     if not x.numel():
         return x
     low = x.amin(dims, keepdim=True).clamp(max=0)
@@ -48,8 +50,8 @@ def _round_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def round_blocks_to_int8(x: Tensor, block: int) -> Tensor:
-    """x as ONNX Runtime's MatMulNBits holds it at accuracy level 4: symmetric blocks, those of
-    the weight; a width that `block` does not divide is one block."""
+    """Round x as ONNX Runtime's MatMulNBits does at accuracy level 4: int8, symmetric, in blocks of
+    `block` features like the weight. If `block` does not divide the width, a row is one block."""
     blocks = x.unflatten(-1, (-1, block if x.shape[-1] % block == 0 else x.shape[-1]))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale == 0, 1.0, scale)

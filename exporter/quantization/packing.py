@@ -1,8 +1,8 @@
-"""Integer codes as bytes, in each of the ways that formats keep them.
+"""Packing of integer codes into bytes, in the conventions of the formats.
 
-Formats differ in two things: what they add to a code before they store it (nothing, so that a code
-is two's complement, or an offset that makes every code positive), and which nibble of a byte holds
-the code of the even column. A `Packing` says both; all packing and unpacking of nibbles is here.
+Formats differ in two things: the offset that is added to a code (none for two's complement, or one
+that makes every code non-negative), and which nibble of a byte holds the code of the even column. A
+`Packing` describes both. All packing and unpacking of nibbles is in this module.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """How a format keeps codes: `offsets` maps bits to what is added to a code of so many bits.
+    """How a format packs codes: `offsets` maps the bits of a code to the offset that is added.
 
-    Codes of 4 bits lie two in a byte, those of even columns in the low nibble, or in the high one
-    with `high_nibble_first`. Codes of 8 bits are one byte each.
+    A byte holds two 4-bit codes: that of the even column in the low nibble, or in the high nibble
+    with `high_nibble_first`. An 8-bit code is one byte.
     """
 
     offsets: Mapping[int, int]
     high_nibble_first: bool = False
 
     def pack(self, codes: Tensor, bits: int) -> Tensor:
-        """int8 codes [rows, columns] to uint8 [rows, columns * bits // 8].
+        """int8 codes [rows, columns] → uint8 [rows, columns * bits // 8].
 
-        Raises ValueError for bits that the format does not keep.
+        Raises ValueError for bits that the format does not store.
         """
         stored = codes.view(torch.uint8) + self._offset(bits)  # modulo 256
         if bits == 8:
@@ -37,9 +37,9 @@ class Packing:
         return low | high << 4
 
     def unpack(self, packed: Tensor, bits: int) -> Tensor:
-        """The inverse of `pack`: uint8 [rows, columns * bits // 8] to int8 [rows, columns].
+        """The inverse of `pack`: uint8 [rows, columns * bits // 8] → int8 [rows, columns].
 
-        Raises ValueError for bits that the format does not keep.
+        Raises ValueError for bits that the format does not store.
         """
         offset = self._offset(bits)
         if bits == 8:
@@ -48,15 +48,15 @@ class Packing:
         if self.high_nibble_first:
             nibbles.reverse()
         stored = torch.stack(nibbles, -1).flatten(1) - offset
-        # The sign bit of 4 bits moves to that of 8.
+        # Sign extension from 4 to 8 bits.
         return (stored << 4).view(torch.int8) >> 4
 
     def _offset(self, bits: int) -> int:
         if bits not in self.offsets or bits not in (4, 8):
             known = ", ".join(map(str, self.offsets))
-            raise ValueError(f"codes of {bits} bits cannot be packed here, only of {known}")
+            raise ValueError(f"cannot pack codes of {bits} bits, only of {known}")
         return self.offsets[bits]
 
 
-#: Codes as they are: those of the quantized checkpoint, and of ONNX's own INT4 and INT8.
+#: Codes without an offset: the quantized checkpoint, and ONNX's INT4 and INT8 types.
 TWOS_COMPLEMENT = Packing({4: 0, 8: 0})

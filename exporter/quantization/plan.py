@@ -1,4 +1,4 @@
-"""The plan of a quantization: which scheme each tensor of a checkpoint is stored in."""
+"""The quantization plan: the scheme of each tensor of a checkpoint."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from exporter.quantization.schemes import FLOAT, Scheme
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """How scales are chosen, the scheme of every tensor, and why some are left in float."""
+    """The rounding method, the scheme of every tensor, and the reason for each tensor in float."""
 
     method: str
     schemes: Mapping[str, Scheme]
@@ -25,9 +25,10 @@ def plan_schemes(
     overrides: Mapping[str, Scheme],
     method: str,
 ) -> QuantizationPlan:
-    """Decide how each tensor is stored; the last override whose pattern matches wins.
+    """Choose the scheme of each tensor; the last override whose pattern matches wins.
 
-    Raises InputError for a pattern that matches nothing and for a scheme that does not fit.
+    Raises InputError for a pattern that matches no tensor, and for a scheme that cannot store a
+    tensor of this shape.
     """
     schemes, reasons = dict[str, Scheme](), dict[str, str]()
     for name, shape in shapes.items():

@@ -48,7 +48,7 @@ from exporter.quantization.schemes import (
 FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "quantized.safetensors", "quantization.json"
 
-#: What a calibration reports, as files in a folder of this name.
+#: The folder of the reports of a calibration.
 REPORTS = "calibration"
 
 QUANTIZED_OUTPUT = Output(WEIGHTS, MANIFEST, (*COMPANION_FILES, REPORTS))
@@ -76,7 +76,7 @@ class QuantizedCheckpoint:
             return unpack_entry(name, scheme, file.get_tensor)
 
     def float_weight(self, name: str) -> torch.Tensor:
-        """The weight as float32, exactly what the codes stand for."""
+        """The dequantized weight in float32, or the float tensor converted to float32."""
         stored = self.read(name)
         if isinstance(stored, QuantizedTensor):
             return stored.dequantize()
@@ -94,14 +94,16 @@ def write_quantized(
 ) -> QuantizedCheckpoint:
     """Write a quantized checkpoint tensor by tensor into a folder; the manifest is written last.
 
-    Integers are those of `calibrated`, or each weight is rounded for itself. `reports` names files
-    of the folder that belong to it.
+    The codes are those of `calibrated`; if it is None, each weight is rounded by the plan's method.
+    `reports` names the files in `out` that are listed in the manifest too. Raises InputError for a
+    weight whose scale is too large for float16.
     """
     (out / MANIFEST).unlink(missing_ok=True)
     packed = dict[str, torch.Tensor]()
 
     def produce(entry: str) -> torch.Tensor:
-        """The tensor of one entry; the parts of a weight follow each other, so one is kept."""
+        """The tensor of one entry. The parts of a weight are consecutive, so the last weight is
+        cached."""
         nonlocal packed
         if entry in plan.schemes:
             on_tensor(entry)
@@ -136,7 +138,7 @@ def write_quantized(
 
 
 def finished_quantized(out: Path, identity: Mapping[str, Any]) -> QuantizedCheckpoint | None:
-    """The finished quantized checkpoint in `out` if it is of this `quantized_identity`."""
+    """The quantized checkpoint in `out` if it is complete and has this identity, else None."""
     if not made_from(out / MANIFEST, identity):
         return None
     hashes = read_json(out / MANIFEST)["files"]
@@ -169,8 +171,10 @@ def quantized_identity(
 
 
 def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """sha256 of every file of the checkpoint that decides the result: file name → hash. Reads the
-    whole checkpoint, so a run calls it once and passes the result on."""
+    """The SHA-256 of the checkpoint's weight files and companion files: file name → hash.
+
+    It reads the whole checkpoint, so a run calls it once and passes the result on.
+    """
     weights = {stored.file for stored in checkpoint.tensors.values()}
     companions = {checkpoint.path / name for name in COMPANION_FILES}
     return {file.name: sha256(file) for file in sorted(weights | companions) if file.is_file()}
@@ -179,8 +183,8 @@ def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 def _entries(
     name: str, scheme: Scheme, shape: tuple[int, ...], float_type: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The entries of one tensor in the file, with their types and shapes; `float_type` is that of
-    a tensor which is left in float."""
+    """The entries of one tensor in the file, with types and shapes; `float_type` is the type of a
+    tensor that is left in float."""
     if scheme == FLOAT:
         return {name: (float_type, shape)}
     return {entry_name(name, part): stored for part, stored in scheme.parts(shape).items()}
@@ -196,7 +200,7 @@ def _check_range(name: str, result: QuantizedTensor) -> None:
 
 
 def open_quantized(folder: Path) -> QuantizedCheckpoint:
-    """Open a quantized checkpoint and check that it is whole. Raises InputError."""
+    """Open a quantized checkpoint and check that its entries are complete. Raises InputError."""
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise InputError(
@@ -239,7 +243,8 @@ def _stored_schemes(
 
 
 def require_whole(quantized: QuantizedCheckpoint) -> None:
-    """Raise InputError for the first file that is not what the manifest's hash says."""
+    """Check every file against its hash in the manifest. Raises InputError for the first that
+    differs."""
     for name, problem in differing_files(quantized.path, quantized.manifest["files"]).items():
         raise InputError(quantized.path / name, problem, "It is damaged: quantize again")
 
@@ -275,7 +280,7 @@ def _check_entries(quantized: QuantizedCheckpoint) -> None:
 
 
 def damaged_tensors(quantized: QuantizedCheckpoint) -> dict[str, str]:
-    """Tensors whose codes or scales break the format's promises: name → what is wrong."""
+    """Tensors with a value that the format does not allow: name → what is wrong."""
     problems = dict[str, str]()
     for name in quantized.schemes:
         stored = quantized.read(name)
@@ -290,10 +295,10 @@ def damaged_tensors(quantized: QuantizedCheckpoint) -> dict[str, str]:
 def write_dequantized(
     quantized: QuantizedCheckpoint, dtype: torch.dtype, out: Path, on_tensor: OnTensor
 ) -> None:
-    """An ordinary Hugging Face folder with the quantized values, for any other engine.
+    """Write a Hugging Face folder with the dequantized weights, for any other engine.
 
     float32 is exact. float16 and bfloat16 round each product of code and scale to 11 and 8
-    significant bits: an int4 code times a scale needs up to 11, so float16 is exact for int4 too
+    significant bits. An int4 code times a scale needs up to 11 bits, so float16 is exact for int4
     unless the product is below 2^-14.
     """
 

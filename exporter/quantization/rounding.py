@@ -1,8 +1,8 @@
 """Rounding of weights to codes, with scales on a portable grid.
 
-Every scale is exactly representable in bfloat16 AND in float16 (8 significant bits, at least
-2^-14), because XNNPACK keeps group scales as bfloat16, Core ML as float16 and ONNX Runtime as
-float32: on this grid they all hold the same number.
+Every scale is exactly representable in bfloat16 and in float16 (8 significant bits, at least
+2^-14), because XNNPACK stores group scales as bfloat16, Core ML as float16 and ONNX Runtime as
+float32. On this grid all three store the same number.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 SMALLEST_SCALE = 2.0**-14
 LARGEST_SCALE = 65280.0
-#: Shares of the absolute maximum that `mse` tries as the range of a group.
+#: Factors of the `absmax` scale that `mse` tries for each group.
 CLIPPING_SHARES = torch.linspace(0.6, 1.1, 26)
 _ROWS_AT_ONCE_VALUES = 1 << 18
 
@@ -28,11 +28,11 @@ def to_scale_grid(scales: Tensor) -> Tensor:
 def quantize(weight: Tensor, scheme: Scheme, method: str) -> QuantizedTensor:
     """Round a weight [out_features, in_features] to codes.
 
-    ``absmax`` takes the smallest scale that clips nothing; ``mse`` tries smaller ranges too and
-    keeps, for each group, the scale of least squared error. Raises ValueError for another method.
+    ``absmax`` takes the smallest scale that clips nothing. ``mse`` tries 0.6 to 1.1 times that
+    scale and takes the one of least squared error, per group. Raises ValueError for another method.
     """
     if method not in ("absmax", "mse"):
-        raise ValueError(f"{method!r} does not round a weight by itself")
+        raise ValueError(f"{method!r} is not absmax or mse")
     lowest, highest = scheme.code_range
     groups = scheme.scale_shape(tuple(weight.shape))[1]
     codes = torch.empty(weight.shape, dtype=torch.int8)
@@ -50,19 +50,19 @@ def quantize(weight: Tensor, scheme: Scheme, method: str) -> QuantizedTensor:
 
 
 def row_blocks(weight: Tensor) -> Iterator[slice]:
-    """Blocks of rows small enough to stay in the processor's cache."""
+    """Slices of rows that are small enough for the processor's cache."""
     rows = max(1, _ROWS_AT_ONCE_VALUES // weight.shape[1])
     return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
 
 
 def round_codes(block: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
-    """Codes, still as floats, of block [rows, groups, group_size] with scale [rows, groups]."""
+    """The codes, as floats, of block [rows, groups, group_size] with scale [rows, groups]."""
     return (block / scale[..., None]).round_().clamp_(lowest, highest)
 
 
 def least_squared_error_scales(weight: Tensor, scheme: Scheme, importance: Tensor) -> Tensor:
-    """Scales [out_features, groups] of least squared error, where the error of each input counts
-    as `importance` [in_features] says."""
+    """Scales [out_features, groups] of least squared error, with the error of each input weighted
+    by `importance` [in_features]."""
     lowest, highest = scheme.code_range
     groups = scheme.scale_shape(tuple(weight.shape))[1]
     scales = torch.empty(weight.shape[0], groups)
@@ -78,7 +78,11 @@ def least_squared_error_scales(weight: Tensor, scheme: Scheme, importance: Tenso
 def _least_squared_error(
     block: Tensor, widest: Tensor, lowest: int, highest: int, importance: Tensor | None = None
 ) -> Tensor:
-    """The best scale on the grid for each group of block [rows, groups, group_size]."""
+    """The portable scale of least squared error for each group of block [rows, groups, group_size].
+
+    `widest` [rows, groups] is the smallest scale that clips nothing; `importance` is
+    [groups, group_size].
+    """
     best_scale, best_error = to_scale_grid(widest), torch.full_like(widest, torch.inf)
     for share in CLIPPING_SHARES.tolist():
         scale = to_scale_grid(widest * share)
@@ -92,7 +96,7 @@ def _least_squared_error(
 
 
 def problem_with_values(stored: QuantizedTensor) -> str | None:
-    """Which promise of its scheme a weight breaks (range of codes, grid of scales), or None."""
+    """What is wrong if a code is out of range or a scale is off the portable grid, else None."""
     lowest, highest = stored.scheme.code_range
     if stored.codes.min() < lowest or stored.codes.max() > highest:
         return f"has a code outside {lowest}..{highest}"

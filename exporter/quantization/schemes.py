@@ -3,10 +3,9 @@
 A weight ``w`` [out_features, in_features] becomes codes ``q`` and scales ``s`` with
 ``w ≈ q * s``; groups of ``group_size`` inputs, or a whole row, share one scale.
 
-A scheme owns its parts: the range of its codes, the tensors in which a weight is stored, with
-their types and shapes, and how codes and scales become these tensors and are read from them. What
-is written to disk (`quantized_checkpoint`, a calibration that can go on after a kill) iterates
-over the parts and knows none of them by name.
+A scheme defines the range of its codes, and its parts: the tensors that store a weight, with their
+types and shapes, and their packing and unpacking. Code that writes weights (the quantized
+checkpoint, the state of a distillation) iterates over the parts and names none of them.
 """
 
 import re
@@ -22,7 +21,7 @@ from exporter.quantization.packing import TWOS_COMPLEMENT
 GROUP_SIZES = (32, 64, 128, 256)
 #: Bits of a code → the lowest and the highest one.
 CODE_RANGE = {4: (-8, 7), 8: (-127, 127)}
-#: The type of packed codes in the quantized checkpoint, by bits: two int4 codes a byte.
+#: The type of packed codes in the quantized checkpoint, by bits; a uint8 holds two int4 codes.
 _CODE_TYPES = {4: torch.uint8, 8: torch.int8}
 
 CODES, SCALES = "codes", "scales"
@@ -30,7 +29,7 @@ CODES, SCALES = "codes", "scales"
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one weight is stored: ``int4-g32``, ``int8`` (one scale a row), ``float``.
+    """How one weight is stored: ``int4-g32``, ``int8`` (one scale per row), ``float``.
 
     `bits` is None for a weight that is left in float. Raises ValueError for unknown bits.
     """
@@ -60,7 +59,7 @@ class Scheme:
         return CODE_RANGE[self.code_bits]
 
     def problem_with(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight of this shape cannot be stored so, or None."""
+        """Why this scheme cannot store a weight of this shape, or None."""
         if self.bits is None:
             return None
         if len(shape) != 2:
@@ -72,12 +71,12 @@ class Scheme:
         return None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """[out_features, number of groups in a row]."""
+        """The shape of the scales: [out_features, number of groups in a row]."""
         return shape[0], shape[1] // self.group_size if self.group_size else 1
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors that store a weight of this shape: part → type and shape, in the order of
-        the file. Raises ValueError for ``float``, which is stored as it is."""
+        the file. Raises ValueError for ``float``, which has no parts."""
         bits = self.code_bits
         return {
             CODES: (_CODE_TYPES[bits], (shape[0], shape[1] * bits // 8)),
@@ -94,12 +93,12 @@ class Scheme:
         }
 
     def unpack(self, part: Callable[[str], Tensor]) -> "QuantizedTensor":
-        """The inverse of `pack`; `part` gives the tensor of each part by its name."""
+        """The inverse of `pack`; `part` returns the tensor of a part by its name."""
         codes = TWOS_COMPLEMENT.unpack(part(CODES).view(torch.uint8), self.code_bits)
         return QuantizedTensor(codes, part(SCALES).to(torch.float32), self)
 
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
-        """All parts of a weight of this shape, in bytes."""
+        """The size of all parts of a weight of this shape, in bytes."""
         return sum(
             dtype.itemsize * torch.Size(size).numel() for dtype, size in self.parts(shape).values()
         )
@@ -109,7 +108,7 @@ FLOAT = Scheme(None)
 
 
 def parse_scheme(text: object, subject: str) -> Scheme:
-    """``int4-g32``, ``int4``, ``int8-g64``, ``int8`` or ``float``, or InputError."""
+    """Parse ``int4-g32``, ``int4``, ``int8-g64``, ``int8`` or ``float``. Raises InputError."""
     if text == "float":
         return FLOAT
     match = re.fullmatch(r"int([48])(?:-g(\d+))?", text) if isinstance(text, str) else None
@@ -118,13 +117,13 @@ def parse_scheme(text: object, subject: str) -> Scheme:
         raise InputError(
             subject,
             f"{text!r} is not a scheme",
-            f"Write int4-gN or int8-gN (N one of {sizes}), int4 or int8 (a scale a row), or float",
+            f"Write int4-gN or int8-gN (N one of {sizes}), int4, int8 (one scale per row) or float",
         )
     return Scheme(int(match[1]), int(match[2]) if match[2] else None)
 
 
 def every_scheme() -> Iterator[Scheme]:
-    """All schemes that there are, smallest first; ``float`` last."""
+    """Every supported scheme, smallest first; ``float`` is last."""
     for bits in sorted(CODE_RANGE):
         for group_size in (None, *reversed(GROUP_SIZES)):
             yield Scheme(bits, group_size)
@@ -140,14 +139,14 @@ class QuantizedTensor:
     scheme: Scheme
 
     def dequantize(self) -> Tensor:
-        """The weight that the codes stand for, float32 [out_features, in_features]."""
+        """Codes times scales, float32 [out_features, in_features]."""
         grouped = self.codes.unflatten(1, (self.scales.shape[1], -1))
         weight: Tensor = (grouped * self.scales[:, :, None]).flatten(1)
         return weight
 
 
 def entry_name(weight: str, part: str) -> str:
-    """The name of a part of a weight in a file: ``lm_head.weight.codes``."""
+    """The name of a part of a weight in a file, such as ``lm_head.weight.codes``."""
     return f"{weight}.{part}"
 
 
@@ -161,5 +160,5 @@ def pack_entries(weights: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
 
 
 def unpack_entry(name: str, scheme: Scheme, entry: Callable[[str], Tensor]) -> QuantizedTensor:
-    """A weight out of a file that holds its parts; `entry` gives a tensor by its name in it."""
+    """Read a weight from a file of parts; `entry` returns a tensor of the file by its name."""
     return scheme.unpack(lambda part: entry(entry_name(name, part)))

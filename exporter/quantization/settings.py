@@ -9,10 +9,11 @@ from exporter.settings import Section
 
 
 class Quantization(Section):
-    """Schemes as text (``int4-g32``, ``int8``, ``float``); overrides map patterns to schemes.
+    """Schemes as text (``int4-g32``, ``int8``, ``float``); `overrides` maps patterns of names to
+    schemes.
 
-    With a `budget` (``5.3 bits`` a weight, or ``90 MB``, scales included) the most sensitive
-    weights become int8 until it is used up.
+    With a `budget` (``5.3 bits`` per weight, or ``90 MB``, both including scales) the most
+    sensitive weights are stored as int8, as far as the budget allows.
     """
 
     linear: str = "int4-g32"
@@ -23,11 +24,12 @@ class Quantization(Section):
 
     @property
     def calibrated(self) -> bool:
-        """Whether text is needed."""
+        """Whether calibration text is needed."""
         return self.method in ("gptq", "distill") or bool(self.budget)
 
     def schemes(self) -> tuple[Scheme, Scheme, dict[str, Scheme]]:
-        """The schemes of linear layers, of the embedding, and of each override's pattern."""
+        """The schemes of linear layers, of the embedding, and of the overrides by pattern. Raises
+        InputError."""
         return (
             parse_scheme(self.linear, "quantization.linear"),
             parse_scheme(self.embedding, "quantization.embedding"),
