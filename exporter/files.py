@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, their hashes, and safetensors."""
+"""Atomic writes of files and folders, output folders, hashes, JSON and safetensors."""
 
 import fcntl
 import json
@@ -17,7 +17,7 @@ import torch
 from devices.files import replacing, sha256, sync, write_json
 from exporter.errors import InputError
 
-#: Four of them are imported: `devices` needs them too, and may import nothing from `exporter`.
+#: Four of them come from `devices`, which needs them too and imports nothing from `exporter`.
 __all__ = (
     "SAFETENSORS_NAMES",
     "Output",
@@ -50,7 +50,7 @@ SAFETENSORS_NAMES = {
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """As `replacing`, for a folder: `path` is replaced as a whole."""
+    """Yield a temporary folder that replaces `path` when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -67,7 +67,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or InputError."""
+    """Read a JSON object from a file. Raises InputError."""
     if not path.is_file():
         raise InputError(path, "no such file", "Give the whole folder that it belongs to")
     try:
@@ -80,12 +80,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of `source`; `target` is replaced atomically."""
     with replacing(target) as out, source.open("rb") as file:
         shutil.copyfileobj(file, out)
 
 
 def differing_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
-    """Files of `folder` that are not what their sha256 says: name → what is wrong."""
+    """Files of `folder` that are missing or whose SHA-256 differs: name → what is wrong."""
     problems = dict[str, str]()
     for name, expected in hashes.items():
         path = folder / name
@@ -97,7 +98,7 @@ def differing_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
 
 
 def made_from(manifest: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether the manifest is there, complete, and of this identity."""
+    """Whether the manifest exists, is complete, and has this identity."""
     try:
         content = read_json(manifest)
     except InputError:  # missing or damaged
@@ -107,8 +108,8 @@ def made_from(manifest: Path, identity: Mapping[str, Any]) -> bool:
 
 
 def may_be_made_from(manifest: Path, known: Mapping[str, Any]) -> bool:
-    """Whether a finished result may be of the same inputs, where only some of them are `known` yet.
-    What is missing or damaged may be."""
+    """Whether the result of this manifest may have the same inputs, as far as they are `known`.
+    True for a manifest that is missing or damaged."""
     try:
         found = read_json(manifest)
     except InputError:
@@ -117,7 +118,7 @@ def may_be_made_from(manifest: Path, known: Mapping[str, Any]) -> bool:
 
 
 def package_versions(*packages: str) -> dict[str, str]:
-    """Versions of installed distributions; what is not installed is left out."""
+    """The versions of installed distributions; one that is not installed is left out."""
     versions = dict[str, str]()
     for package in packages:
         with suppress(metadata.PackageNotFoundError):
@@ -127,9 +128,9 @@ def package_versions(*packages: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Output:
-    """What a run leaves in its folder: `first` is begun first, `finished` is written last.
+    """The names of the files and folders that a run writes into its output folder.
 
-    These are names in the folder itself, of files or of folders.
+    `first` is created first, and `finished` is written last.
     """
 
     first: str
@@ -137,25 +138,27 @@ class Output:
     others: tuple[str, ...] = ()
 
     def names(self) -> set[str]:
+        """All names, and the temporary names under which they are written."""
         return {self.first, self.finished, *self.others} | self.temporary_names()
 
     def temporary_names(self) -> set[str]:
+        """The temporary names, which a killed run may leave."""
         return {f".{name}.tmp" for name in (self.first, self.finished, *self.others)}
 
 
 @contextmanager
 def claim_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) -> Iterator[None]:
-    """Hold the folder `out` for one run.
+    """Create the output folder and lock it for one run.
 
-    A folder with anything foreign in it is refused, and so is a finished run of other inputs,
-    unless `overwrite` clears it. What a killed run left is continued. Raises InputError.
+    A folder with other files in it is refused. A finished result of other inputs is refused too,
+    unless `overwrite`, which deletes it. The files of a killed run are kept. Raises InputError.
     """
     check_folder(out, output, same_inputs, overwrite)
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out, os.O_RDONLY)
     try:
         _lock(descriptor, out)
-        check_folder(out, output, same_inputs, overwrite)  # another run may just have ended
+        check_folder(out, output, same_inputs, overwrite)  # again: another run may have ended
         if (out / output.finished).exists() and not same_inputs:
             _clear(out, output)
         yield
@@ -164,27 +167,27 @@ def claim_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
 
 
 def check_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) -> None:
-    """Raise the InputError that `claim_folder` would raise, without touching anything."""
-    whole = (out, *out.absolute().parents)
-    nearest = next(path for path in whole if path.exists() or path.is_symlink())
+    """Raise the InputError that `claim_folder` would raise; changes nothing."""
+    paths = (out, *out.absolute().parents)
+    nearest = next(path for path in paths if path.exists() or path.is_symlink())
     if not nearest.is_dir():
-        kind = "a file" if nearest.exists() else "a link to nowhere"
+        kind = "a file" if nearest.exists() else "a broken link"
         problem = f"is {kind}" if nearest == out else f"lies below {nearest}, which is {kind}"
         raise InputError(out, problem, "Give a folder for the output")
     if not os.access(nearest, os.W_OK):
         raise InputError(
             out, f"cannot be written ({nearest} is read-only)", "Choose another folder"
         )
-    held = {path.name for path in out.iterdir()} if out.is_dir() else set[str]()
-    foreign = sorted(held - output.names())
-    begun = held & ({output.first} | output.temporary_names())
-    if foreign or (held and not begun):
+    present = {path.name for path in out.iterdir()} if out.is_dir() else set[str]()
+    foreign = sorted(present - output.names())
+    started = present & ({output.first} | output.temporary_names())
+    if foreign or (present and not started):
         raise InputError(
             out,
-            f"holds files of something else ({(foreign or sorted(held))[0]})",
+            f"holds other files ({(foreign or sorted(present))[0]})",
             "Give a new or an empty folder; nothing in this one was changed",
         )
-    if output.finished in held and not same_inputs and not overwrite:
+    if output.finished in present and not same_inputs and not overwrite:
         raise InputError(
             out,
             "holds the finished result of other inputs",
@@ -193,8 +196,8 @@ def check_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
 
 
 def _clear(out: Path, output: Output) -> None:
-    """Remove a finished run. What makes it finished goes first and what marks it as ours last,
-    so that a kill leaves an unfinished run."""
+    """Delete a finished result: `finished` first and `first` last, so that a kill leaves an
+    unfinished run, which the next run accepts."""
     (out / output.finished).unlink()
     names = sorted(path.name for path in out.iterdir() if path.name != output.first)
     for name in (*names, output.first):
@@ -220,9 +223,10 @@ def write_safetensors(
     tensor: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file one tensor at a time, so that memory holds one tensor at most.
+    """Write a safetensors file one tensor at a time, so at most one tensor is in memory.
 
-    `layout` gives dtype and shape of every tensor in file order, `tensor` makes each in turn.
+    `layout` gives the type and shape of every tensor in file order; `tensor` returns the tensor of
+    a name and is called in that order.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -247,6 +251,6 @@ def write_safetensors(
 def write_tensors(
     path: Path, entries: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors that are in memory already as a safetensors file."""
+    """Write tensors that are all in memory as a safetensors file."""
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in entries.items()}
     write_safetensors(path, layout, entries.__getitem__, {"format": "pt", **(metadata or {})})

@@ -1,4 +1,4 @@
-"""What an export will weigh, and how fast it will run on a known device, before it is made.
+"""Predictions before an export: the sizes of its artifacts, and their speed on a known device.
 
 mobilellm inspect examples/mobilellm-r1-nano --device pixel-8
 """
@@ -22,18 +22,18 @@ from exporter.recipe import Recipe, recipes_for
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one recipe would make of a checkpoint for one target, or why it cannot."""
+    """The predicted size and speed of one recipe and target; `problem` says why there is none."""
 
     recipe: str
     target: str
     prediction: Prediction | None
     problem: str = ""
-    #: On a device of the catalogue: at an empty cache, and at a full one.
+    #: On a device of the catalogue: with an empty KV cache, and with a full one.
     speeds: tuple[Speed, ...] = ()
 
 
 def catalogue_device(key: str) -> KnownDevice:
-    """A device that `mobilellm devices` knows. Raises InputError."""
+    """A device of the catalogue by its key, such as ``pixel-8``. Raises InputError."""
     try:
         return known_device(key)
     except DeviceError as error:
@@ -41,16 +41,18 @@ def catalogue_device(key: str) -> KnownDevice:
 
 
 def forecast_recipes(checkpoint: Checkpoint, device: KnownDevice | None = None) -> list[Forecast]:
-    """What the recipes for a checkpoint of this name would make of it."""
+    """The forecasts of all built-in recipes for this checkpoint."""
     recipes = recipes_for(checkpoint.path.name)
-    return [one for recipe in recipes for one in forecast(recipe, checkpoint, device)]
+    return [entry for recipe in recipes for entry in forecast(recipe, checkpoint, device)]
 
 
 def forecast(
     recipe: Recipe, checkpoint: Checkpoint, device: KnownDevice | None = None
 ) -> list[Forecast]:
-    """The predicted sizes for every target of a recipe, and the speeds on a device; needs no
-    toolkit. A budget is taken to be used up."""
+    """The predicted sizes for every target of a recipe, and the speeds on `device`.
+
+    It needs no toolkit. A `budget` is assumed to be used completely.
+    """
     try:
         schemes = quantization_plan(recipe.quantization, checkpoint).schemes
     except InputError as error:
@@ -76,17 +78,19 @@ def forecast(
 def _within_budget(
     prediction: Prediction, recipe: Recipe, config: ModelConfig, schemes: Mapping[str, Scheme]
 ) -> Prediction:
+    """The prediction with the free bits of the recipe's budget added, if it has one."""
     if not recipe.quantization.budget:
         return prediction
     from exporter.calibration.sensitivity import model_bits, parse_budget
 
     budget = parse_budget(recipe.quantization.budget, "quantization.budget", config)
-    more = max(0, budget - model_bits(schemes, config)) // 8
-    return replace(prediction, file=prediction.file + more, memory=prediction.memory + more)
+    free = max(0, budget - model_bits(schemes, config)) // 8
+    return replace(prediction, file=prediction.file + free, memory=prediction.memory + free)
 
 
 def workload(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Workload:
-    """What a decode step reads and multiplies: every matrix but a lookup table, and the cache."""
+    """The bytes that a decode step reads and its multiplications: all weights except an untied
+    embedding, and the KV cache per token of depth."""
     shapes = config.parameter_shapes()
     multiplied = [
         name

@@ -1,4 +1,4 @@
-"""The whole pipeline: checkpoint → quantized checkpoint → artifacts → proof → bundle."""
+"""The pipeline: checkpoint → quantized checkpoint → artifacts → verification → bundle."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from exporter.bundle.bundle import (
     is_bundle,
     is_bundle_of,
     open_bundle,
-    write_seal,
+    write_checksums,
 )
 from exporter.calibration.quantize import (
     QuantizationInputs,
@@ -68,7 +68,7 @@ from exporter.verification import (
 
 @dataclass(frozen=True)
 class DequantizedFolder:
-    """Where to write an ordinary Hugging Face folder with the quantized values, and their type."""
+    """Where to write a Hugging Face folder of the dequantized weights, and their type."""
 
     path: Path
     dtype: torch.dtype
@@ -82,10 +82,10 @@ def quantize(
     overwrite: bool = False,
     dequantized: DequantizedFolder | None = None,
 ) -> QuantizedCheckpoint | None:
-    """Checkpoint → quantized checkpoint, and on request → a Hugging Face folder of its values.
+    """Checkpoint → quantized checkpoint, and optionally a Hugging Face folder of its weights.
 
-    Started by ``torchrun``, all processes distil together and the first one writes; the others
-    return None. Raises InputError.
+    With ``torchrun`` all processes take part in the distillation, the first one writes, and the
+    others return None. Raises InputError.
     """
     plan = quantization_plan(recipe.quantization, checkpoint)
     source = source_hashes(checkpoint)
@@ -95,9 +95,13 @@ def quantize(
     check_folder(out, QUANTIZED_OUTPUT, same, overwrite)
     checkpoint.check_weights()
     with joined_processes() as first:
-        told = progress if first else no_progress
         inputs = quantization_inputs(
-            recipe.quantization, recipe.calibration, checkpoint, plan, source, told
+            recipe.quantization,
+            recipe.calibration,
+            checkpoint,
+            plan,
+            source,
+            progress if first else no_progress,
         )
         if not first:
             join_distillation(checkpoint, inputs, out)
@@ -134,7 +138,7 @@ def lower(
     progress: Progress,
     overwrite: bool = False,
 ) -> FinishedArtifact:
-    """Quantized checkpoint → one artifact."""
+    """Quantized checkpoint → one artifact in `out`. Raises InputError."""
     backend(target.target).check(quantized.config, quantized.schemes, target)
     require_whole(quantized)
     identity = artifact_identity(quantized, target)
@@ -158,7 +162,8 @@ def _lower(
 
 @dataclass(frozen=True)
 class Export:
-    """What an export made; `bundle` is None when a check failed and nothing was sealed."""
+    """The results of an export; `bundle` is None if a check failed, and then the folder is not a
+    finished bundle."""
 
     bundle: Bundle | None
     quantized: QuantizedCheckpoint
@@ -175,7 +180,10 @@ def export(
     overwrite: bool = False,
     text: Path | None = None,
 ) -> Export:
-    """Checkpoint → a verified bundle. A stage that is finished is not run again."""
+    """Checkpoint → verified bundle. A stage that is already finished is not repeated.
+
+    `text` is a file to verify on, by default the built-in sample text. Raises InputError.
+    """
     plan = quantization_plan(recipe.quantization, checkpoint)
     _check_targets(recipe, checkpoint, plan)
     texts: dict[str, Text] = {
@@ -189,14 +197,14 @@ def export(
     inputs = quantization_inputs(
         recipe.quantization, recipe.calibration, checkpoint, plan, source, progress
     )
-    _check_targets(recipe, checkpoint, inputs.plan)  # again: a budget gives some weights 8 bits
+    _check_targets(recipe, checkpoint, inputs.plan)  # again: a budget changes schemes to int8
     packages: dict[str, dict[str, str]] = {
         target.target: artifact_versions(target) for target in recipe.targets
     }
     manifest = bundle_identity(recipe.to_dict(), inputs.identity, packages)
     same = is_bundle_of(out, manifest, inputs.identity)
     with claim_folder(out, bundle_output(), same, overwrite):
-        # An unfinished run of another recipe may have left these.
+        # Folders left by an unfinished run with other targets.
         for other in set(backend_names()) - packages.keys():
             shutil.rmtree(out / other, ignore_errors=True)
         quantized = quantize_checkpoint(checkpoint, inputs, out / BUNDLE_QUANTIZED, progress)
@@ -214,18 +222,18 @@ def export(
         if not all(check.passed for check in checks):
             return Export(None, quantized, artifacts, checks)
         if not is_bundle(out) or file_problems(out):
-            write_seal(out, manifest, quantized, artifacts)
+            write_checksums(out, manifest, quantized, artifacts)
         return Export(open_bundle(out), quantized, artifacts, checks)
 
 
 def _check_targets(recipe: Recipe, checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
-    """Refuse what a target cannot hold before anything is made. Raises InputError."""
+    """Check that every target can store the model. Raises InputError."""
     for target in recipe.targets:
         backend(target.target).check(checkpoint.config, plan.schemes, target)
 
 
 def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """The recipe for these of its targets only; for all of them where no name is given."""
+    """The recipe with the named targets only, or unchanged without names. Raises InputError."""
     kinds = [target.target for target in recipe.targets]
     for name in names:
         if name not in kinds:
@@ -237,7 +245,8 @@ def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
 
 
 def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Check]:
-    """Every check of a finished bundle, or of a quantized checkpoint alone."""
+    """All checks of a finished bundle, or of a quantized checkpoint. Raises InputError for a path
+    that is neither."""
     if (path / QUANTIZED_MANIFEST).is_file() and not is_bundle(path):
         quantized = open_quantized(path)
         return check_quantized_files(quantized) + check_quantized(quantized)

@@ -1,4 +1,7 @@
-"""A bundle on devices: its artifacts become jobs of a session, `devices` does the rest."""
+"""Profiling of a bundle on devices: each artifact becomes a job for a session of `devices`.
+
+mobilellm profile BUNDLE --device DEVICE
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +30,8 @@ from exporter.verification import verification_text
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for on the command line. `threads` 0 leaves the number to the device."""
+    """The options of the command line; with `threads` 0 the device chooses their number, and
+    `timeout` is in seconds."""
 
     devices: Sequence[str]
     targets: Sequence[str] = ()
@@ -41,20 +45,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Profiled:
-    """The report, as `devices/schema.json` says, and how it compares with the baseline."""
+    """The report (`devices/schema.json`), and its comparison with the baseline."""
 
     report: Mapping[str, Any]
     comparisons: Sequence[Comparison]
 
     @property
     def passed(self) -> bool:
-        """Every session came to its end, and every matrix product reached its delegate."""
+        """Whether no session failed and every matrix product ran in its delegate."""
         sessions = self.report["sessions"]
         return all(s["status"] != "failed" and not s["undelegated"] for s in sessions)
 
 
 def profile(path: Path, request: Request, progress: Progress) -> Profiled:
-    """Profile the artifacts of a bundle. Raises InputError before anything is measured."""
+    """Profile the artifacts of a bundle on the requested devices. Raises InputError."""
     bundle = open_bundle(path)
     settings = _settings(bundle, request)
     try:
@@ -71,7 +75,7 @@ def profile(path: Path, request: Request, progress: Progress) -> Profiled:
         made = report.profile(devices, jobs, settings, progress, resume_log, versions)
         report.validate(made)
         if all(session["status"] == "skipped" for session in made["sessions"]):
-            raise InputError(path, f"runs on none of these: {made['sessions'][0]['problem']}")
+            raise InputError(path, f"runs on none of the devices: {made['sessions'][0]['problem']}")
         if request.output is not None:
             write_json(request.output, made)
             report.finish(resume_log)
@@ -81,7 +85,7 @@ def profile(path: Path, request: Request, progress: Progress) -> Profiled:
 
 
 def _settings(bundle: Bundle, request: Request) -> Settings:
-    """The recipe's profile section, the context's own limits aside, with overrides."""
+    """The profile section of the bundle's recipe, with overrides. Raises InputError."""
     recipe = read_json(bundle.path / MANIFEST).get("recipe", {})
     section = recipe.get("profile") or Profile().model_dump(mode="json")
     chosen = parse_profile(section, f"{bundle.path}: profile", request.overrides)
@@ -99,7 +103,8 @@ def _chosen(bundle: Bundle, targets: Sequence[str]) -> list[FinishedArtifact]:
 
 
 def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
-    """One artifact of a bundle for a session. Raises InputError where a file is damaged."""
+    """The job that measures one artifact. Raises InputError for a damaged file, and for a target
+    that no engine in `devices` runs."""
     artifact, quantized = finished.artifact, bundle.quantized
     problems = differing_files(artifact.path, finished.manifest["files"])
     if problems:
@@ -129,14 +134,15 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
 
 
 def _belongs(name: str, main: str) -> bool:
-    """A package's own files, and a model's external data; not what a tokenizer reads."""
+    """Whether a file is part of the model: the file `main`, a file in the folder `main`, or its
+    external data. Tokenizer files are not."""
     return name == main or name.startswith((f"{main}/", f"{main}."))
 
 
 def _texts(
     quantized: QuantizedCheckpoint, tokens: Sequence[int], lengths: Sequence[int]
 ) -> dict[int, str]:
-    """Prompts as text, for runners that read text: about so many tokens."""
+    """Prompts as text for runners that read text: length → a text of about that many tokens."""
     if not lengths or not (quantized.path / "tokenizer.json").is_file():
         return {}
     tokenizer, content = (

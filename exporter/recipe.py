@@ -1,9 +1,9 @@
-"""The recipe: one YAML file that says what to make, with ``key=value`` overrides.
+"""The recipe: a YAML file with all settings of an export, and ``key=value`` overrides.
 
     mobilellm export mobilellm-r1-int4 max_context=4096 --checkpoint facebook/MobileLLM-R1-140M ...
 
-Unknown keys are errors. A target holds facts of deployment, never bits. ``max_context`` of the
-file is that of every target that has none of its own.
+Unknown keys are errors. A target has deployment settings, no quantization settings. The file's
+``max_context`` applies to every target that does not set its own.
 """
 
 import difflib
@@ -28,8 +28,12 @@ _Count = Annotated[int, within(0)]
 
 
 class Profile(Section):
-    """What `mobilellm profile` measures: prompts and depths of the cache in tokens, and until when
-    it repeats: each median within `precision` of itself to either side, or `max_repeats`."""
+    """What `mobilellm profile` measures.
+
+    `prompt_lengths` and `depths` (of the KV cache) are in tokens. A measurement is repeated until
+    the confidence interval of its median is within ± `precision` (relative), or `max_repeats`
+    times.
+    """
 
     prompt_lengths: Annotated[tuple[_Positive, ...], list_of("whole numbers")] = (64, 512)
     depths: Annotated[tuple[_Count, ...], list_of("whole numbers")] = (0, 512, 2048)
@@ -46,15 +50,15 @@ class Profile(Section):
 
 
 def _targets(value: object, info: ValidationInfo) -> object:
-    """Each target as the kind that it names; `info.context` has the subject of a refusal."""
+    """Parse each target as the type of its format; `info.context` has the subject of errors."""
     if not isinstance(value, (list, tuple)):
         raise refusal(f"{value!r} is not a list of targets")
     if not value:
         raise refusal("is empty", f"Name one of {', '.join(names())}")
     subject = (info.context or {}).get("subject", "recipe")
     targets = tuple(
-        one if isinstance(one, Target) else target_from(one, subject, f"targets.{index}")
-        for index, one in enumerate(value)
+        target if isinstance(target, Target) else target_from(target, subject, f"targets.{index}")
+        for index, target in enumerate(value)
     )
     kinds = [target.target for target in targets]
     if len(set(kinds)) != len(kinds):
@@ -68,9 +72,9 @@ def _default_targets() -> tuple[Target, ...]:
 
 
 class Recipe(Section):
-    """Everything that decides an export, apart from the checkpoint's own bytes.
+    """All settings of an export.
 
-    `model` names the checkpoints that it is for; it may be a pattern.
+    `model` names the checkpoints that the recipe is for; it may be a pattern.
     """
 
     name: str
@@ -83,47 +87,47 @@ class Recipe(Section):
     profile: Profile = Profile()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it comes back from JSON."""
+        """The recipe as JSON-compatible data."""
         return self.model_dump(mode="json")
 
     def is_for(self, model: str) -> bool:
-        """Whether it is for a checkpoint whose folder has this name."""
+        """Whether the recipe is for a checkpoint whose folder has the name `model`."""
         return fnmatchcase(model.lower(), Path(self.model).name.lower())
 
 
 class _Shared(Section):
-    """What a recipe's file says once for all its targets."""
+    """Settings of a recipe file that apply to all targets."""
 
     max_context: Context = 2048
 
 
 def recipe_folder() -> Path:
-    """The recipes that come with the tool: inside an installed package, beside it in a checkout."""
+    """The folder of the built-in recipes: in an installed package, or next to it in a checkout."""
     package = Path(__file__).parent
     return next(f for f in (package / "recipes", package.parent / "recipes") if f.is_dir())
 
 
 def all_recipes() -> list[Recipe]:
-    """Every recipe that comes with the tool, by name."""
+    """All built-in recipes, sorted by name."""
     paths = sorted(recipe_folder().glob("*.yaml"), key=lambda path: path.stem)
     return [load_recipe(path) for path in paths]
 
 
 def recipes_for(model: str) -> list[Recipe]:
-    """The recipes for a checkpoint whose folder has this name; where there are none, one for each
-    combination of quantization and context."""
-    found = all_recipes()
-    own = [recipe for recipe in found if recipe.is_for(model)]
-    kinds = dict[str, Recipe]()
-    for recipe in found:
+    """The built-in recipes for a checkpoint whose folder has the name `model`; if there are none,
+    one recipe for each combination of quantization and contexts."""
+    recipes = all_recipes()
+    matching = [recipe for recipe in recipes if recipe.is_for(model)]
+    distinct = dict[str, Recipe]()
+    for recipe in recipes:
         contexts = [(target.target, target.max_context) for target in recipe.targets]
-        kinds.setdefault(repr((recipe.quantization, contexts)), recipe)
-    return own or list(kinds.values())
+        distinct.setdefault(repr((recipe.quantization, contexts)), recipe)
+    return matching or list(distinct.values())
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, given as a file or by the name of one that comes with the tool, and apply
-    ``key=value`` overrides. Raises InputError."""
+    """Read a recipe, given as a file or as the name of a built-in one, and apply ``key=value``
+    overrides. Raises InputError."""
     path = Path(source)
     if not path.is_file() and path.name == str(source):
         path = recipe_folder() / f"{source}.yaml"
@@ -131,7 +135,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(source, *_no_such_recipe(str(source)))
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, an impossible date
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an invalid date
         reason = " ".join(str(error).split())
         raise InputError(path, f"is not valid YAML ({reason})", "Correct the file") from error
     if not isinstance(raw, dict):
@@ -139,46 +143,48 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(overridden({"name": path.stem, **raw}, overrides), str(path))
 
 
-#: Names of recipes once had the size of the model and the length of the context.
-_SIZE, _LONG = re.compile(r"(?<=-)\d+m-"), ("-8k", "max_context=8192")
+#: Earlier versions had the size of the model and the context in the names of recipes.
+_SIZE, _LONG_CONTEXT = re.compile(r"(?<=-)\d+m-"), ("-8k", "max_context=8192")
 
 
 def _no_such_recipe(name: str) -> tuple[str, str]:
-    """The problem, and the recipe that may be meant."""
+    """The problem and the remedy, with the name of a similar recipe if there is one."""
     known = [path.stem for path in recipe_folder().glob("*.yaml")]
-    suffix, override = _LONG
-    general = _SIZE.sub("", name.removesuffix(suffix))
-    if general != name and general in known:
-        new = f"{general} {override}" if name.endswith(suffix) else general
+    suffix, override = _LONG_CONTEXT
+    current = _SIZE.sub("", name.removesuffix(suffix))
+    if current != name and current in known:
+        new = f"{current} {override}" if name.endswith(suffix) else current
         return (
-            "no such recipe: the size of the model and the context are not in its name any more",
-            f"Write {new}; mobilellm recipes lists them all",
+            "no such recipe: recipe names no longer contain the model size and the context",
+            f"Write {new}; to list all recipes, run: mobilellm recipes",
         )
-    remedy = "List the recipes with: mobilellm recipes"
-    near = difflib.get_close_matches(name, known, 1)
-    return "no such recipe", f"Is it {near[0]}? {remedy}" if near else remedy
+    remedy = "To list all recipes, run: mobilellm recipes"
+    similar = difflib.get_close_matches(name, known, 1)
+    return "no such recipe", f"Did you mean {similar[0]}? {remedy}" if similar else remedy
 
 
 def parse_recipe(raw: Mapping[str, Any], subject: str) -> Recipe:
-    """A recipe from plain data, every value checked."""
+    """Validate plain data as a recipe. Raises InputError; `subject` starts its message."""
     values = dict(raw)
     shared = {key: values.pop(key) for key in _Shared.model_fields if key in values}
     if shared:
         parse_section(_Shared, shared, subject)
-        given = values.get("targets", [{"target": one.target} for one in _default_targets()])
-        values["targets"] = _each_with(shared, given)
+        default = [{"target": target.target} for target in _default_targets()]
+        values["targets"] = _each_with(shared, values.get("targets", default))
     recipe = parse_section(Recipe, values, subject, more_keys=tuple(_Shared.model_fields))
     recipe.quantization.schemes()
     return recipe
 
 
 def _each_with(shared: Mapping[str, Any], targets: object) -> object:
-    """Targets with what they leave out; what is no target is left to its refusal."""
+    """The targets with the `shared` settings that they do not set; invalid data is unchanged and
+    is refused later."""
     if not isinstance(targets, list):
         return targets
-    return [{**shared, **one} if isinstance(one, dict) else one for one in targets]
+    return [{**shared, **target} if isinstance(target, dict) else target for target in targets]
 
 
 def parse_profile(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Profile:
-    """The profile section from plain data, with overrides as ``depths=[0,512]``."""
+    """Validate plain data as a profile section, with overrides such as ``depths=[0,512]``. Raises
+    InputError."""
     return parse_section(Profile, overridden(raw, overrides), subject)

@@ -1,7 +1,7 @@
-"""Settings from plain data: YAML, JSON and ``key=value`` overrides become checked models.
+"""Settings: data from YAML, JSON and ``key=value`` overrides is validated by pydantic models.
 
-A section is a frozen pydantic model. An unknown key, a wrong type and a number out of range are
-refused as an InputError with the dotted key and the value.
+A section is a frozen pydantic model. An unknown key, a wrong type or a number out of range raises
+an InputError with the dotted key and the value.
 """
 
 import copy
@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from exporter.errors import InputError
 
-#: The type of the errors that our own validators raise.
+#: The error type of the validators of this project.
 _REFUSED = "refused"
 _UNKNOWN_KEY = ("extra_forbidden", "invalid_key")
 _NOT_A_MAPPING = ("model_type", "dict_type", "mapping_type")
@@ -24,7 +24,7 @@ _TYPES = {"string_type": "str", "int_type": "int", "float_type": "float", "bool_
 
 
 class Section(BaseModel):
-    """Settings that belong together. Values keep their types: ``1`` is not true."""
+    """The base of all sections. Types are strict: ``1`` is not a bool."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -33,25 +33,27 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def refusal(problem: str, remedy: str = "", key: str = "") -> PydanticCustomError:
-    """What a validator raises; `key` is the dotted key of the value, from the validator's own."""
+    """The error for a validator to raise; `key` is the dotted key of the value, relative to the
+    validated section or field."""
     context = {"problem": problem, "remedy": remedy, "key": key}
     return PydanticCustomError(_REFUSED, "{problem}", context)
 
 
-def within(least: float, most: float = math.inf) -> AfterValidator:
-    """A number from `least` to `most`, both included, but not infinity."""
-    span = f"between {least:g} and {most:g}" if most < math.inf else f"{least:g} or more"
+def within(lowest: float, highest: float = math.inf) -> AfterValidator:
+    """A validator for finite numbers from `lowest` to `highest`, both included."""
+    bounded = highest < math.inf
+    limits = f"between {lowest:g} and {highest:g}" if bounded else f"{lowest:g} or more"
 
     def check(value: float) -> float:
-        if not least <= value <= most or value == math.inf:
-            raise refusal(f"{value} is out of range", f"Give a value {span}")
+        if not lowest <= value <= highest or value == math.inf:
+            raise refusal(f"{value} is out of range", f"Give a value {limits}")
         return value
 
     return AfterValidator(check)
 
 
 def list_of(what: str) -> BeforeValidator:
-    """A list, as YAML and JSON have it, for a field that is a tuple."""
+    """A validator that converts a list to a tuple; `what` names its items in the error message."""
 
     def check(value: object) -> object:
         if not isinstance(value, (list, tuple)):
@@ -68,13 +70,16 @@ def parse_section(
     key: str = "",
     more_keys: Sequence[str] = (),
 ) -> AnySection:
-    """A section from plain data. The message of an InputError begins with `subject` and the
-    section's own dotted `key`; `more_keys` are those that the caller knows beside the section's."""
+    """Validate plain data as a section. Raises InputError.
+
+    The error message starts with `subject` and the section's dotted `key`. `more_keys` are allowed
+    keys that the caller has removed from `raw`; the remedy for an unknown key lists them too.
+    """
     try:
         return model.model_validate(raw, context={"subject": subject})
     except ValidationError as error:
         details = error.errors(include_url=False)
-        # A misspelt key is the reason for what else may be wrong.
+        # An unknown key first: a misspelt key causes other errors, such as a missing one.
         first = next((d for d in details if d["type"] in _UNKNOWN_KEY), details[0])
         raise _input_error(model, first, subject, key, more_keys) from error
 
@@ -82,7 +87,7 @@ def parse_section(
 def _input_error(
     model: type[Section], detail: ErrorDetails, subject: str, key: str, more_keys: Sequence[str]
 ) -> InputError:
-    """What is wrong first, in our words."""
+    """The InputError for one error of pydantic."""
     place, value, kind = list(detail["loc"]), detail["input"], detail["type"]
     context, remedy = detail.get("ctx", {}), ""
     if kind in _UNKNOWN_KEY:
@@ -108,7 +113,7 @@ def _input_error(
 
 
 def _section_at(model: type[Section], place: Sequence[int | str]) -> type[Section]:
-    """The section at a place of another one: a field's, or that of a tuple's items."""
+    """The type of the section at `place`, a path of field names and indices in `model`."""
     kind: Any = model
     for part in place:
         kind = kind.model_fields[part].annotation if isinstance(part, str) else get_args(kind)[0]
@@ -117,7 +122,7 @@ def _section_at(model: type[Section], place: Sequence[int | str]) -> type[Sectio
 
 
 def overridden(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of plain data with ``dotted.key=value`` overrides applied. Raises InputError."""
+    """A deep copy of `raw` with ``dotted.key=value`` overrides applied. Raises InputError."""
     values = copy.deepcopy(dict(raw))
     for override in overrides:
         _override(values, override)
@@ -125,12 +130,12 @@ def overridden(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
-    """Set one value; numbers in the key index lists."""
+    """Apply one override to `raw`; a number in the key is an index of a list."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise InputError(text, "is not an override", "Write key=value, as max_context=4096")
     parts = key.split(".")
-    # A pattern of quantization.overrides has dots of its own.
+    # The patterns of quantization.overrides contain dots.
     if parts[:2] == ["quantization", "overrides"]:
         parts = [*parts[:2], ".".join(parts[2:])]
     place: Any = raw
@@ -138,7 +143,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if isinstance(place, list):
             place = _list_item(place, part, text)
         elif isinstance(place, dict):
-            # The recipe may leave out a list that the override begins.
+            # If the recipe has no such list, index 0 creates it.
             place = place.setdefault(part, [{}] if following == "0" else {})
         if not isinstance(place, (dict, list)):
             raise InputError(text, f"{part!r} holds no keys", "See the recipe for its keys")

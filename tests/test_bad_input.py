@@ -505,7 +505,7 @@ OUTPUTS: dict[str, tuple[Row, list[str]]] = {
     ),
     "quantized checkpoint for a folder with a bundle": (
         lambda w: ["quantize", RECIPE, "--checkpoint", str(NANO), "-o", str(w.bundle())],
-        ["bundle", "holds files of something else", "new or an empty folder"],
+        ["bundle", "holds other files", "new or an empty folder"],
     ),
     "dequantized into something else": (
         lambda w: [

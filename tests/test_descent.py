@@ -12,7 +12,7 @@ from roundings import (
 )
 from torch import Tensor
 
-from exporter.quantization import descent
+from exporter.quantization import coordinate_descent as descent
 from exporter.quantization.coordinate_descent import coordinate_descent
 from exporter.quantization.gptq import gptq
 from exporter.quantization.rounding import quantize, to_scale_grid

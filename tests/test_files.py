@@ -225,7 +225,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
 ) -> None:
     message = claim_refused(fill(tmp_path / "out", *held), overwrite=overwrite)
     foreign = next((name for name in held if "thesis" in name or name == ".git"), held[0])
-    assert f"holds files of something else ({foreign})" in message
+    assert f"holds other files ({foreign})" in message
     assert "nothing in this one was changed" in message
 
 

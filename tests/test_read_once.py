@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from calibrating import TEXT, quantize_here, recipe_of, small_checkpoint
-from conftest import LLAMA, MakeCheckpoint
+from calibrating import quantize_here, recipe_of, small_checkpoint
+from conftest import LLAMA, TEXT, MakeCheckpoint
 
 from exporter import pipeline
 from exporter.calibration.calibrate import IDENTITY, START, _keep_or_clear

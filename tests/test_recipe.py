@@ -99,8 +99,8 @@ def test_a_model_without_recipes_has_one_of_each_kind() -> None:
         ("mobilellm-r1-360m-int4-8k", "Write mobilellm-r1-int4 max_context=8192;"),
         ("mobilellm-r1-950m-int4-embed8-8k", "Write mobilellm-r1-int4-embed8 max_context=8192;"),
         ("mobilellm-r1-950m-int4-distill", "Write mobilellm-r1-int4-distill;"),
-        ("smollm2-135m-int4-8k", "Is it smollm2-135m-int4?"),
-        ("mobilellm-r1-nano-in4", "Is it mobilellm-r1-nano-int4?"),
+        ("smollm2-135m-int4-8k", "Did you mean smollm2-135m-int4?"),
+        ("mobilellm-r1-nano-in4", "Did you mean mobilellm-r1-nano-int4?"),
     ],
 )
 def test_an_old_or_misspelt_name_is_refused_with_what_to_write(old: str, new: str) -> None:
