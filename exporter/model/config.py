@@ -7,6 +7,7 @@ that is silently wrong.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -79,6 +80,12 @@ class ModelConfig:
         """The name of the tensor that gives the logits: the embedding's, where both are tied."""
         return EMBEDDING if self.tie_word_embeddings else OUTPUT
 
+    def is_multiplied(self, name: str) -> bool:
+        """Whether a product reads this weight: not the vector of a norm, and not an embedding that
+        is a lookup table only."""
+        only_looked_up = name == EMBEDDING and name != self.output_weight
+        return len(self._shapes[name]) == 2 and not only_looked_up
+
     def layer_weights(self, layer: int) -> LayerWeights:
         """The names of the weights of layer `layer`, counted from 0."""
         family, qk_norm = self.architecture, self.qk_norm
@@ -136,6 +143,10 @@ class ModelConfig:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor a checkpoint of this model holds, in the order of computation."""
+        return dict(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_hidden_layers):
             shapes |= self.layer_shapes(layer)
