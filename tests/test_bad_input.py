@@ -1032,7 +1032,7 @@ def test_wrong_usage_exits_with_2_and_shows_the_usage(
 def test_a_replacement_killed_while_it_cleared_the_old_result_is_continued(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The seal goes first and `quantized` last: here it was killed just before that."""
+    """SHA256SUMS is deleted first and `quantized` last; here the kill came just before that."""
     bundle = world.unfinished()
     for path in bundle.iterdir():
         if path.name == "quantized":

@@ -140,7 +140,7 @@ def test_verify_shows_one_line_for_each_kind_of_check(
 ) -> None:
     outcome = run(capsys, "verify", finished_bundle.path)
     assert outcome.code == 0
-    count = sum(path.is_file() for path in finished_bundle.path.rglob("*")) - 1  # the seal
+    count = sum(path.is_file() for path in finished_bundle.path.rglob("*")) - 1  # SHA256SUMS
     assert re.search(rf"✓ +files +{count} of {count}", outcome.out)
     assert re.search(r"✓ +integers +executorch +57 of 57", outcome.out)
     assert re.search(r"all \d+ checks passed\n", outcome.out)

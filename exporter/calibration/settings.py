@@ -53,10 +53,11 @@ class Calibration(Section):
     distillation is kept. `start` is the rounding that distillation starts from. `teacher` is the
     checkpoint itself, or another one with the same tokenizer.
 
-    Each step has `batch_size` sequences per process, `accumulate` times, and minimizes KL(teacher
-    || student) at `temperature`, plus `hidden_weight` times the mean squared error of the last
-    hidden states. With a `top_k`, the KL is over that many most likely tokens and one bucket for
-    all others; 0 is over all tokens. `activations: int8` simulates XNNPACK's rounding of them.
+    Each step processes `batch_size` sequences per process, `accumulate` times. The loss is
+    KL(teacher || student) at `temperature`, plus `hidden_weight` times the mean squared error of
+    the last hidden states. With a `top_k`, the KL is over the `top_k` most likely tokens and one
+    bucket for all others; 0 is over all tokens. `activations: int8` simulates XNNPACK's rounding of
+    activations.
 
     `learning_rate` is that of the unrounded codes, in codes per step. `scale_learning_rate` is that
     of the logarithms of int4 scales; for int8 scales it is a sixteenth of that.
