@@ -112,7 +112,7 @@ def _read(
     if len(sequences) < 2:
         raise InputError(
             path,
-            f"gives one sequence of {length} tokens; training and evaluation need one each",
+            f"gives one sequence of {length} tokens; at least one more is needed, to be held out",
             "Give more text, or lower calibration.sequence_length",
         )
     held_out = min(len(sequences) - 1, max(1, round(calibration.held_out * len(sequences))))
