@@ -614,7 +614,7 @@ def no_alpha(operation: Any) -> None:
         "a type": ("relu", declare_type("fp32"), "is fp16 .* but declared fp32"),
         "an operator": (
             "relu", rename("elu"),
-            "main: elu: is an operator that the reference interpreter does not know",
+            "main: elu: is an operator that the reference interpreter does not support",
         ),
         "a parameter": ("relu", no_alpha, r"y \(relu\): cannot be computed .*alpha"),
     }.values(),
