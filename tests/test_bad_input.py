@@ -543,7 +543,7 @@ LOWERING: dict[str, tuple[Row, list[str]]] = {
     ),
     "attention of a Core ML delegate": (
         lambda w: w.lower(w.part("quantized"), "delegate=coreml", "attention=portable"),
-        ["attention", "portable is a choice for XNNPACK", "Leave it out"],
+        ["attention", "portable is an option of XNNPACK", "Leave it out"],
     ),
     "half activations in XNNPACK": (
         lambda w: w.lower(w.part("quantized"), "activations=float16"),

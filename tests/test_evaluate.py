@@ -1,4 +1,4 @@
-"""What `mobilellm evaluate` measures, against transformers, by hand, and in every runtime."""
+"""The figures of `mobilellm evaluate` against transformers and by hand, in every runtime."""
 
 import json
 import math
