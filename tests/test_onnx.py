@@ -99,7 +99,7 @@ def test_int8_products_stay_near_the_reference_and_keep_the_integers(
 
 
 def test_the_simulated_block_rounding_is_what_the_runtime_does(lower: Lower) -> None:
-    """On one token: on longer texts the two sums' last bits round some value apart."""
+    """On one token: on longer texts, values on a rounding boundary may round differently."""
     quantized, lowered = lower()
     found = backend.load(lowered.artifact).prefill([7])
     simulated = score(quantized, [7], [0], partial(round_blocks_to_int8, block=32))[0]

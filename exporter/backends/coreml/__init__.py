@@ -139,7 +139,7 @@ def weights(
 
 
 def inspect(path: Path) -> Inspection:
-    """The content of any .mlpackage, from whatever tool. Raises InputError."""
+    """The content of a .mlpackage from any tool. Raises InputError."""
     from exporter.backends.coreml import inspection
 
     return inspection.describe(inspection.inspect_package(path))

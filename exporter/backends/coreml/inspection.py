@@ -223,7 +223,7 @@ def _weights(package: Package) -> Iterator[WeightFormat]:
 
 
 def _constants_of(operation: Any, constants: Mapping[str, Any]) -> dict[str, Any]:
-    """The constants of an operation, held by itself or read by name: parameter → constant."""
+    """The constants of an operation, stored in it or read by name: parameter → constant."""
     held = {name: operation.attributes[name] for name in operation.attributes if name != "name"}
     if not operation.type.startswith("constexpr_"):
         return held

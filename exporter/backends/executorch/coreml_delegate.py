@@ -69,7 +69,7 @@ class _StandIn(nn.Module):
 
 
 def export_step(quantized: QuantizedCheckpoint, target: Target) -> torch.export.ExportedProgram:
-    """The program: one call of the delegate that holds the package."""
+    """The program: one call of the delegate, whose payload contains the package."""
     dtype = torch.float16 if target.activations == "float16" else torch.float32
     example = (torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     stand_in = torch.export.export(

@@ -92,6 +92,7 @@ class Program(nn.Module):
         cos = self.get_buffer("cos").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
         sin = self.get_buffer("sin").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
         positions = start + torch.arange(length)
+        # custom_sdpa is causal by itself and ignores the mask.
         mask = self._mask(positions) if self.portable else tokens
         values = {self.segments.embedded: self._embed(tokens)}
         results = list[Tensor]()

@@ -18,5 +18,5 @@ def stores(name: str, scheme: Scheme, shape: tuple[int, ...], tied: bool) -> str
     """
     multiplied = name != EMBEDDING or tied
     if multiplied and scheme.bits == 8 and scheme.group_size:
-        return "XNNPACK multiplies int8 weights with one scale a row only"
+        return "XNNPACK multiplies int8 weights with one scale per row only"
     return wrong_bits(scheme, FILTER.offsets if multiplied else TABLE.offsets)

@@ -205,7 +205,7 @@ def _content(tensor: TensorProto, data: Path) -> bytes:
         return tensor.raw_data
     place = {entry.key: entry.value for entry in tensor.external_data}
     if place["location"] != data.name:
-        raise InputError(tensor.name, f"lies in {place['location']!r}, not in {data.name}")
+        raise InputError(tensor.name, f"is stored in {place['location']!r}, not in {data.name}")
     with data.open("rb") as file:
         file.seek(int(place["offset"]))
         content = file.read(int(place["length"]))
