@@ -67,13 +67,13 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         "inspect", "Show a checkpoint and the predicted size of each recipe, or a file of a format",
         f"mobilellm inspect {nano}",
         "For a checkpoint: architecture, parameters and data types, and for each recipe the "
-        "predicted size of the file, of the KV cache and of the memory. For a file of a mobile "
-        "format, such as a .mlpackage from any tool: its content.",
+        "predicted size of the file, of the KV cache and of the memory. For a file or package of a "
+        "mobile format: its content, whatever tool made it.",
     )  # fmt: skip
     sub.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="model folder, hub id (owner/name), or a file such as a .mlpackage",
+        help="model folder, hub id (owner/name), or a file of a format",
     )
     sub.add_argument(
         "--device", metavar="NAME",
