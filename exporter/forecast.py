@@ -15,7 +15,7 @@ from exporter.backends._sizes import stored_bytes
 from exporter.calibration.quantize import quantization_plan
 from exporter.errors import InputError
 from exporter.model.checkpoint import Checkpoint
-from exporter.model.config import EMBEDDING, ModelConfig
+from exporter.model.config import ModelConfig
 from exporter.quantization.schemes import Scheme
 from exporter.recipe import Recipe, recipes_for
 
@@ -88,11 +88,7 @@ def _within_budget(
 def workload(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Workload:
     """What a decode step reads and multiplies: every matrix but a lookup table, and the cache."""
     shapes = config.parameter_shapes()
-    multiplied = [
-        name
-        for name, shape in shapes.items()
-        if len(shape) == 2 and (name != EMBEDDING or config.tie_word_embeddings)
-    ]
+    multiplied = [name for name in shapes if config.is_multiplied(name)]
     sizes: Prediction = front(target.target).predict(config, schemes, target)
     heads = config.num_attention_heads * config.head_dim * config.num_hidden_layers
     return Workload(

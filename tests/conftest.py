@@ -101,6 +101,10 @@ OLMO2 = {
 }
 
 TEXT = "".join(f"Ada has {n} eggs and finds {n * 7 % 11} more.\n" for n in range(120))
+#: A small configuration of each family of models.
+FAMILIES: dict[str, dict[str, Any]] = {
+    str(base["model_type"]): base for base in (LLAMA4, LLAMA, QWEN3, OLMO2)
+}
 
 MakeCheckpoint = Callable[..., Path]
 

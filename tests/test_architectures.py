@@ -92,6 +92,7 @@ EACH = pytest.mark.parametrize("model", MODELS, ids=str)
 FLOAT_TARGETS: dict[str, dict[str, Any]] = {
     "executorch": {"target": "executorch"},
     "executorch portable": {"target": "executorch", "attention": "portable"},
+    "executorch coreml": {"target": "executorch", "delegate": "coreml"},
     "onnx contrib": {"target": "onnx", "products": "float"},
     "onnx portable": {"target": "onnx", "form": "portable", "products": "float"},
     "coreml": {"target": "coreml", "activations": "float32", "prefill": 16},

@@ -14,7 +14,7 @@ import pytest
 import torch
 from calibrating import BEGIN, END, quantize_here, recipe_of, small_checkpoint
 from commands import contents
-from conftest import LLAMA, LLAMA4, TEXT, MakeCheckpoint
+from conftest import FAMILIES, TEXT, MakeCheckpoint
 
 from exporter.calibration.cache import cache_lock
 from exporter.calibration.data import CalibrationText, SourceText, read_text
@@ -397,7 +397,7 @@ def test_prompts_of_which_none_fits_are_refused(
     assert list(own_cache.glob("*.jsonl")) == []
 
 
-@pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4", "llama"])
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
 def test_texts_that_are_written_together_are_those_of_a_runner_on_its_own(
     base: dict[str, Any], make_checkpoint: MakeCheckpoint
 ) -> None:

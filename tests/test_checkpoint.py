@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
+from conftest import FAMILIES, LLAMA4, MakeCheckpoint, random_weights
 from safetensors.torch import load_file, save_file
 
 from exporter.errors import InputError
@@ -63,7 +63,7 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
-@pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4_text", "llama"])
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
 def test_every_weight_is_read_as_stored(
     base: dict[str, Any], sharded: bool, dtype: torch.dtype, make_checkpoint: MakeCheckpoint
 ) -> None:
@@ -78,7 +78,7 @@ def test_every_weight_is_read_as_stored(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4_text", "llama"])
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
 def test_an_output_layer_is_read_exactly_when_it_is_not_tied(
     base: dict[str, Any], tied: bool, make_checkpoint: MakeCheckpoint
 ) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from calibrating import Replaced, divergence_of, small_checkpoint
-from conftest import LLAMA, LLAMA4, NANO, MakeCheckpoint
+from conftest import FAMILIES, NANO, MakeCheckpoint
 from roundings import (
     EVERY_SCHEME,
     FEATURES,
@@ -120,7 +120,7 @@ def test_a_weight_of_zeros_stays_zero() -> None:
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4", "llama"])
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
 def test_the_walk_covers_exactly_the_quantized_weights(
     base: dict[str, object], tied: bool, products: torch.dtype, make_checkpoint: MakeCheckpoint
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA, LLAMA4, OLMO2, QWEN3, ROOT, MakeCheckpoint
+from conftest import FAMILIES, LLAMA, LLAMA4, OLMO2, QWEN3, ROOT, MakeCheckpoint
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -27,8 +27,6 @@ from exporter.model.rope import rope_tables, rotate
 from exporter.text.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-4
-#: A small configuration of each family, and its class in transformers.
-FAMILIES = {base["model_type"]: base for base in (LLAMA4, LLAMA, QWEN3, OLMO2)}
 
 
 def lively_weights(config: dict[str, Any]) -> dict[str, Tensor]:

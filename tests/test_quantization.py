@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA, LLAMA4, NANO, MakeCheckpoint, random_weights
+from conftest import FAMILIES, LLAMA, LLAMA4, NANO, MakeCheckpoint, random_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -884,7 +884,7 @@ def test_what_is_no_whole_quantized_checkpoint_is_refused_with_the_entry(
 # The folder with float values.
 
 
-@pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4_text", "llama"])
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
 def test_the_dequantized_folder_in_float32_has_exactly_the_quantized_checkpoints_weights(
     base: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA, LLAMA4, MakeCheckpoint
+from conftest import FAMILIES, MakeCheckpoint
 from torch import Tensor
 
 from exporter.bundle.bundle import Bundle
@@ -22,7 +22,7 @@ from exporter.quantization.activations import (
 from exporter.text.tokenizer import load_tokenizer
 
 KINDS: list[tuple[dict[str, Any], bool]] = [
-    (LLAMA4, True), (LLAMA4, False), (LLAMA, True), (LLAMA, False)
+    (base, tied) for base in FAMILIES.values() for tied in (True, False)
 ]  # fmt: skip
 each_kind = pytest.mark.parametrize(
     ("base", "tied"),

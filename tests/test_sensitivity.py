@@ -11,7 +11,7 @@ import pytest
 import torch
 from calibrating import Replaced, divergence_of, quantize_here, recipe_of, small_checkpoint
 from commands import contents
-from conftest import LLAMA, LLAMA4, MakeCheckpoint
+from conftest import FAMILIES, MakeCheckpoint
 from safetensors.torch import load_file
 
 from exporter.calibration.sensitivity import (
@@ -47,7 +47,7 @@ def rounded_weights(
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4", "llama"])
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
 def test_each_cost_is_that_of_a_whole_model_with_this_weight_alone_rounded(
     base: dict[str, Any], tied: bool, make_checkpoint: MakeCheckpoint
 ) -> None:

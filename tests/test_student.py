@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from calibrating import Replaced, small_checkpoint
-from conftest import LLAMA, LLAMA4, MakeCheckpoint
+from conftest import FAMILIES, MakeCheckpoint
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -129,7 +129,7 @@ def test_the_smallest_scale_survives_being_learned_as_a_logarithm() -> None:
 
 @pytest.mark.parametrize("floats", [(), (EMBEDDING,)], ids=["all", "float embedding"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("base", [LLAMA4, LLAMA], ids=["llama4", "llama"])
+@pytest.mark.parametrize("base", FAMILIES.values(), ids=FAMILIES)
 def test_the_student_computes_what_a_decoder_of_its_integers_does_to_the_last_bit(
     base: dict[str, Any], tied: bool, floats: tuple[str, ...], make_checkpoint: MakeCheckpoint
 ) -> None:

@@ -7,6 +7,7 @@ wrong without a message.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -79,6 +80,14 @@ class ModelConfig:
         """The name of the output layer's weight: the embedding, if both are tied."""
         return EMBEDDING if self.tie_word_embeddings else OUTPUT
 
+    def is_multiplied(self, name: str) -> bool:
+        """Whether the weight is a factor of a matrix product.
+
+        The weight of a norm is not, and neither is an untied embedding, which is a lookup table.
+        """
+        only_looked_up = name == EMBEDDING and name != self.output_weight
+        return len(self._shapes[name]) == 2 and not only_looked_up
+
     def layer_weights(self, layer: int) -> LayerWeights:
         """The names of the weights of layer `layer`, counted from 0."""
         family, qk_norm = self.architecture, self.qk_norm
@@ -136,6 +145,10 @@ class ModelConfig:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the checkpoint by name, in the order of computation."""
+        return dict(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, self.hidden_size)}
         for layer in range(self.num_hidden_layers):
             shapes |= self.layer_shapes(layer)

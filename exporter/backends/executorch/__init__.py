@@ -77,7 +77,7 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             f"XNNPACK's are float32 and int8, not {target.activations}",
             "Leave it out, or set delegate to coreml",
         )
-    check_stored(config, schemes, partial(stores, tied=config.tie_word_embeddings))
+    check_stored(config, schemes, partial(stores, config=config))
 
 
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:

@@ -119,8 +119,7 @@ def read_weights(
     named = {entry.key: entry.segment_index for entry in program.named_data or []}
     shapes = quantized.config.parameter_shapes()
     for name, shape in shapes.items():
-        untied_embedding = name == EMBEDDING and not quantized.config.tie_word_embeddings
-        if untied_embedding:
+        if name == EMBEDDING and not quantized.config.is_multiplied(name):
             continue
         if name not in named:
             raise InputError(f"{path}: {name}", "is not in the program")

@@ -81,14 +81,7 @@ def portable(target: Target) -> bool:
 
 def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> bool:
     """ONNX Runtime's own operators multiply integers, unless a weight is float."""
-    from exporter.model.config import EMBEDDING
-
-    shapes = config.parameter_shapes()
-    multiplied = [
-        scheme
-        for name, scheme in schemes.items()
-        if len(shapes[name]) == 2 and (name != EMBEDDING or config.tie_word_embeddings)
-    ]
+    multiplied = [scheme for name, scheme in schemes.items() if config.is_multiplied(name)]
     return target.form == "contrib" and all(scheme.bits for scheme in multiplied)
 
 
