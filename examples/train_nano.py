@@ -2,11 +2,11 @@
 
     python examples/train_nano.py --output examples/mobilellm-r1-nano
 
-An ordinary Hugging Face folder of 2.5 million parameters that solves the problems of
-``arithmetic.py``. Seeded; takes about 50 minutes on two idle cores.
+The result is a Hugging Face folder with 2.5 million parameters, which solves the problems of
+``arithmetic.py``. Training is seeded and takes about 50 minutes on two idle cores.
 
-A model this small has no outlier channels, and int4 costs it nothing. Large models have them, so
-at the end channels get unequal scales (`spread_channels`), which changes no logit.
+A model this small has no outlier channels, so that int4 would lose nothing. Large models have them.
+Therefore the channels get unequal scales at the end (`spread_channels`), which changes no logit.
 """
 
 import argparse
@@ -92,14 +92,14 @@ CONFIG = {
 
 
 def chat(problem: Problem) -> tuple[str, str]:
-    """The prompt as the chat template writes it, and the completion with its end."""
+    """The prompt in the format of the chat template, and the completion with its end token."""
     turn = f"{HEADER}{{}}{END_OF_HEADER}\n\n"
     prompt = f"{BOS}{turn.format('user')}{problem.question}{END_OF_TURN}{turn.format('assistant')}"
     return prompt, problem.reasoning + END_OF_TURN
 
 
 def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE that splits digits: what ExecuTorch's C++ reader takes too."""
+    """Train byte-level BPE that splits digits, which ExecuTorch's C++ tokenizer also reads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -128,7 +128,7 @@ def model_config() -> ModelConfig:
 def batches(tokenizer: Tokenizer, seed: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Packed conversations: token ids and loss weights, each [batch_size, SEQUENCE_LENGTH + 1].
 
-    The numbers in a question cannot be foreseen, so its tokens weigh little.
+    Tokens of a question have a small weight, since its numbers cannot be predicted.
     """
     stream, ids, weights = problems(seed), list[int](), list[float]()
     needed = batch_size * (SEQUENCE_LENGTH + 1)
@@ -146,7 +146,7 @@ def batches(tokenizer: Tokenizer, seed: int, batch_size: int) -> Iterator[tuple[
 
 
 def initialize(model: Decoder) -> None:
-    """Normal weights; projections into the residual stream start smaller."""
+    """Initialize weights from a normal distribution, smaller for projections into the residual."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -156,10 +156,10 @@ def initialize(model: Decoder) -> None:
 
 @torch.no_grad()
 def spread_channels(model: Decoder, sigma: float, seed: int) -> None:
-    """Scale channels by random powers of two, and what reads them by the inverse.
+    """Scale channels by random powers of two, and the weights that read them by the inverse.
 
-    The model computes the same to the last bit, but neighbouring weights of a row now differ in
-    size, as they do around the outlier channels of large models.
+    The logits stay the same bit for bit. But adjacent weights of a row now differ in size, as they
+    do around the outlier channels of large models.
     """
     config, generator = model.config, torch.Generator().manual_seed(seed)
 
@@ -226,7 +226,7 @@ def train(tokenizer: Tokenizer, args: argparse.Namespace) -> Decoder:
 
 @torch.inference_mode()
 def solve(folder: Path, tokenizer: Tokenizer, count: int) -> float:
-    """Share of held-out problems that the saved checkpoint answers exactly, greedily."""
+    """The share of held-out problems that the saved checkpoint solves with greedy decoding."""
     model = Decoder(model_config(), SEQUENCE_LENGTH)
     weights = {n: t.float() for n, t in load_file(folder / "model.safetensors").items()}
     model.load_state_dict(weights, strict=False)

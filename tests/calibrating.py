@@ -1,4 +1,4 @@
-"""A small checkpoint that reads and writes text, and a calibration of it in a second."""
+"""A small checkpoint with a tokenizer, and a calibration of it that takes a second."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Run one command of the tool in this process; importing the toolkits takes seconds."""
+"""Run one command of the tool in this process, since importing the toolkits takes seconds."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What several tests need: the demo checkpoint, small random ones, and one finished bundle."""
+"""Fixtures of several tests: the demo checkpoint, small random ones, and one finished bundle."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Small models whose logits spread widely, quantized and lowered, and the text that they read."""
+"""Small models with a wide spread of logits, quantized and lowered, and the tokens for them."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""A weight and a Hessian to round it by, and what a rounding costs."""
+"""A weight with a Hessian for tests of rounding, and the error of a rounding."""
 
 import pytest
 import torch

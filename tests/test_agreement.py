@@ -1,4 +1,4 @@
-"""How far two models' logits are apart, on cases worked out by hand."""
+"""The agreement of two models' logits, on cases computed by hand."""
 
 import math
 

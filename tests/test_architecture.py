@@ -1,4 +1,4 @@
-"""The rules of the design that no type checker sees: who imports whom, and what is never used."""
+"""Rules of the design that no type checker checks: imports between modules, and unused code."""
 
 import ast
 import inspect

@@ -443,7 +443,7 @@ RECIPES: dict[str, tuple[Row, list[str]]] = {
     ),
     "int8 groups for a multiplied weight": (
         lambda w: w.export(w.make(), "quantization.linear=int8-g32"),
-        [Q_PROJ, "int8-g32", "one scale a row only", "Use int8"],
+        [Q_PROJ, "int8-g32", "one scale per row only", "Use int8"],
     ),
     "an opset for onnx": (
         lambda w: w.recipe("targets:\n  - target: onnx\n    opset: 9\n"),
@@ -471,7 +471,7 @@ RECIPES: dict[str, tuple[Row, list[str]]] = {
     ),
     "int8 groups for a tied embedding": (
         lambda w: w.export(w.make(), "quantization.embedding=int8-g32"),
-        [EMBEDDING, "int8-g32", "one scale a row only", "Use int8"],
+        [EMBEDDING, "int8-g32", "one scale per row only", "Use int8"],
     ),
 }
 
@@ -543,7 +543,7 @@ LOWERING: dict[str, tuple[Row, list[str]]] = {
     ),
     "attention of a Core ML delegate": (
         lambda w: w.lower(w.part("quantized"), "delegate=coreml", "attention=portable"),
-        ["attention", "portable is a choice for XNNPACK", "Leave it out"],
+        ["attention", "portable is an option of XNNPACK", "Leave it out"],
     ),
     "half activations in XNNPACK": (
         lambda w: w.lower(w.part("quantized"), "activations=float16"),

@@ -252,7 +252,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "rope_parameters as a list": ({"rope_parameters": [1]}, ["rope_parameters", "[1]"]),
     "rope_theta": ({"rope_theta": "big"}, ["rope_theta", "'big'", "greater than one"]),
-    "model type": ({"model_type": "qwen3"}, ["model_type", "'qwen3'", "'llama4_text'"]),
+    "model type": ({"model_type": "gemma3"}, ["model_type", "'gemma3'", "'llama4_text'"]),
     "multimodal Llama 4": ({"model_type": "llama4"}, ["model_type", "'llama4'", "'llama4_text'"]),
     "no model type": ({"model_type": None}, ["model_type", "None", "'llama4_text'"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),

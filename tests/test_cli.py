@@ -45,7 +45,7 @@ def test_the_help_of_a_command_names_an_example_and_the_exit_codes(
     outcome = run(capsys, command, "--help")
     assert outcome.code == 0
     assert f"\n  mobilellm {command}" in outcome.out
-    assert "Exit codes: 0 fine, 1 a check failed, 2 wrong usage" in outcome.out
+    assert "Exit codes: 0 success, 1 a check failed, 2 wrong usage" in outcome.out
 
 
 def test_inspect_as_json_has_the_configuration_and_a_prediction_for_each_recipe(

@@ -113,7 +113,7 @@ def test_a_foreign_package_shows_its_formats_and_what_the_interpreter_lacks(
     assert main.inputs == (Feature("x", "fp32", ("1..16", 256)),)
     assert "elu" in main.unknown
     assert weights in found.weights
-    assert "does not know: " in run(capsys, "inspect", path).out
+    assert "does not support: " in run(capsys, "inspect", path).out
 
 
 @pytest.mark.parametrize(

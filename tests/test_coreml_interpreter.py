@@ -1,4 +1,4 @@
-"""The reference interpreter: every operator against NumPy, states, flexible shapes, strictness.
+"""The reference interpreter: every operator against NumPy, states, flexible shapes, errors.
 
 Programs are made with coremltools' own builder and written in the real format: a protobuf and a
 weight file, which the interpreter reads back.
@@ -124,7 +124,7 @@ def unary(operator: str, expected: Callable[[Array], Array], positive: bool = Fa
 
 
 def binary(operator: str, expected: Callable[[Array, Array], Array], **options: bool) -> Case:
-    """Two operands, of which the second is stretched."""
+    """Two operands, the second of which is broadcast."""
     build: Build = lambda x, y: getattr(mb, operator)(x=x, y=y)  # noqa: E731
     return Case(build, expected, ((2, 3, 4), (3, 1)), **options)
 
@@ -614,7 +614,7 @@ def no_alpha(operation: Any) -> None:
         "a type": ("relu", declare_type("fp32"), "is fp16 .* but declared fp32"),
         "an operator": (
             "relu", rename("elu"),
-            "main: elu: is an operator that the reference interpreter does not know",
+            "main: elu: is an operator that the reference interpreter does not support",
         ),
         "a parameter": ("relu", no_alpha, r"y \(relu\): cannot be computed .*alpha"),
     }.values(),

@@ -1,4 +1,4 @@
-"""A killed export leaves nothing that passes for a bundle, and the next one goes on from there."""
+"""A killed export leaves nothing that is accepted as a bundle, and the next export resumes it."""
 
 import os
 import random

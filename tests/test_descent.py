@@ -1,4 +1,4 @@
-"""Coordinate descent: no step loses more of the products, and what it ends with is consistent."""
+"""Coordinate descent: no step increases the error of the products, and the result is consistent."""
 
 import pytest
 import torch

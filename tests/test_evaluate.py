@@ -1,4 +1,4 @@
-"""What `mobilellm evaluate` measures, against transformers, by hand, and in every runtime."""
+"""The figures of `mobilellm evaluate` against transformers and by hand, in every runtime."""
 
 import json
 import math
@@ -552,8 +552,8 @@ def test_the_checkpoint_solves_what_the_torch_reference_solves(tmp_path: Path) -
     model = open_model(str(NANO), None)
     prompt = load_tokenizer(NANO).encode(load_tokenizer(NANO).chat_text("What is 12 + 7?"))
     (written,) = write_texts(model, [prompt], 40, no_step)
-    model = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
-    theirs = model.generate(
+    original = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
+    theirs = original.generate(
         torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=1
     )[0, len(prompt) :].tolist()
     assert written.ended is (theirs[-1] in model.eos_token_ids)

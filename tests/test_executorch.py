@@ -1,4 +1,4 @@
-"""The ExecuTorch backend: what is in the .pte, and that it computes what the reference does."""
+"""The ExecuTorch backend: the content of the .pte, and its logits against the reference."""
 
 import re
 from pathlib import Path

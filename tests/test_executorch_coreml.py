@@ -1,4 +1,4 @@
-"""The Core ML delegate inside a .pte: its package is taken out and decoded."""
+"""The Core ML delegate inside a .pte: its package is extracted and decoded."""
 
 import json
 import shutil
@@ -287,7 +287,7 @@ def test_a_program_without_the_delegate_is_refused(finished_bundle: Bundle) -> N
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ({"attention": "portable"}, "attention: portable is a choice for XNNPACK"),
+        ({"attention": "portable"}, "attention: portable is an option of XNNPACK"),
         ({"delegate": "xnnpack", "activations": "float16"}, "activations: XNNPACK's are float32"),
         ({"delegate": "mps"}, "'mps' is not one of 'xnnpack', 'coreml'"),
     ],

@@ -1,4 +1,4 @@
-"""GPTQ: later columns make up for what rounding costs, in one weight and over a whole model."""
+"""GPTQ: later columns compensate rounding errors, in one weight and over a whole model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What each token counts in a layer, against the Fisher information, summed over all tokens."""
+"""The importance of tokens in a layer, against the Fisher information summed over all tokens."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The decoder against transformers' own Llama4ForCausalLM and LlamaForCausalLM, in float32."""
+"""The decoder against transformers' Llama4ForCausalLM and LlamaForCausalLM, in float32."""
 
 from functools import cache
 from pathlib import Path

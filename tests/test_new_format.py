@@ -1,4 +1,4 @@
-"""A format is one module: put beside the others, every command knows it."""
+"""A format is one module: added to the others, it works in every command."""
 
 import importlib
 import shutil

@@ -14,9 +14,9 @@ from commands import run
 from lowering import MODELS, SCHEMES, Lower, Lowered, tokens
 
 from exporter import pipeline
+from exporter.backends import onnx as backend
 from exporter.backends import parse_target
 from exporter.backends.executorch import lowering as executorch
-from exporter.backends.onnx import lowering as backend
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
@@ -99,7 +99,7 @@ def test_int8_products_stay_near_the_reference_and_keep_the_integers(
 
 
 def test_the_simulated_block_rounding_is_what_the_runtime_does(lower: Lower) -> None:
-    """On one token: on longer texts the two sums' last bits round some value apart."""
+    """On one token: on longer texts, values on a rounding boundary may round differently."""
     quantized, lowered = lower()
     found = backend.load(lowered.artifact).prefill([7])
     simulated = score(quantized, [7], [0], partial(round_blocks_to_int8, block=32))[0]

@@ -1,4 +1,4 @@
-"""What is costly is done once a run: hashing a checkpoint, parsing schemes, reading weights."""
+"""Costly work is done once per run: hashing a checkpoint, parsing schemes, reading weights."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which weights suffer from few bits, and what a budget does about it."""
+"""The sensitivity of weights to few bits, and the choice of bits for a size budget."""
 
 import json
 import random

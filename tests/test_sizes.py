@@ -1,4 +1,4 @@
-"""The predicted size of an artifact against the artifact itself."""
+"""The predicted size of an artifact against its actual size."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ MID: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "attention_chunk_size": 2048,
 }
-#: 12.0 million parameters, the output layer apart.
+#: 12.0 million parameters without the output layer.
 MID_LLAMA: dict[str, Any] = {
     **LLAMA,
     "vocab_size": 8192,

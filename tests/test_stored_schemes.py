@@ -1,4 +1,4 @@
-"""Which schemes a format stores: what it cannot hold is refused by name, before any work."""
+"""The schemes that a format can store: others are refused by name, before any work."""
 
 from pathlib import Path
 from typing import Any

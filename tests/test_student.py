@@ -1,4 +1,4 @@
-"""The student: what it computes, and the gradients written by hand against autograd's."""
+"""The student of the distillation: its logits, and its gradients against those of autograd."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Documents out of text, JSONL and parquet, and what is said of a file that holds none."""
+"""Documents from text, JSONL and parquet files, and the errors for files without documents."""
 
 import json
 from collections.abc import Sequence

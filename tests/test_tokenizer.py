@@ -1,4 +1,4 @@
-"""Text to tokens and back: chat templates, raw text, and streams of characters in pieces."""
+"""Text to tokens and back: chat templates, raw text, and streams of partial characters."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Negative controls for `verify`: every kind of damage is found, named and counted."""
+"""Negative controls for `verify`: every kind of damage is found, located and counted."""
 
 import json
 import random

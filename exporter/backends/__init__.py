@@ -1,32 +1,33 @@
-"""The mobile formats. Each module or package in this folder is one, found by its name.
+"""The mobile formats. Each module or package in this folder is a format of the same name.
 
-A name that begins with an underscore is not a format. Importing a format loads neither its toolkit
-nor torch; its functions import them when they are called. All formats have the same names:
+Names that begin with an underscore are not formats. Importing a format loads neither its toolkit
+nor torch; its functions import them when they are called. Every format has these names:
 
-- ``Target``: its options, a subclass of `Target` here whose ``target`` is the module's own name.
-  One that sets ``by_default`` is a target of every recipe that names none.
-- ``EXTRA``, ``TOOLKIT``: the extra of the packaging metadata, and the modules that it installs.
-- ``FILE_NAME``, ``FILES``: what a runtime opens, a file or a folder; and every file that `lower`
-  may write. The first one is always written.
-- ``SUFFIX``: that of files, also of other origin, which ``inspect(path) -> Inspection`` reads; ''
-  where there is no such function.
+- ``Target``: its options, a subclass of `Target` here. The field ``target`` is the module's name.
+  With ``by_default``, it is a target of every recipe that names no targets.
+- ``EXTRA``, ``TOOLKIT``: the extra to install, and the modules that the extra installs.
+- ``FILE_NAME``: the file or folder that a runtime opens.
+- ``FILES``: every file that `lower` may write. The first one is always written.
+- ``SUFFIX``: the suffix of the files that ``inspect(path) -> Inspection`` reads, including files
+  that other tools made; '' for a format without `inspect`.
 
-- ``check(config, schemes, target)``: refuse what the format cannot hold, before any work.
+- ``check(config, schemes, target)``: raise InputError for what the format cannot hold.
 - ``predict(config, schemes, target) -> Prediction``: the size of the artifact. Needs no toolkit.
-- ``lower(quantized, target, out) -> Artifact``: repack codes and scales; choose nothing again.
+- ``lower(quantized, target, out) -> Artifact``: write the files. Codes and scales are repacked,
+  never chosen again.
 - ``load(artifact) -> Runner``: the artifact in its own runtime on this machine.
-- ``cross_check(artifact) -> Runner | None``: our own interpreter of the format, where `load` runs
-  a toolkit's runtime and there is one.
-- ``weights(artifact, quantized)``: (name, place, codes and scales) decoded out of the artifact,
-  tensor by tensor.
+- ``cross_check(artifact) -> Runner | None``: the artifact in our reference interpreter, to compare
+  with the runtime of `load`. None where there is no interpreter, or `load` already returns it.
+- ``weights(artifact, quantized)``: every weight decoded from the files of the artifact, as
+  (name, place, codes and scales or floats).
 
-- ``rounding(schemes, target, prompt)``: how its runtime rounds activations where the first
-  `prompt` tokens are read at once, or None.
-- ``largest_activation(target, which)``: beyond it activations overflow; None in float32. `which`
-  is input, output, keys, values or scores.
-- ``portable(target)``: whether a runner with the runtime's core operators alone can run it.
-- ``integers(config, schemes, target)``: whether all products of weights work on integers.
-- ``packages(target)``: the distributions whose versions decide the bytes.
+- ``rounding(schemes, target, prompt)``: how the runtime rounds activations if the prefill reads
+  `prompt` tokens at once; None if it does not round them.
+- ``largest_activation(target, which)``: the largest value before activations overflow; None in
+  float32. `which` is input, output, keys, values or scores.
+- ``portable(target)``: whether a runner with only the runtime's core operators can run it.
+- ``integers(config, schemes, target)``: whether every product with a weight is an integer product.
+- ``packages(target)``: the distributions whose versions determine the bytes of the artifact.
 """
 
 import importlib
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Targets need pydantic, for which ``mobilellm --help`` should not wait."""
+    """Import targets on first use: they need pydantic, which would slow ``mobilellm --help``."""
     if name in ("Target", "parse_target"):
         return getattr(importlib.import_module(f"{__name__}._target"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -57,7 +58,7 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One lowered model: `files` in the folder `path`, and what it was lowered for."""
+    """One lowered model: `files` in the folder `path`, and the target it was lowered for."""
 
     path: Path
     target: "Target"
@@ -65,27 +66,29 @@ class Artifact:
 
 
 class Runner(Protocol):
-    """A model with its cache. Logits are float32 [vocab_size], of the last token."""
+    """A model with a KV cache. Logits are float32 [vocab_size], for the last token read."""
 
     @property
     def context(self) -> int:
-        """How many positions the cache holds."""
+        """The number of positions in the cache."""
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model knows."""
+        """The number of tokens in the vocabulary."""
 
     def prefill(self, tokens: list[int]) -> "Tensor":
-        """Start a new text with these tokens."""
+        """Empty the cache and read these tokens."""
 
     def decode(self, token: int) -> "Tensor":
-        """Continue the text by one token."""
+        """Read one more token."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes of the file, of the whole KV cache, and of memory: what loading and running add to a
-    process, with prompts of up to some hundred tokens."""
+    """Predicted bytes of the file, of the full KV cache, and of memory.
+
+    Memory is what loading and running add to a process, with prompts of up to a few hundred tokens.
+    """
 
     file: int
     kv_cache: int
@@ -94,7 +97,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class InspectedTable:
-    """A table of an `Inspection`. With `numbers`, all columns but the first are right-justified."""
+    """A table of an `Inspection`. With `numbers`, all columns except the first align right."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -104,7 +107,7 @@ class InspectedTable:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a file of a format: `content` as JSON, the rest for people."""
+    """The content of a file: `content` for JSON output, the other fields for the terminal."""
 
     content: Mapping[str, Any]
     title: str
@@ -115,18 +118,20 @@ class Inspection:
 
 def names() -> tuple[str, ...]:
     """The formats in alphabetical order."""
-    found = {module.name for module in pkgutil.iter_modules(__path__)}
-    return tuple(sorted(name for name in found if not name.startswith("_")))
+    modules = {module.name for module in pkgutil.iter_modules(__path__)}
+    return tuple(sorted(name for name in modules if not name.startswith("_")))
 
 
 def front(name: str) -> ModuleType:
-    """The module of a format, whether its toolkit is installed or not."""
+    """The module of a format. Its toolkit need not be installed."""
     return importlib.import_module(f"{__name__}.{name}")
 
 
 def backend(name: str) -> ModuleType:
-    """The module of a format, to lower or to run. Raises MissingExtraError where a part of its
-    toolkit is absent."""
+    """The module of a format whose toolkit is installed, ready to lower and to run.
+
+    Raises MissingExtraError if a part of the toolkit is missing.
+    """
     module = front(name)
     for package in module.TOOLKIT:
         if importlib.util.find_spec(package) is None:
@@ -135,13 +140,13 @@ def backend(name: str) -> ModuleType:
 
 
 def inspector_of(path: Path) -> str | None:
-    """The format that inspects files of this suffix, or None."""
+    """The format that inspects files with this suffix, or None."""
     suffixes = {front(name).SUFFIX: name for name in names()}
     return suffixes.get(path.suffix) if path.suffix else None
 
 
 def check_context(config: "ModelConfig", target: "Target") -> None:
-    """Refuse a context longer than the model was made for. Raises InputError."""
+    """Raise InputError if the context is longer than the model supports."""
     if target.max_context > config.max_position_embeddings:
         raise InputError(
             "max_context",

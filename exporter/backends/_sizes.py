@@ -1,15 +1,15 @@
-"""What several predictions of size share."""
+"""Parts of the size prediction that several formats share."""
 
 import math
 
 from exporter.quantization.schemes import FLOAT, Scheme
 
-#: What a runtime takes beside weights, tables and planned memory.
+#: Memory of a runtime besides weights, tables and planned memory, in bytes.
 RUNTIME_BYTES = 12_000_000
 
 
 def stored_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
-    """A weight as it is multiplied: group scales are bfloat16, scales of a row float32."""
+    """Bytes of codes and scales, with bfloat16 scales per group or float32 scales per row."""
     if scheme == FLOAT:
         return 4 * math.prod(shape)
     codes = math.prod(shape) * (scheme.bits or 0) // 8

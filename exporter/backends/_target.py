@@ -1,4 +1,4 @@
-"""What the options of every format have in common."""
+"""The options that every format has, and how targets are parsed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -21,9 +21,9 @@ Context = Annotated[int, AfterValidator(_long_enough)]
 
 
 class Target(Section):
-    """Facts of a deployment, never bits. `target` names the format."""
+    """The options of a deployment; quantization is not one of them. `target` names the format."""
 
-    #: Whether a recipe that names no targets is for this one.
+    #: Whether recipes that name no targets use this one.
     by_default: ClassVar[bool] = False
 
     target: str
@@ -31,7 +31,7 @@ class Target(Section):
 
 
 def parse_target(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Target:
-    """A target from plain data, with overrides as ``max_context=4096``. Raises InputError."""
+    """A target from plain data, with overrides such as ``max_context=4096``. Raises InputError."""
     return target_from(overridden(raw, overrides), subject)
 
 

@@ -1,6 +1,7 @@
-"""One function for each subcommand: one call into the package, and one display of its result.
+"""One function per subcommand, which calls the package and displays the result.
 
-The package is imported within the functions: ``mobilellm --help`` does not wait for torch.
+Functions import the package themselves, so that ``mobilellm --help`` does not load torch. They
+return the exit code.
 """
 
 import argparse
@@ -10,17 +11,17 @@ from pathlib import Path
 
 from exporter.cli import display, display_models
 
-FINE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+SUCCESS, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """A checkpoint and what each recipe would make of it, or a file that a format can read."""
+    """Show a checkpoint with the predictions of each recipe, or a file of a format."""
     from exporter.backends import backend, inspector_of
 
     kind = inspector_of(Path(args.checkpoint))
     if kind is not None:
-        found = backend(kind).inspect(Path(args.checkpoint))
-        return display_models.print_inspection(found, args.json)
+        inspection = backend(kind).inspect(Path(args.checkpoint))
+        return display_models.print_inspection(inspection, args.json)
     from exporter.forecast import catalogue_device, forecast_recipes
     from exporter.model.checkpoint import open_checkpoint
 
@@ -31,7 +32,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def quantize(args: argparse.Namespace) -> int:
-    """A checkpoint to a quantized checkpoint."""
+    """Quantize a checkpoint."""
     import torch
 
     from exporter import pipeline
@@ -47,14 +48,14 @@ def quantize(args: argparse.Namespace) -> int:
         quantized = pipeline.quantize(
             recipe, checkpoint, args.output, progress, args.overwrite, dequantized
         )
-    if quantized is None:  # a process of torchrun that is not the first
-        return FINE
+    if quantized is None:  # another rank of torchrun writes the result
+        return SUCCESS
     written = (args.dequantize, args.dtype) if args.dequantize else None
     return display_models.print_quantized(recipe.name, quantized, written, clock, args.json)
 
 
 def lower(args: argparse.Namespace) -> int:
-    """A quantized checkpoint to one artifact."""
+    """Lower a quantized checkpoint to one artifact."""
     from exporter import pipeline
     from exporter.backends import parse_target
     from exporter.quantization.quantized_checkpoint import open_quantized
@@ -67,7 +68,7 @@ def lower(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """A checkpoint to a verified bundle."""
+    """Export a checkpoint to a verified bundle."""
     from exporter import pipeline
     from exporter.model.checkpoint import open_checkpoint
     from exporter.recipe import load_recipe
@@ -79,34 +80,34 @@ def export(args: argparse.Namespace) -> int:
             recipe, checkpoint, args.output, progress, overwrite=args.overwrite, text=args.text
         )
     display_models.print_export(result, args.output, clock, args.json)
-    return FINE if result.bundle is not None else CHECK_FAILED
+    return SUCCESS if result.bundle is not None else CHECK_FAILED
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Every check of a bundle or of a quantized checkpoint."""
+    """Verify a bundle or a quantized checkpoint."""
     from exporter import pipeline
 
     with display.progress() as progress:
         checks = pipeline.verify(args.bundle, progress, args.text)
     passed = all(check.passed for check in checks)
     display_models.print_verification(checks, passed, args.json)
-    return FINE if passed else CHECK_FAILED
+    return SUCCESS if passed else CHECK_FAILED
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """The quality of a model, of any kind."""
+    """Measure the quality of a model."""
     from exporter.evaluation import measure
 
-    asked = measure.Measures(
+    measures = measure.Measures(
         **{field.name: getattr(args, field.name) for field in fields(measure.Measures)}
     )
     with display.progress() as progress, display.Clock() as clock:
-        found = measure.evaluate(args.path, args.target, asked, progress)
-    return display_models.print_evaluation(args.path, found, clock, args.json)
+        evaluation = measure.evaluate(args.path, args.target, measures, progress)
+    return display_models.print_evaluation(args.path, evaluation, clock, args.json)
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Text from a model of any kind."""
+    """Generate text with a model."""
     from exporter.inference.answer import begin_answer
     from exporter.inference.generation import Sampling
 
@@ -117,7 +118,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def profile(args: argparse.Namespace) -> int:
-    """A bundle measured on devices."""
+    """Measure a bundle on devices."""
     from exporter import profiling
     from exporter.cli import display_profile
 
@@ -132,31 +133,31 @@ def profile(args: argparse.Namespace) -> int:
     if args.plot:
         display_profile.plot(result.report, args.plot)
     display_profile.print_profile(result.report, result.comparisons, args.json)
-    return FINE if result.passed else CHECK_FAILED
+    return SUCCESS if result.passed else CHECK_FAILED
 
 
 def devices(args: argparse.Namespace) -> int:
-    """The devices that are connected and known."""
+    """List the connected devices and the catalogue."""
     from exporter.cli import display_profile
 
     return display_profile.print_devices(args.json)
 
 
 def recipes(args: argparse.Namespace) -> int:
-    """The recipes that come with the tool."""
+    """List the recipes that come with the tool."""
     from exporter.recipe import all_recipes
 
     return display_models.print_recipes(all_recipes(), args.json)
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """What is missing on this machine."""
+    """Show which packages are installed on this machine."""
     from exporter.cli.doctor import examine
 
     findings = examine()
     fine = all(finding.fine for finding in findings if finding.required)
     display.print_findings(findings, fine, args.json)
-    return FINE if fine else CHECK_FAILED
+    return SUCCESS if fine else CHECK_FAILED
 
 
 #: Every subcommand, in the order of the help.

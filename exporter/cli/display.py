@@ -1,4 +1,4 @@
-"""What the command line shows: tables and JSON on stdout, progress and errors on stderr."""
+"""Output of the command line: tables and JSON on stdout, progress and errors on stderr."""
 
 import json
 import resource
@@ -21,16 +21,17 @@ from rich.progress import (
 )
 from rich.table import Table
 
-#: Where stderr is no terminal, long work says how far it is this often.
+#: The interval of progress lines, in seconds, if stderr is not a terminal.
 _SECONDS_BETWEEN_LINES = 30
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-#: For tables: names are never cut off, the terminal wraps what is too long for it.
+#: For tables. Names are never truncated; the terminal wraps long lines.
 wide = Console(highlight=False, width=400)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table in the style of all tables."""
     return Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
 
 
@@ -45,12 +46,14 @@ class Clock:
         self._seconds = time.perf_counter() - self._started
 
     def figures(self) -> dict[str, float]:
+        """Wall time in seconds and peak memory in bytes, for JSON."""
         # Linux counts in KiB, macOS in bytes.
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return {"seconds": round(self._seconds, 3), "peak_rss_bytes": peak}
 
     def facts(self) -> dict[str, str]:
+        """The same for `print_facts`."""
         figures = self.figures()
         memory = megabytes(int(figures["peak_rss_bytes"]))
         return {"took": f"{figures['seconds']:.1f} s, peak memory {memory}"}
@@ -58,8 +61,10 @@ class Clock:
 
 @contextmanager
 def progress() -> Iterator[Callable[..., None]]:
-    """A bar on stderr for each stage, with its note; now and then a line where stderr is no
-    terminal."""
+    """Show progress on stderr: one bar per stage, or a line now and then without a terminal.
+
+    Yields ``show(stage, done, total, note="")``.
+    """
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")),
@@ -85,13 +90,14 @@ def progress() -> Iterator[Callable[..., None]]:
 
 
 def print_json(content: dict[str, Any]) -> int:
-    """As RFC 8259 has it, which knows neither infinity nor NaN: null, for jq and for JavaScript."""
+    """Print one JSON object (RFC 8259). Infinity and NaN, which JSON does not have, become null."""
     plain = json.loads(json.dumps(content, default=str), parse_constant=lambda _name: None)
     print(json.dumps(plain, ensure_ascii=False, allow_nan=False))
     return 0
 
 
 def print_facts(title: str, facts: dict[str, str]) -> None:
+    """Print a title, and a line per fact below it."""
     out.print(f"[bold]{escape(title)}[/]")
     width = max(map(len, facts))
     for key, value in facts.items():
@@ -99,19 +105,21 @@ def print_facts(title: str, facts: dict[str, str]) -> None:
 
 
 def figure(value: float | None) -> str:
+    """A number with 4 significant digits, '' for None."""
     return "" if value is None else f"{value:.4g}"
 
 
 def megabytes(size: int) -> str:
+    """A number of bytes in MB (10^6)."""
     return f"{size / 1e6:,.1f} MB"
 
 
 def print_findings(findings: Sequence[Any], fine: bool, as_json: bool) -> None:
-    """What `mobilellm doctor` found."""
+    """The findings of `mobilellm doctor`."""
     if as_json:
         print_json({"fine": fine, "findings": [asdict(finding) for finding in findings]})
         return
-    rows = table("", "what", "found", "wanted", "to get it")
+    rows = table("", "package", "found", "required", "install with")
     for finding in findings:
         mark = "[green]✓[/]" if finding.fine else "[red]✗[/]" if finding.required else "–"
         cells = finding.subject, finding.found, finding.wanted, finding.remedy

@@ -1,4 +1,4 @@
-"""What is shown of models: checkpoints, recipes, artifacts, checks, qualities and answers."""
+"""Display checkpoints, recipes, artifacts, checks, evaluations and answers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,7 +34,7 @@ def print_checkpoint(
     device: "KnownDevice | None",
     as_json: bool,
 ) -> int:
-    """The architecture, and the predicted sizes and speeds of each recipe."""
+    """Print the architecture, and the predicted sizes and speeds of each recipe."""
     config = checkpoint.config
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
     if as_json:
@@ -53,7 +53,7 @@ def print_checkpoint(
         "architecture": f"{config.model_type}, {config.num_hidden_layers} layers",
         "parameters": f"{checkpoint.parameter_count:,} ({', '.join(dtypes)})",
         "embedding": f"{config.vocab_size:,} tokens × {config.hidden_size}, "
-        + ("tied to the output layer" if config.tie_word_embeddings else "output layer apart"),
+        + ("tied to the output layer" if config.tie_word_embeddings else "separate output layer"),
         "attention": f"{config.num_attention_heads} heads over {config.num_key_value_heads} "
         f"k/v heads of {config.head_dim}" + (", q/k norm" if config.use_qk_norm else ""),
         "context": f"{config.max_position_embeddings:,} tokens",
@@ -82,7 +82,7 @@ def print_checkpoint(
 
 
 def print_inspection(found: "Inspection", as_json: bool) -> int:
-    """What is in a file of a format."""
+    """Print the content of a file of a format."""
     if as_json:
         return display.print_json(dict(found.content))
     print_facts(found.title, dict(found.facts))
@@ -105,7 +105,7 @@ def print_quantized(
     clock: Clock,
     as_json: bool,
 ) -> int:
-    """A quantized checkpoint; `dequantized` is the folder of its values, and their type."""
+    """Print a quantized checkpoint. `dequantized` is the folder and dtype of --dequantize."""
     size = folder_bytes(quantized.path)
     if as_json:
         return display.print_json(
@@ -131,7 +131,7 @@ def print_artifact(
     clock: Clock,
     as_json: bool,
 ) -> int:
-    """One artifact, lowered into the folder `path`."""
+    """Print one artifact in the folder `path`."""
     size = folder_bytes(finished.artifact.path)
     if as_json:
         content = {"path": str(path), "bytes": size, **finished.manifest, **clock.figures()}
@@ -143,7 +143,7 @@ def print_artifact(
 
 
 def print_export(result: "Export", path: Path, clock: Clock, as_json: bool) -> None:
-    """The sizes of a bundle's parts, and its checks."""
+    """Print the sizes of a bundle's parts, and its checks."""
     sizes = {
         name: folder_bytes(finished.artifact.path) for name, finished in result.artifacts.items()
     }
@@ -164,11 +164,11 @@ def print_export(result: "Export", path: Path, clock: Clock, as_json: bool) -> N
     print_facts(str(path), facts | float_facts(result.quantized) | clock.facts())
     print_checks(result.checks)
     if result.bundle is None:
-        display.err.print("[bold red]not sealed:[/] a check failed, so this is not a bundle yet")
+        display.err.print("[bold red]no bundle:[/] a check failed")
 
 
 def print_verification(checks: Sequence[Any], passed: bool, as_json: bool) -> None:
-    """The checks of a bundle or of a quantized checkpoint."""
+    """Print the checks of a bundle or of a quantized checkpoint."""
     if as_json:
         display.print_json({"passed": passed, "checks": [asdict(check) for check in checks]})
     else:
@@ -176,7 +176,7 @@ def print_verification(checks: Sequence[Any], passed: bool, as_json: bool) -> No
 
 
 def print_answer(answer: "Answer", as_json: bool) -> int:
-    """The text as it comes, then on stderr how long it took."""
+    """Stream the text to stdout, then print the times on stderr."""
     pieces = []
     for piece in answer:
         pieces.append(piece)
@@ -196,18 +196,18 @@ def print_answer(answer: "Answer", as_json: bool) -> int:
         )
     print()
     display.err.print(
-        f"[dim]{answer.kind}: {len(generation.prompt)} tokens read in {seconds['prefill']:.2f} s, "
-        f"{len(generation.tokens)} written in {seconds['decode']:.2f} s "
-        f"({generation.finish_reason})[/]"
+        f"[dim]{answer.kind}: prefill of {len(generation.prompt)} tokens in "
+        f"{seconds['prefill']:.2f} s, decoding of {len(generation.tokens)} in "
+        f"{seconds['decode']:.2f} s ({generation.finish_reason})[/]"
     )
     return 0
 
 
 def print_recipes(recipes: "Sequence[Recipe]", as_json: bool) -> int:
-    """A line for each recipe."""
+    """Print one line per recipe."""
     if as_json:
         return display.print_json({"recipes": [recipe.to_dict() for recipe in recipes]})
-    rows = table("recipe", "linear", "embedding", "scales", "targets")
+    rows = table("recipe", "linear", "embedding", "method", "targets")
     for recipe in recipes:
         q = recipe.quantization
         targets = ", ".join(f"{t.target} ({t.max_context:,} tokens)" for t in recipe.targets)
@@ -217,13 +217,13 @@ def print_recipes(recipes: "Sequence[Recipe]", as_json: bool) -> int:
 
 
 def print_checks(checks: Sequence[Any]) -> None:
-    """Passed checks of a kind in one line; every failed one with where and how much."""
+    """Print one line per kind of passed checks, and one line per failed check."""
     from exporter.verification import failures
 
     kinds = dict[tuple[str, str | None], list[Any]]()
     for check in checks:
         kinds.setdefault((check.check, check.target), []).append(check)
-    rows = table("", "check", "target", "value", "limit", "what")
+    rows = table("", "check", "target", "value", "limit", "subject")
     for (name, target), group in kinds.items():
         failed = list(failures(group))
         for check in failed or group[:1]:
@@ -247,7 +247,7 @@ def print_checks(checks: Sequence[Any]) -> None:
 
 
 def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
-    """The figures of one model, then how they change along the text."""
+    """Print the figures of one model, then the figures by position."""
     if as_json:
         return display.print_json({"path": path, **found.figures(), **clock.figures()})
     facts = {"runs as": found.kind}
@@ -264,21 +264,23 @@ def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
         facts["accuracy"] = f"{task.accuracy:.1%} of {task.problems:,} problems"
         facts["with an answer"] = f"{task.answered:.1%}"
         facts["never ended"] = f"{task.never_ended:.1%}"
-        facts["tokens an answer"] = f"{task.mean_tokens:.1f}"
+        facts["tokens per answer"] = f"{task.mean_tokens:.1f}"
     if generations:
         count = generations.generations
         facts["same generations"] = f"{generations.identical_generations:.1%} of {count:,}"
         facts["first divergence"] = f"at {generations.median_first_divergence:g} (median)"
     print_facts(path, facts | clock.facts())
     if text:
-        rows = table("positions", "perplexity", "KL", "top-1 agreement", title="Along the text")
+        rows = table(
+            "positions", "perplexity", "KL", "top-1 agreement", title="By position in the text"
+        )
         for band in text.agreement_by_position:
             top1 = "" if band.top1_agreement is None else f"{band.top1_agreement:.1%}"
             cells = figure(band.perplexity), figure(band.kl), top1
             rows.add_row(f"{band.first}–{band.last}", *cells)
         wide.print("", rows)
     if generations:
-        rows = table("positions", "same token", title="Along the generations")
+        rows = table("positions", "same token", title="By position in the generation")
         for band in generations.generation_agreement_by_position:
             rows.add_row(f"{band.first}–{band.last}", f"{band.agreement:.1%}")
         wide.print("", rows)
@@ -286,17 +288,18 @@ def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
 
 
 def folder_bytes(folder: Path) -> int:
+    """The bytes of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def float_weights(quantized: Any) -> dict[str, str]:
-    """name → why it is not quantized."""
+    """The weights that are not quantized: name → reason."""
     tensors = quantized.manifest["tensors"]
     return {name: entry["reason"] for name, entry in tensors.items() if "reason" in entry}
 
 
 def float_facts(quantized: Any) -> dict[str, str]:
-    """The float weights by reason, layers run together."""
+    """The float weights by reason. Layer numbers are replaced by N and counted."""
     reasons = dict[str, dict[str, int]]()
     for name, reason in float_weights(quantized).items():
         pattern = ".".join("N" if part.isdigit() else part for part in name.split("."))

@@ -1,4 +1,4 @@
-"""What `profile` and `devices` show. Whatever was not measured on a real device says so."""
+"""Display profiles and devices. Results that are not from a real device are marked."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -13,13 +13,13 @@ from devices.transports import TRANSPORTS, Device, transport_of
 from exporter.cli import display
 from exporter.errors import InputError
 
-#: Operators that are worth a line.
+#: The number of operators to list.
 _TOP = 8
 _PLOTS = (".png", ".svg", ".pdf")
 
 
 def print_devices(as_json: bool) -> int:
-    """What is connected now, and what the catalogue knows."""
+    """Print the connected devices and the catalogue."""
     found = [text for kind in TRANSPORTS for text in transport_of(Device(kind)).connected()]
     if as_json:
         known = [asdict(device) for device in catalogue().values()]
@@ -42,7 +42,7 @@ def print_devices(as_json: bool) -> int:
 def print_profile(
     report: Mapping[str, Any], comparisons: Sequence[Comparison], as_json: bool
 ) -> None:
-    """The sessions of a report, and how they compare with a baseline."""
+    """Print the sessions of a report, and the comparison with a baseline."""
     if as_json:
         display.print_json({**report, "comparisons": [asdict(row) for row in comparisons]})
     else:
@@ -61,7 +61,7 @@ def _print_report(report: Mapping[str, Any], comparisons: Sequence[Comparison]) 
         _print_speeds(session)
         _print_operators(session)
     if comparisons:
-        table = display.table("artifact", "what", "before", "now", "faster by", title="Baseline")
+        table = display.table("artifact", "phase", "before", "now", "speedup", title="Baseline")
         for row in comparisons:
             sure = "" if row.clear else " (intervals overlap)"
             table.add_row(
@@ -74,7 +74,7 @@ def _print_report(report: Mapping[str, Any], comparisons: Sequence[Comparison]) 
 def _facts(session: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     identity, engine, memory = session["identity"], session["engine"], session["memory"]
     if session["kind"] != "real":
-        what = {"virtual": "virtual", "emulated": "EMULATED, no time means anything"}
+        what = {"virtual": "virtual", "emulated": "EMULATED, times are meaningless"}
         yield "no real device", f"{what[session['kind']]} ({identity['kind_reason']})"
     cores = ", ".join(f"{core['count']} × {core['name']}" for core in identity["cores"])
     yield "device", f"{identity['name']}, {identity['system']}, {identity['machine']}: {cores}"
@@ -90,7 +90,10 @@ def _facts(session: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "peak memory", ", ".join(peaks)
     if memory["phases"].get("decode", {}).get("anonymous", -1) > 0:
         seen = memory["phases"]["decode"]
-        yield "of which", f"own {size(seen['anonymous'])}, mapped files {size(seen['file'])}"
+        yield (
+            "decode memory",
+            f"anonymous {size(seen['anonymous'])}, mapped files {size(seen['file'])}",
+        )
     if session["predicted"]:
         memory_use, source = session["predicted"]["memory"], session["predicted"]["source"]
         yield "predicted", f"{size(memory_use)} of memory; speeds from {source}"
@@ -101,7 +104,7 @@ def _facts(session: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         end = f"{last:.1f} at the end of {run['seconds']:.0f} s ({share})"
         yield "sustained", f"{first:.1f} tokens/s at first, {end}"
     if session["energy"]:
-        yield "energy", f"{session['energy']['joules_per_token'] * 1000:.1f} mJ a token"
+        yield "energy", f"{session['energy']['joules_per_token'] * 1000:.1f} mJ per token"
     for what, why in session["not_measured"].items():
         yield f"no {what}", why
 
@@ -128,7 +131,7 @@ def _print_speeds(session: Mapping[str, Any]) -> None:
             name, f"{ms['p50']:.3f} ms", f"{ms['p95']:.3f} ms",
             f"{ms['low']:.3f} to {ms['high']:.3f} ms", f"{rate['p50']:.1f}",
             "" if predicted is None else f"{predicted:.1f}",
-            f"{ms['repeats']} repeats" + ("" if ms["narrow"] else ", [yellow]not narrow yet[/]"),
+            f"{ms['repeats']} repeats" + ("" if ms["narrow"] else ", [yellow]wide interval[/]"),
         )  # fmt: skip
     if session["execute"]:
         ms = session["execute"]
@@ -138,11 +141,11 @@ def _print_speeds(session: Mapping[str, Any]) -> None:
 
 def _print_operators(session: Mapping[str, Any]) -> None:
     if session["operators"]:
-        table = display.table("operator", "calls", "share", "ran by")
+        table = display.table("operator", "calls", "share", "delegate")
         for column in table.columns[1:3]:
             column.justify = "right"
         for row in session["operators"][:_TOP]:
-            runner = row["delegate"] or "the runtime's own kernel"
+            runner = row["delegate"] or "none (runtime kernel)"
             table.add_row(escape(row["name"]), str(row["calls"]), f"{row['share']:.1%}", runner)
         rest = session["operators"][_TOP:]
         if rest:
@@ -155,12 +158,13 @@ def _print_operators(session: Mapping[str, Any]) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Refuse what cannot be drawn before anything is measured. Raises InputError."""
+    """Raise InputError for a file type that cannot be plotted."""
     if path.suffix not in _PLOTS:
         raise InputError(f"--plot {path}", f"is none of {', '.join(_PLOTS)}", "Rename it")
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
+    """Write a plot of a report to `path`."""
     from devices.plots import draw
 
     draw(report, path)

@@ -1,4 +1,4 @@
-"""What this machine has of what the tool can use."""
+"""Compare the installed packages with those that the tool requires or can use."""
 
 import platform
 import sys
@@ -9,13 +9,13 @@ from importlib import metadata
 from packaging.requirements import Requirement
 
 DISTRIBUTION = "mobilellm-exporter"
-#: Extras of which the first only repeats others, and the other is for work on the tool itself.
-_NOT_LOOKED_AT = ("all", "dev")
+#: Extras to skip: `all` repeats the others, `dev` is for work on the tool itself.
+_SKIPPED = ("all", "dev")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked for; a missing `required` one makes the tool unusable."""
+    """A package or Python itself. The tool is unusable if a `required` one is not `fine`."""
 
     subject: str
     found: str
@@ -26,7 +26,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Python, and every distribution that the packaging metadata asks for."""
+    """Examine Python and every distribution in the packaging metadata."""
     version = platform.python_version()
     right = (3, 10) <= sys.version_info[:2] <= (3, 13)
     findings = [Finding("python", version, "3.10 to 3.13", right, True, "")]
@@ -36,7 +36,7 @@ def examine() -> list[Finding]:
         remedy = "pip install -e ."
         return [*findings, Finding(DISTRIBUTION, "not installed", "", False, True, remedy)]
     offered = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
-    extras = [extra for extra in offered if extra not in _NOT_LOOKED_AT]
+    extras = [extra for extra in offered if extra not in _SKIPPED]
     for line in lines:
         requirement = Requirement(line)
         extra = _extra_of(requirement, extras)
@@ -47,7 +47,7 @@ def examine() -> list[Finding]:
 
 
 def _extra_of(requirement: Requirement, extras: Sequence[str]) -> str | None:
-    """'' for a base requirement, an extra's name, or None for one that is not looked at."""
+    """The extra of a requirement, '' for a base requirement, or None for one to skip."""
     if requirement.marker is None:
         return ""
     return next((e for e in extras if requirement.marker.evaluate({"extra": e})), None)

@@ -1,1 +1,1 @@
-"""How close two models are, and how good one is."""
+"""Measure the quality of a model, and the agreement of two models."""

@@ -82,7 +82,7 @@ class MobileLLM(TemplateLM):
         return str(self._loaded.tokenizer_folder).replace("/", "__")
 
     def get_model_info(self) -> dict[str, str]:
-        """The facts that lm-eval writes beside its results."""
+        """The facts that lm-eval stores with its results."""
         return {"model_path": self._path, "model_kind": self._loaded.kind}
 
     def tok_encode(
@@ -199,12 +199,12 @@ class MobileLLM(TemplateLM):
                 return
 
     def _sampling(self, asked: dict[str, Any]) -> Sampling:
-        """Greedy, or sampling with a new seed each time: repeated requests want different texts."""
+        """Greedy, or sampling with a new seed each time, so that repeated requests differ."""
         if not asked["do_sample"]:
             return Sampling(asked["max_gen_toks"])
         unknown = asked.keys() & {"top_k", "min_p", "repetition_penalty", "num_beams"}
         if unknown:
-            raise InputError(", ".join(sorted(unknown)), "is not known here", "Use top_p")
+            raise InputError(", ".join(sorted(unknown)), "is not supported", "Use top_p")
         top_p, seed = float(asked.get("top_p", 1.0)), next(self._seeds)
         return Sampling(asked["max_gen_toks"], asked["temperature"], top_p, seed)
 

@@ -24,7 +24,7 @@ from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Measures:
-    """What to measure; the fields are the options of the command line.
+    """The measurements to make. The fields are the options of the command line.
 
     Raises InputError for values that are out of range or do not go together.
     """
@@ -79,7 +79,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results, None for what was not asked for. `kind` names the model's form and runtime."""
+    """The results, None for those not asked for. `kind` names the model's form and runtime."""
 
     kind: str
     text: TextScore | None

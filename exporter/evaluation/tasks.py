@@ -131,7 +131,7 @@ def _expected(row: Row, place: str) -> str:
 
 
 def _braced(text: str) -> str | None:
-    """`text` up to the brace that closes one before it; None where there is no such brace."""
+    """`text` up to the brace that closes a brace before `text`, or None without such a brace."""
     depth = 1
     for index, character in enumerate(text):
         depth += (character == "{") - (character == "}")

@@ -1,1 +1,1 @@
-"""Models that run: the torch reference, whatever else can be opened, and text from each."""
+"""Run models: the torch reference, loading models of every kind, and generating text."""

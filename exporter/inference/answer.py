@@ -1,4 +1,4 @@
-"""The answer of a model to a prompt, piece by piece: what `mobilellm generate` shows."""
+"""Stream the answer of a model to a prompt, as `mobilellm generate` does."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer that has begun: iterate for its text, then read `generation` and `seconds`."""
+    """An answer in progress. Iterate over its text, then read `generation` and `seconds`."""
 
     kind: str
     prompt_text: str
@@ -24,7 +24,7 @@ class Answer:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time of loading, prefill and decoding."""
+        """Wall time of "load", "prefill" and "decode"."""
         return {"load": self.load_seconds, **self.generation.seconds}
 
 
@@ -36,8 +36,10 @@ def begin_answer(
     raw: bool = False,
     system: str | None = None,
 ) -> Answer:
-    """Load the model of `source` (a bundle, an artifact, a quantized checkpoint or a checkpoint)
-    and encode the prompt, with the chat template unless `raw`. Raises InputError."""
+    """Load the model of `source` and encode the prompt, with the chat template unless `raw`.
+
+    `source` is a bundle, an artifact, a quantized checkpoint or a checkpoint. Raises InputError.
+    """
     started = time.perf_counter()
     model = open_model(source, target)
     loaded = time.perf_counter() - started

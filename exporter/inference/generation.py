@@ -43,7 +43,7 @@ class Sampling:
 
 @dataclass
 class Generation:
-    """A generation: iterate over it for the token ids, then read how it ended.
+    """A generation in progress. Iterate over its token ids, then read how it ended.
 
     `end_ids` are the tokens that end a text. `seconds` has the time of "prefill" and "decode".
     Raises InputError for a prompt that is empty, too long, or not of the model's vocabulary.
@@ -60,11 +60,11 @@ class Generation:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InputError("prompt", "has no tokens", "Give some text")
-        foreign = max(self.prompt)
-        if foreign >= self.runner.vocab_size:
+        largest = max(self.prompt)
+        if largest >= self.runner.vocab_size:
             raise InputError(
                 "prompt",
-                f"gives token {foreign}, outside the model's vocabulary of "
+                f"gives token {largest}, outside the model's vocabulary of "
                 f"{self.runner.vocab_size}",
                 "The tokenizer does not belong to this model",
             )
@@ -103,7 +103,7 @@ def _chooser(sampling: Sampling) -> Callable[[Tensor], int]:
     generator = torch.Generator().manual_seed(sampling.seed)
 
     def choose(logits: Tensor) -> int:
-        below = logits.double() - logits.max()  # so that no temperature is too small
+        below = logits.double() - logits.max()  # avoids overflow at small temperatures
         return sample(below[None], sampling.temperature, sampling.top_p, generator)[0]
 
     return choose

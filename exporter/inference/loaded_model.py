@@ -1,4 +1,4 @@
-"""Open any model to run it: a checkpoint, a quantized checkpoint, an artifact or a bundle."""
+"""Load a model to run it: a checkpoint, a quantized checkpoint, an artifact or a bundle."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from exporter.quantization.quantized_checkpoint import (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can be asked: its runner, and the folder with its tokenizer."""
+    """A model that is ready to run. `kind` names its form and runtime."""
 
     runner: Runner
     tokenizer_folder: Path
@@ -32,19 +32,22 @@ class LoadedModel:
     kind: str
 
 
-#: The cache of a checkpoint or a quantized checkpoint that runs in torch.
+#: The largest KV cache, in tokens, of a model that runs in torch.
 REFERENCE_CONTEXT = 4096
 
 
 def open_model(source: str, target: str | None) -> LoadedModel:
-    """Whatever `source` is: a bundle (`target` picks its artifact), an artifact, a quantized
-    checkpoint or a checkpoint (folder or hub id). Raises InputError."""
+    """Load `source`: a bundle, an artifact, a quantized checkpoint or a checkpoint.
+
+    `target` selects an artifact of a bundle; the default is its first one. A checkpoint is a folder
+    or a hub id. Raises InputError.
+    """
     path = Path(source)
     if _is_bundle(path):
         return _load_artifact(_chosen(open_bundle(path), target))
     if target is not None:
         raise InputError("--target", f"{path} is not a bundle", "Leave the option out")
-    within = inspector_of(path) is not None  # a package is a folder within the artifact's
+    within = inspector_of(path) is not None  # a .mlpackage is a folder inside its artifact
     if path.is_file() or within or (path / ARTIFACT_MANIFEST).is_file():
         return _load_artifact(open_artifact(path))
     quantized = (path / QUANTIZED_MANIFEST).is_file()
@@ -55,9 +58,11 @@ def open_model(source: str, target: str | None) -> LoadedModel:
 
 
 def open_simulated(source: str, target: str | None, prompt: int) -> LoadedModel:
-    """The quantized checkpoint of a bundle in torch, with activations rounded as the runtime of
-    one of its artifacts does it where the first `prompt` tokens are read at once. Raises
-    InputError."""
+    """Load the quantized checkpoint of a bundle in torch, with a runtime's activation rounding.
+
+    The rounding is that of the artifact for `target`, if its prefill reads `prompt` tokens at once.
+    Raises InputError.
+    """
     path = Path(source)
     if not _is_bundle(path):
         raise InputError(

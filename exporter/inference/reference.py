@@ -1,8 +1,8 @@
-"""The torch reference: what every artifact is compared with.
+"""The torch reference, with which every artifact is compared.
 
-`ReferenceRunner` holds a whole model; it generates and scores. The function `score` needs one
-layer in memory at a time and gives the logits of a known text. Both simulate the rounding of a
-runtime on request.
+`ReferenceRunner` has the whole model in memory; it generates text and scores it. The function
+`score` has one layer in memory at a time; it only scores. Both can simulate the activation
+rounding of a runtime.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,29 +27,22 @@ from exporter.model.decoder import (
 from exporter.model.rope import rope_tables
 from exporter.quantization.activations import Rounding
 
-#: Told of values that a part of the model reads or writes: its name, and which they are.
+#: ``observe(module, which, values)``: called with values that a module reads or computes.
 Observe = Callable[[str, str, Tensor], None]
 
 
 class ReferenceRunner:
-    """A `Runner` in torch, float32; with `rounding` of the inputs of every matrix product."""
+    """A `Runner` in torch, float32. `rounding` rounds the inputs of every matrix product."""
 
     def __init__(
         self, source: FloatWeights, context: int, rounding: Rounding | None = None
     ) -> None:
         self._decoder = load_decoder(source, context)
         self._cache = StaticCache(source.config, context)
+        self.context, self.vocab_size = context, source.config.vocab_size
         if rounding:
             _round_inputs(self._decoder.model, rounding)
             _round_single_inputs(self._decoder.lm_head, rounding)
-
-    @property
-    def context(self) -> int:
-        return self._decoder.context
-
-    @property
-    def vocab_size(self) -> int:
-        return self._decoder.config.vocab_size
 
     def prefill(self, tokens: list[int]) -> Tensor:
         self._cache.start = 0
@@ -60,8 +53,10 @@ class ReferenceRunner:
 
     @torch.inference_mode()
     def score(self, tokens: Sequence[int], first: int, rows: int) -> Iterator[Tensor]:
-        """Logits of a whole text from its position `first` on, float32 [up to `rows`,
-        vocab_size] at a time: those of all positions may not fit into memory."""
+        """Logits of a text from position `first` on, float32 [up to `rows`, vocab_size] at a time.
+
+        The logits of all positions together may not fit into memory.
+        """
         positions = torch.arange(len(tokens))
         states = self._decoder.hidden_states(torch.tensor([list(tokens)]), positions, attend_causal)
         for part in states[0, first:].split(rows):
@@ -87,9 +82,9 @@ def score(
 ) -> Tensor:
     """Logits float32 [len(positions), vocab_size] at these positions of one text.
 
-    With `rounding`, the inputs of every matrix product are rounded as some runtime does it. What
-    goes into each linear layer and normalization and what comes out is shown to `observe`, and so
-    are keys, values and scores of each attention.
+    `rounding` rounds the inputs of every matrix product, as some runtime does. `observe` is called
+    with the input and output of each linear layer and each norm, and with the keys, values and
+    scores of each attention.
     """
     return score_each(source, tokens, positions, [rounding], observe)[0]
 
@@ -102,8 +97,10 @@ def score_each(
     roundings: Sequence[Rounding | None],
     observe: Observe | None = None,
 ) -> list[Tensor]:
-    """What `score` gives for each of these roundings, in one pass over the weights; the first one
-    is shown to `observe`."""
+    """The result of `score` for each rounding, in one pass over the weights.
+
+    `observe` is called for the first rounding only.
+    """
     config = source.config
     cos, sin = rope_tables(config, len(tokens))
     x = embed(source, torch.tensor([list(tokens)]))
@@ -128,7 +125,7 @@ def score_each(
 def _hooked(
     module: nn.Module, prefix: str, rounding: Rounding | None, observe: Observe | None
 ) -> Iterator[None]:
-    """Round the inputs of the module's products and show what it computes, for a while."""
+    """Round the inputs of the module's products and observe it, while the context is open."""
     hooks = _round_inputs(module, rounding) if rounding else []
     hooks += _show(module, prefix, observe) if observe else []
     try:
@@ -139,7 +136,7 @@ def _hooked(
 
 
 def _show(module: nn.Module, prefix: str, observe: Observe) -> list[RemovableHandle]:
-    """Call `observe` at every linear layer and normalization of `module`."""
+    """Call `observe` with the input and output of every linear layer and norm in `module`."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def show(_: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
@@ -156,8 +153,10 @@ def _show(module: nn.Module, prefix: str, observe: Observe) -> list[RemovableHan
 
 
 def _show_attention(observe: Observe) -> Attend:
-    """Causal attention that shows what it works on; of the scores the masked ones too, since a
-    runtime computes them all."""
+    """Causal attention that calls `observe` with keys, values and scores.
+
+    The scores include the masked ones, since a runtime computes them too.
+    """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
@@ -178,7 +177,7 @@ def _round_inputs(parent: nn.Module, rounding: Rounding) -> list[RemovableHandle
 
 
 def _round_single_inputs(layer: nn.Linear, rounding: Rounding) -> None:
-    """Every row by itself: the output layer reads only the last of a prompt."""
+    """Round each row by itself: in a runtime, the output layer reads only the last position."""
     layer.register_forward_pre_hook(
         lambda _, inputs: (rounding(inputs[0].unsqueeze(-2)).squeeze(-2),)
     )

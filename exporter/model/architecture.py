@@ -1,8 +1,8 @@
-"""Families of decoders as data: what distinguishes `llama4_text`, `llama` and the others.
+"""Model families as data: the differences between `llama4_text`, `llama` and the others.
 
-To add a family whose parts are all known, add an `Architecture` to `ARCHITECTURES`. What it says is
-read in three places only: `config` (which keys are refused), `walk` (the order of operations) and
-`rope` (which numbers of a head are a pair). No backend reads it.
+A family whose operations all exist needs only an entry in `_FAMILIES`. Three modules read it:
+`config` (defaults and refused keys), `walk` (the order of operations) and `rope` (the pairs of
+numbers that RoPE rotates).
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class QKNorm:
-    """The RMS normalization of queries and keys: over each head or over all heads together, with
-    a weight or without, before or after RoPE."""
+    """RMS norm of queries and keys: over each head or over all heads together, with a weight or
+    without, before or after RoPE."""
 
     over: Literal["each head", "all heads"]
     weighted: bool
@@ -24,17 +24,16 @@ class QKNorm:
 class Architecture:
     """One family, named by the `model_type` of its ``config.json``.
 
-    The four norms are names of modules in a layer, None where the family has no norm there. A
-    pre-norm is applied to the input of attention or MLP, a post-norm to the output, before the
-    residual is added. `rope_interleaved` says that RoPE rotates adjacent numbers of a head as a
-    pair; otherwise a number and the one half a head further on.
+    The fields of the layer: `mlp` and the four norms are names of its modules. A norm is None if
+    the family does not have it. A pre-norm is applied to the input of attention or MLP, and a
+    post-norm to the output before the residual sum. With `rope_interleaved`, RoPE rotates pairs of
+    adjacent numbers of a head; otherwise the numbers of a pair are half a head apart.
 
-    The rest is about ``config.json``: `intermediate_size` is the key of the MLP's width,
-    `head_dim`, `num_key_value_heads`, `rope_theta` and `rms_norm_eps` are transformers' defaults
-    for keys that are left out (None: ``hidden_size // num_attention_heads``, and
-    `num_attention_heads`), `layers_listed_by` is the key that lists what kind of attention each
-    layer has, and `refused` maps the keys of features that no decoder here computes to what is
-    supported instead.
+    The fields for ``config.json``: `intermediate_size` is the key of the MLP's width. `head_dim`,
+    `num_key_value_heads`, `rope_theta` and `rms_norm_eps` are transformers' defaults for missing
+    keys; None stands for ``hidden_size // num_attention_heads`` and for `num_attention_heads`.
+    `layers_listed_by` is the key with the kind of attention of each layer. `refused` maps keys of
+    unsupported features to the supported values, for the error message.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""A Hugging Face folder in: validated whole before any work starts, read tensor by tensor.
+"""Open a Hugging Face folder: check it completely, then read it tensor by tensor.
 
 python -m exporter inspect examples/mobilellm-r1-nano
 """
@@ -15,7 +15,7 @@ from exporter.errors import InputError
 from exporter.files import read_json
 from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig, parse_config
 
-#: Files that travel with the model, byte for byte, whenever they are present.
+#: Files that are copied unchanged with the model, if they are present.
 COMPANION_FILES = (
     "config.json",
     "generation_config.json",
@@ -33,7 +33,7 @@ WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.floa
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what its file's header says of it."""
+    """The file, dtype and shape of a tensor."""
 
     file: Path
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored. Raises InputError where it holds NaN or infinity."""
+        """The tensor as stored. Raises InputError if it has NaN or infinity."""
         stored = self.tensors[name]
         with safe_open(stored.file, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
@@ -69,17 +69,18 @@ class Checkpoint:
         return self.read(name).to(torch.float32)
 
     def check_weights(self) -> None:
-        """Read every tensor once, so that a bad value is found before long work starts."""
+        """Read every tensor once, before long work. Raises InputError for NaN or infinity."""
         for name in self.tensors:
             self.read(name)
 
     @property
     def parameter_count(self) -> int:
+        """The number of parameters. A tied embedding counts once."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open a folder, or fetch a hub id such as ``facebook/MobileLLM-R1-140M``.
+    """Open a folder, or download a hub id such as ``facebook/MobileLLM-R1-140M``.
 
     Reads the configuration and the headers of the weight files, not the weights.
     Raises InputError with the key or tensor, its value, the reason and the remedy.
@@ -103,7 +104,10 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def special_tokens(folder: Path, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
-    """The begin-of-text id, and the ids that end a text; generation_config.json goes first."""
+    """The id that begins a text (or None), and the ids that end one.
+
+    generation_config.json takes precedence over config.json.
+    """
     ids: dict[str, tuple[int, ...]] = {"bos_token_id": (), "eos_token_id": ()}
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
@@ -129,7 +133,7 @@ def _token_ids(key: str, value: object, path: Path, vocab_size: int) -> tuple[in
 
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Every tensor of every weight file of the folder, from the headers."""
+    """Every tensor in the weight files of the folder, from their headers."""
     index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index_path.is_file():
         weight_map = read_json(index_path).get("weight_map")
@@ -152,7 +156,7 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def _inside(folder: Path, name: object, index: Path) -> Path:
-    """The shard's path, refused where it would leave the folder."""
+    """The path of a shard. Raises InputError if it is outside of the folder or missing."""
     if not isinstance(name, str) or Path(name).name != name:
         raise InputError(
             f"{index}: weight_map",
@@ -190,7 +194,7 @@ def _read_header(file: Path, names: list[str] | None) -> Iterator[tuple[str, Sto
 
 
 def _drop_tied_copy(stored: dict[str, StoredTensor], folder: Path) -> None:
-    """Some writers store the tied output layer as well: leave it out if it is the embedding."""
+    """Drop a stored copy of a tied embedding. Raises InputError if the two differ."""
     copy, embedding = stored.pop(OUTPUT, None), stored.get(EMBEDDING)
     if copy is None or embedding is None:
         return
@@ -209,7 +213,7 @@ def _drop_tied_copy(stored: dict[str, StoredTensor], folder: Path) -> None:
 def _check_tensors(
     stored: dict[str, StoredTensor], config: ModelConfig, folder: Path
 ) -> dict[str, StoredTensor]:
-    """Exactly the tensors that the configuration calls for, in the order of computation."""
+    """The tensors in the order of computation. Raises InputError unless they match the config."""
     expected = config.parameter_shapes()
     for name, shape in expected.items():
         if name not in stored:
@@ -235,7 +239,7 @@ def _check_tensors(
 
 
 def _fetch(source: str, folder: Path) -> Path:
-    """Download a hub id; a path that does not exist is reported as such."""
+    """Download a hub id. Raises InputError, also for a path that does not exist."""
     looks_like_id = source.count("/") == 1 and not source.startswith((".", "/", "~"))
     if folder.exists() or not looks_like_id:
         raise InputError(

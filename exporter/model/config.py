@@ -1,7 +1,7 @@
-"""The configuration of a decoder: what of a ``config.json`` decides the arithmetic.
+"""The configuration of a decoder: the keys of ``config.json`` that affect its computation.
 
-Whatever the decoder does not compute is refused by name: exporting it anyway would give an artifact
-that is silently wrong.
+Unsupported features are refused with the key's name. Without this check, the artifact would be
+wrong without a message.
 """
 
 import math
@@ -16,7 +16,7 @@ from exporter.model.architecture import ARCHITECTURES, Architecture, QKNorm
 
 EMBEDDING, FINAL_NORM, OUTPUT = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
-#: Features of several families; the key must be absent, false, 0 or empty.
+#: Keys of unsupported features, for every family. They must be absent, false, 0 or empty.
 _REFUSED = dict.fromkeys(
     ("attention_bias", "mlp_bias", "attn_temperature_tuning", "for_llm_compressor"), "false"
 )
@@ -25,7 +25,7 @@ _Refuse = Callable[[str, object, str], InputError]
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The names of one layer's weights, in the order of computation; None where it has none."""
+    """The names of one layer's weights in the order of computation, None for those it lacks."""
 
     pre_attention_norm: str | None
     q_proj: str
@@ -44,7 +44,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What of ``config.json`` decides the arithmetic; names as in Hugging Face."""
+    """The values of ``config.json`` that affect the computation, with the names of transformers."""
 
     model_type: str
     vocab_size: int
@@ -62,27 +62,29 @@ class ModelConfig:
 
     @property
     def architecture(self) -> Architecture:
-        """What the model's family has in common."""
+        """The model family."""
         return ARCHITECTURES[self.model_type]
 
     @property
     def qk_norm(self) -> QKNorm | None:
-        """How this model normalizes queries and keys, if it does."""
+        """The norm of queries and keys, or None."""
         return self.architecture.qk_norm if self.use_qk_norm else None
 
     @property
     def rope_interleaved(self) -> bool:
-        """Whether RoPE rotates adjacent numbers of a head, and not the two halves of it."""
+        """Whether RoPE pairs adjacent numbers of a head instead of its two halves."""
         return self.architecture.rope_interleaved
 
     @property
     def output_weight(self) -> str:
-        """The name of the tensor that gives the logits: the embedding's, where both are tied."""
+        """The name of the output layer's weight: the embedding, if both are tied."""
         return EMBEDDING if self.tie_word_embeddings else OUTPUT
 
     def is_multiplied(self, name: str) -> bool:
-        """Whether a product reads this weight: not the vector of a norm, and not an embedding that
-        is a lookup table only."""
+        """Whether the weight is a factor of a matrix product.
+
+        The weight of a norm is not, and neither is an untied embedding, which is a lookup table.
+        """
         only_looked_up = name == EMBEDDING and name != self.output_weight
         return len(self._shapes[name]) == 2 and not only_looked_up
 
@@ -118,7 +120,7 @@ class ModelConfig:
         )
 
     def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Every tensor of one layer by its name, in the order of computation."""
+        """The shape of every tensor of one layer by name, in the order of computation."""
         hidden, inner = self.hidden_size, self.intermediate_size
         heads = self.num_attention_heads * self.head_dim
         kv = self.num_key_value_heads * self.head_dim
@@ -142,7 +144,7 @@ class ModelConfig:
         return {name: shape for name, shape in shapes if name}
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor a checkpoint of this model holds, in the order of computation."""
+        """The shape of every tensor of the checkpoint by name, in the order of computation."""
         return dict(self._shapes)
 
     @cached_property
@@ -156,16 +158,15 @@ class ModelConfig:
         return shapes
 
     def kv_cache_bytes(self, context: int, bytes_per_value: int) -> int:
-        """Keys and values of every layer for ``context`` positions."""
+        """The bytes of keys and values of all layers for `context` positions."""
         per_position = 2 * self.num_key_value_heads * self.head_dim * self.num_hidden_layers
         return per_position * context * bytes_per_value
 
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The part of a ``config.json`` that decides the arithmetic.
+    """Parse a ``config.json``. Missing keys have the defaults of transformers.
 
-    A key that is left out means what it means in transformers. Raises InputError with the key, its
-    value and what is supported.
+    Raises InputError with the key, its value and the supported values.
     """
 
     def refuse(key: str, value: object, supported: str) -> InputError:
@@ -224,12 +225,12 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    """A finite number; true and false are none, though Python counts with them."""
+    """Whether the value is a finite number. bool is not a number here, although it is an int."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], family: Architecture, refuse: _Refuse) -> None:
-    """Refuse what would change the arithmetic of every layer."""
+    """Refuse features that would change the computation of every layer."""
     activation = raw.get("hidden_act", raw.get("hidden_activation"))
     if activation != "silu":
         raise refuse("hidden_act", activation, "'silu'")
@@ -238,7 +239,9 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: Architecture, refuse: _R
         if raw.get(key):
             raise refuse(key, raw[key], supported)
     absent = ["quantization_config"]
-    if "use_sliding_window" not in refused:  # where it is, it decides alone
+    if (
+        "use_sliding_window" not in refused
+    ):  # with this key, sliding_window has no effect of its own
         absent.append("sliding_window")
     for key in absent:
         if raw.get(key) is not None:
@@ -246,7 +249,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: Architecture, refuse: _R
 
 
 def _rope_theta(raw: Mapping[str, Any], default: float, refuse: _Refuse) -> float:
-    """RoPE base in either spelling: transformers 5 moves it into ``rope_parameters``."""
+    """The base of RoPE, from either key: transformers 5 moves it into ``rope_parameters``."""
     if raw.get("rope_scaling") is not None:
         kind = raw["rope_scaling"]
         if not isinstance(kind, dict) or kind.get("rope_type", kind.get("type")) != "default":
@@ -276,8 +279,8 @@ def _check_layers(
             raise refuse("layer_types", kinds, f"full attention ({layers} times 'full_attention')")
         return
     uses_rope = raw.get("no_rope_layers")
-    # Despite the key's name, 1 means that the layer uses RoPE; without the list transformers
-    # leaves RoPE out of every fourth layer.
+    # Despite the key's name, 1 means that the layer uses RoPE. Without the list, transformers uses
+    # no RoPE in every fourth layer.
     listed = uses_rope[:layers] if isinstance(uses_rope, list) else []
     if len(listed) < layers or any(flag != 1 for flag in listed):
         raise refuse("no_rope_layers", uses_rope, f"RoPE in every layer ({layers} times 1)")

@@ -1,8 +1,7 @@
-"""The decoder in torch, in real arithmetic: for reference, calibration and training.
+"""The float decoder in torch, for the reference, calibration and training.
 
-Parameter names are those of the checkpoint, so a state dict needs no mapping. Attention is a
-function given by the caller (`Attend`): training, cached generation and calibration attend in
-their own way over the same projections.
+Parameters have the checkpoint's names, so that a state dict needs no mapping. The caller gives the
+attention as a function (`Attend`): training, generation with a cache and calibration differ in it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,8 +40,9 @@ class RMSNorm(nn.Module):
 class TorchOperations:
     """The operations of the walk on tensors (see `Operations`).
 
-    `modules` gives the module of a weight by the weight's name, `cos` and `sin` [seq, head_dim //
-    2] are those of the positions that are read. Every position is computed, not only the last.
+    `modules` returns the module of a weight by the weight's name. `cos` and `sin` [seq, head_dim //
+    2] are the rows of RoPE for the positions of the input. Every position is computed, not only
+    the last one.
     """
 
     def __init__(
@@ -114,17 +114,17 @@ class DecoderLayer(nn.Module):
             self._parent(parent).add_module(child, module)
 
     def _local(self, weight: str) -> str:
-        """The module of a weight, by its path below this layer."""
+        """The path of a weight's module below this layer."""
         return weight.removeprefix(self.prefix).removesuffix(".weight")
 
     def _parent(self, path: str) -> nn.Module:
-        """The module that holds others, made where it is not there yet."""
+        """The parent module at `path`, created if it does not exist."""
         if path and path not in dict(self.named_children()):
             self.add_module(path, nn.Module())
         return self.get_submodule(path)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """x [batch, seq, hidden], with cos and sin [seq, head_dim // 2], to the same shape."""
+        """x [batch, seq, hidden_size] to the same shape, with cos and sin [seq, head_dim // 2]."""
 
         def module(weight: str) -> nn.Module:
             return self.get_submodule(self._local(weight))
@@ -134,7 +134,7 @@ class DecoderLayer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Everything below the output layer."""
+    """Embedding, layers and final norm: the decoder without its output layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to logits; the same arithmetic as in transformers, float32."""
+    """Token ids to logits in float32, computed as in transformers."""
 
     def __init__(self, config: ModelConfig, context: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
             return self.get_submodule(weight.removesuffix(".weight"))
 
         def layer(index: int, ops: Operations[Tensor], x: Tensor) -> Tensor:
-            # As a module, since hooks (FSDP) work on modules that are called.
+            # Called as a module, so that its hooks run (FSDP).
             result: Tensor = self.model.layers[index](x, cos, sin, attend)
             return result
 
@@ -187,14 +187,17 @@ class Decoder(nn.Module):
 
 
 def attend_causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full causal attention over the sequence at hand (see `Attend`)."""
+    """Full causal attention over the given sequence, without a cache (see `Attend`)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2)
 
 
 class StaticCache:
-    """Keys and values [layers, batch, kv_heads, context, head_dim] of texts that run in step."""
+    """Keys and values [layers, batch, kv_heads, context, head_dim] of texts of equal length.
+
+    `start` is the number of positions that are filled.
+    """
 
     def __init__(
         self,
@@ -209,11 +212,11 @@ class StaticCache:
         self.start = 0
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Leave only these of the texts, in this order."""
+        """Keep only these texts of the batch, in this order."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of new positions, from `start`, over all before them (see `Attend`)."""
+        """Attention of new positions from `start` on over all positions so far (see `Attend`)."""
         end = self.start + q.shape[1]
         self.keys[layer, :, :, self.start : end] = k.transpose(1, 2)
         self.values[layer, :, :, self.start : end] = v.transpose(1, 2)
@@ -229,7 +232,7 @@ class StaticCache:
 
 
 class FloatWeights(Protocol):
-    """A checkpoint or a quantized checkpoint, as a source of float32 weights."""
+    """A source of float32 weights: a checkpoint or a quantized checkpoint."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -238,7 +241,7 @@ class FloatWeights(Protocol):
 
 
 def load_decoder(source: FloatWeights, context: int) -> Decoder:
-    """The whole model in memory, float32."""
+    """Load the whole model into memory, float32."""
     with torch.device("meta"):
         decoder = Decoder(source.config, context)
     fill_weights(decoder, source, "")
@@ -246,8 +249,10 @@ def load_decoder(source: FloatWeights, context: int) -> Decoder:
 
 
 def stream_layers(source: FloatWeights) -> Iterator[DecoderLayer]:
-    """Every layer in turn with its weights, float32. One is in memory at a time, unless the caller
-    keeps them."""
+    """Load the layers one after another, float32.
+
+    Only one is in memory at a time, unless the caller keeps them.
+    """
     for index in range(source.config.num_hidden_layers):
         with torch.device("meta"):
             layer = DecoderLayer(source.config, index)
@@ -269,7 +274,7 @@ def embed(source: FloatWeights, tokens: Tensor) -> Tensor:
 
 
 def fill_weights(module: nn.Module, source: FloatWeights, prefix: str) -> None:
-    """Give every parameter of a module that is still on the meta device its weight."""
+    """Load the weights of a module's parameters that are on the meta device."""
     tied = source.config.tie_word_embeddings
     names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     weights = {name: source.float_weight(prefix + name) for name in names}

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoPE): tables, and the rotation in the forms that backends use."""
+"""Rotary position embeddings (RoPE): tables, and the rotation as formula and as matrix."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from exporter.model.config import ModelConfig
 def rope_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each float32 [context, head_dim // 2].
 
-    Computed in float32 as transformers does, so that large positions agree to the last bit.
+    Computed in float32 like in transformers, so that large positions agree bit for bit.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = torch.outer(
@@ -19,7 +19,7 @@ def rope_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tensor]:
 
 
 def paired_rope_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each float32 [context, head_dim]: both numbers of a pair have the pair's.
+    """Cosines and sines of each number's pair, each float32 [context, head_dim].
 
     With R from `quarter_turn`, RoPE on x is x * cos + (x Rᵀ) * sin.
     """
@@ -30,7 +30,10 @@ def paired_rope_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tenso
 
 
 def quarter_turn(config: ModelConfig) -> Tensor:
-    """The matrix R [head_dim, head_dim] for which x Rᵀ makes (-b, a) of each pair (a, b)."""
+    """The matrix R [head_dim, head_dim] that rotates each pair by 90 degrees.
+
+    x Rᵀ maps each pair (a, b) to (-b, a), like `rotate_half` in transformers.
+    """
     size = config.head_dim
     pairs = torch.arange(size)
     if config.rope_interleaved:

@@ -1,8 +1,9 @@
-"""The decoder, written down once: a walk that calls the operations of whoever computes it.
+"""The decoder's forward pass, defined once for all backends.
 
-torch, ONNX, Core ML and XNNPACK implement `Operations`. What a value is belongs to them: a tensor,
-a name in a graph, or a record of what is still to be written. So an implementation may fuse
-operations that follow each other. GGUF-like formats need the names of `ModelConfig` only.
+`walk` calls the methods of an `Operations` object in the order of computation. torch, ONNX, Core ML
+and XNNPACK implement `Operations`. The type of a value is up to the implementation: a tensor, a
+name in a graph, or an operation that is emitted later. So an implementation can fuse consecutive
+operations. A format of weights only, such as GGUF, needs the names in `ModelConfig` but no walk.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,20 +15,22 @@ V = TypeVar("V")
 
 
 class Operations(Protocol[V]):
-    """What a decoder is made of. Hidden states are [batch, seq, width]; weights are given by their
-    names in the checkpoint."""
+    """The operations of a decoder on values of type V.
+
+    Hidden states are [batch, seq, hidden_size]. Weights are given by their names in the checkpoint.
+    """
 
     def embed(self, weight: str) -> V:
-        """The rows of the embedding for the tokens that are read."""
+        """The rows of the embedding for the input tokens."""
 
     def norm(self, x: V, weight: str) -> V:
         """RMS norm over the last dimension."""
 
     def linear(self, x: V, *weights: str) -> Sequence[V]:
-        """x times the transpose of each weight; they may share one product."""
+        """x times the transpose of each weight. An implementation may merge the products."""
 
     def heads(self, x: V, count: int) -> V:
-        """[batch, seq, count * head_dim] as [batch, seq, count, head_dim]."""
+        """Split [batch, seq, count * head_dim] into [batch, seq, count, head_dim]."""
 
     def norm_heads(self, x: V, weight: str | None) -> V:
         """RMS norm of each head, with a weight [head_dim] or without."""
@@ -36,17 +39,19 @@ class Operations(Protocol[V]):
         """RoPE on each head."""
 
     def attend(self, layer: int, q: V, k: V, v: V) -> V:
-        """Keep keys and values in the layer's cache and attend over it, the heads of q in groups:
-        [batch, seq, num_attention_heads * head_dim]."""
+        """Append k and v to the layer's cache, and compute grouped-query attention over it.
+
+        Returns [batch, seq, num_attention_heads * head_dim].
+        """
 
     def last_token(self, x: V) -> V:
-        """The last position of x, where only that is asked for."""
+        """The last position of x, or x itself if the caller needs every position."""
 
     def silu_product(self, gate: V, up: V) -> V:
         """SiLU(gate) * up."""
 
     def add(self, x: V, y: V) -> V:
-        """The residual sum."""
+        """The residual sum x + y."""
 
     def output(self, x: V, weight: str) -> V:
         """Logits [batch, seq, vocab_size] of normalized hidden states."""
@@ -57,13 +62,15 @@ Layer = Callable[[int, Operations[V], V], V]
 
 
 def walk(config: ModelConfig, ops: Operations[V]) -> V:
-    """From tokens to logits."""
+    """The whole forward pass, from tokens to logits."""
     return ops.output(walk_hidden_states(config, ops), config.output_weight)
 
 
 def walk_hidden_states(config: ModelConfig, ops: Operations[V], layer: Layer[V] | None = None) -> V:
-    """From tokens to the normalized hidden states that the output layer reads. `layer` computes
-    one layer where the caller has modules of its own for that; it ends in `walk_layer`."""
+    """The forward pass from tokens to the normalized hidden states before the output layer.
+
+    `layer` replaces `walk_layer`, for a caller that wraps each layer in a module of its own.
+    """
     x = ops.embed(EMBEDDING)
     for index in range(config.num_hidden_layers):
         x = layer(index, ops, x) if layer else walk_layer(config, index, ops, x)
@@ -71,12 +78,12 @@ def walk_hidden_states(config: ModelConfig, ops: Operations[V], layer: Layer[V] 
 
 
 def walk_layer(config: ModelConfig, index: int, ops: Operations[V], x: V) -> V:
-    """One layer: attention and MLP, each with its norms and its residual."""
+    """One layer: attention and MLP, each with its norms and its residual sum."""
     names = config.layer_weights(index)
     q, k, v = _queries_keys_values(config, names, ops, _norm(ops, x, names.pre_attention_norm))
     attended = ops.attend(index, q, k, v)
     if index == config.num_hidden_layers - 1:
-        # Nothing after the last attention looks at another position.
+        # After the last attention, positions are independent, and only the last one is needed.
         x, attended = ops.last_token(x), ops.last_token(attended)
     [projected] = ops.linear(attended, names.o_proj)
     x = ops.add(x, _norm(ops, projected, names.post_attention_norm))
@@ -88,16 +95,18 @@ def walk_layer(config: ModelConfig, index: int, ops: Operations[V], x: V) -> V:
 def _queries_keys_values(
     config: ModelConfig, names: LayerWeights, ops: Operations[V], x: V
 ) -> tuple[V, V, V]:
-    """The projections of x by head; queries and keys rotated, and normalized where that is so."""
+    """Project x to heads of queries, keys and values, with RoPE and q/k norm."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     q, k, v = ops.linear(x, names.q_proj, names.k_proj, names.v_proj)
-    q = _positioned(config, ops, q, heads, names.q_norm)
-    k = _positioned(config, ops, k, kv_heads, names.k_norm)
+    q = _rotated_heads(config, ops, q, heads, names.q_norm)
+    k = _rotated_heads(config, ops, k, kv_heads, names.k_norm)
     return q, k, ops.heads(v, kv_heads)
 
 
-def _positioned(config: ModelConfig, ops: Operations[V], x: V, heads: int, weight: str | None) -> V:
-    """Queries or keys by head after RoPE and, before or after that, their norm."""
+def _rotated_heads(
+    config: ModelConfig, ops: Operations[V], x: V, heads: int, weight: str | None
+) -> V:
+    """Split queries or keys into heads and apply RoPE, with the q/k norm before or after it."""
     rule = config.qk_norm
     if rule and rule.over == "all heads":
         x = _norm(ops, x, weight)
@@ -111,5 +120,5 @@ def _positioned(config: ModelConfig, ops: Operations[V], x: V, heads: int, weigh
 
 
 def _norm(ops: Operations[V], x: V, weight: str | None) -> V:
-    """The norm, where the architecture has one here."""
+    """The norm, or x itself if the architecture has no norm here."""
     return ops.norm(x, weight) if weight else x

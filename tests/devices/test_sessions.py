@@ -330,7 +330,7 @@ def test_the_report_as_text_and_picture_says_what_the_machine_is(
     assert outcome.code == 0, outcome.err
     kind = measured["sessions"][0]["kind"]
     assert kind == "real" or f"phase, {kind}" in outcome.out
-    for text in ("first token after 8", "decode after 0", "not narrow yet", "MatMulNBits",
+    for text in ("first token after 8", "decode after 0", "wide interval", "MatMulNBits",
                  "Baseline", "peak memory", "predicted"):  # fmt: skip
         assert text in outcome.out, text
     assert plot.read_text().lstrip().startswith("<?xml")

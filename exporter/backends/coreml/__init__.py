@@ -2,8 +2,9 @@
 
     mobilellm lower build/nano-int4 --target coreml -o build/nano-coreml
 
-`graph` says what is in the program, `package` knows the files, `lowering` makes them. Where there
-is no Core ML, `interpreter` runs the package. `inspection` shows any package.
+`graph` builds the program, `package` reads and writes the files of a package, and `lowering` makes
+an artifact. `interpreter` runs a package without Core ML, with `operators`. `inspection` shows the
+content of any package.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,11 +34,11 @@ SUFFIX = ".mlpackage"
 
 
 class Target(backends.Target):
-    """An .mlpackage for iOS 18 and macOS 15; prompts are read in chunks of `prefill` tokens.
+    """An .mlpackage for iOS 18 and macOS 15. It reads prompts in chunks of `prefill` tokens.
 
-    `activations: float32` is for models whose activations float16 cannot hold; the Neural Engine
-    does not run it. `output: token` finds the likeliest token inside the program. `author` and
-    `license` are shown in Xcode.
+    `activations: float32` is for models whose activations overflow in float16; the Neural Engine
+    does not run it. `output: token` gives the most likely token instead of the logits. Xcode shows
+    `author` and `license`.
     """
 
     target: Literal["coreml"] = "coreml"
@@ -49,7 +50,7 @@ class Target(backends.Target):
 
 
 def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> None:
-    """Refuse what the program cannot be. Raises InputError."""
+    """Raise InputError for a context, chunk size or scheme that the program cannot have."""
     from exporter.backends._storage import check_stored
     from exporter.backends.coreml.schemes import stores
 
@@ -64,37 +65,39 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
 
 
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
-    """The file within two per cent. Memory is the sum of file, cache and activations, and was not
-    measured, for want of a device."""
+    """The file size within 2 %. Memory is the sum of file, cache and activations.
+
+    The memory was not compared with a device, since none was available.
+    """
     from exporter.backends.coreml import size
 
     return size.predict(config, schemes, target)
 
 
 def packages(target: Target) -> tuple[str, ...]:
-    """The distributions whose versions decide the bytes."""
+    """The distributions whose versions determine the bytes of the artifact."""
     return "coremltools", "numpy"
 
 
 def portable(target: Target) -> bool:
-    """Core ML has all operators or none."""
+    """No: Core ML has no runner with a subset of its operators."""
     return False
 
 
 def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> bool:
-    """Core ML reads every quantized weight as codes and scales."""
+    """Yes: Core ML reads every quantized weight as codes and scales."""
     return True
 
 
 def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "Rounding | None":
-    """Activations are float16, if not asked to be wider."""
+    """Activations are rounded to float16, unless the target asks for float32."""
     from exporter.quantization.activations import round_to_half
 
     return round_to_half if target.activations == "float16" else None
 
 
 def largest_activation(target: Target, which: str) -> float | None:
-    """What overflows in float16, which the cache always is."""
+    """The largest float16, for float16 activations and for the cache, which is always float16."""
     from exporter.quantization.activations import LARGEST_HALF
 
     half = target.activations == "float16" or which in ("keys", "values")
@@ -110,15 +113,17 @@ def lower(quantized: "QuantizedCheckpoint", target: Target, out: Path) -> Artifa
 
 
 def load(artifact: Artifact) -> Runner:
-    """The artifact in Core ML on a Mac, in the reference interpreter elsewhere. One that gives
-    tokens is interpreted everywhere: Core ML shows no logits of it."""
+    """The artifact in Core ML on a Mac, and in the reference interpreter elsewhere.
+
+    With `output: token` it runs in the interpreter everywhere, since Core ML gives no logits then.
+    """
     from exporter.backends.coreml import lowering
 
     return lowering.load(artifact)
 
 
 def cross_check(artifact: Artifact) -> Runner | None:
-    """What a Mac runs in Core ML, in the reference interpreter."""
+    """The reference interpreter, if `load` runs Core ML itself."""
     from exporter.backends.coreml import lowering
 
     return lowering.cross_check(artifact)
@@ -127,14 +132,14 @@ def cross_check(artifact: Artifact) -> Runner | None:
 def weights(
     artifact: Artifact, quantized: "QuantizedCheckpoint"
 ) -> "Iterator[tuple[str, str, QuantizedTensor | Tensor]]":
-    """Every weight of every function: name, its place, codes and scales."""
+    """Every weight of every function: name, place, codes and scales or floats."""
     from exporter.backends.coreml import lowering
 
     return lowering.weights(artifact, quantized)
 
 
 def inspect(path: Path) -> Inspection:
-    """What is in a package, also one that was made elsewhere. Raises InputError."""
+    """The content of a .mlpackage from any tool. Raises InputError."""
     from exporter.backends.coreml import inspection
 
-    return inspection.shown(inspection.inspect_package(path))
+    return inspection.describe(inspection.inspect_package(path))

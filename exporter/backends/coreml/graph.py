@@ -1,9 +1,9 @@
 """The decoder as an ML Program of iOS 18: ``prefill`` and ``decode`` over one set of weights.
 
-Both read ``input_ids`` [1, steps] from ``position`` [1] on, keep keys and values in two states
-[layers, kv_heads, max_context, head_dim] and give the logits of the last token. ``prefill`` has a
-fixed number of steps, of which the first ``length`` [1] count: the others are padding, which is
-neither kept nor looked at.
+Both functions read ``input_ids`` [1, steps] at positions from ``position`` [1] on. They keep keys
+and values in two states [layers, kv_heads, max_context, head_dim] and give the logits of the last
+token. ``prefill`` has a fixed number of steps, of which the first ``length`` [1] are text. The
+others are padding, which does not enter the cache and to which no position attends.
 """
 
 from collections import Counter
@@ -24,26 +24,26 @@ from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 
 PREFILL, DECODE = "prefill", "decode"
-#: The one function of a program that has no other.
+#: The name of the function in a program with a single function.
 MAIN = "main"
 KEYS, VALUES = "key_cache", "value_cache"
 LOGITS, TOKEN = "logits", "token"
-#: What is added to the score of a position that must not be seen; float16 holds it exactly.
-_UNSEEN = -10000.0
+#: Added to the attention score of a masked position. float16 holds it exactly.
+_MASKED_SCORE = -10000.0
 
-#: Bits of the codes → their type as arrays of coremltools.
+#: Bits of the codes → the dtype of their arrays in coremltools.
 _CODE_TYPES = {4: types.np_int4_dtype, 8: np.dtype(np.int8)}
 
 Var = Any  # of coremltools, which has no annotations
 
 
 def mil_name(weight: str) -> str:
-    """A checkpoint's name as an ML Program allows it."""
+    """The name of a weight as an ML Program allows it: without periods."""
     return weight.replace(".", "_")
 
 
 def build_program(quantized: QuantizedCheckpoint, target: Target) -> Program:
-    """Both functions. Constants of one name are stored once."""
+    """The program with both functions, which share their constants."""
     program = _program(quantized, target, {PREFILL: target.prefill, DECODE: 1})
     program.default_function_name = DECODE
     program.export_as_multifunction = True
@@ -51,23 +51,23 @@ def build_program(quantized: QuantizedCheckpoint, target: Target) -> Program:
 
 
 def build_step(quantized: QuantizedCheckpoint, target: Target) -> Program:
-    """What ``decode`` is, alone."""
+    """The program with a single function, which reads one token: `decode` alone."""
     return _program(quantized, target, {MAIN: 1})
 
 
 def _program(
     quantized: QuantizedCheckpoint, target: Target, functions: Mapping[str, int]
 ) -> Program:
-    """Functions by name, each with the number of tokens that it reads at once."""
+    """`functions` maps the name of each function to the number of tokens that it reads at once."""
     program, constants = Program(), _Constants(quantized, target)
     for name, steps in functions.items():
-        mb.name_count = Counter()  # of this function alone: names do not depend on what was before
+        mb.name_count = Counter()  # generated names must not depend on earlier programs
         program.add_function(name, _Decoder(quantized.config, target, constants, steps).function())
     return program
 
 
 class _Constants:
-    """The arrays of the program, each made once and shared by both functions."""
+    """The constants of the program. Both functions share one array for each name."""
 
     def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self._arrays = quantized, dict[str, np.ndarray]()
@@ -79,9 +79,9 @@ class _Constants:
         return constant
 
     def matrix(self, name: str) -> Var:
-        """A weight [out_features, in_features] in the quantized checkpoint's codes and scales.
+        """A weight [out_features, in_features] with the quantized checkpoint's codes and scales.
 
-        One that was left in float is float32 where float16 does not hold it exactly.
+        A weight that was left in float is float32 if float16 does not hold it exactly.
         """
         stored, mil = self.quantized.read(name), mil_name(name)
         if not isinstance(stored, QuantizedTensor):
@@ -97,7 +97,7 @@ class _Constants:
         )
 
     def vector(self, name: str) -> Var:
-        """The weight of a normalization, float32 as that is computed."""
+        """The weight of an RMS norm. It is float32, like the norm itself."""
         return self.shared(mil_name(name), self.quantized.float_weight(name).numpy())
 
     def table(self, name: str, values: Tensor) -> Var:
@@ -106,7 +106,7 @@ class _Constants:
 
 @dataclass(frozen=True)
 class _Product:
-    """x times the transpose of a weight, not written yet."""
+    """x times the transpose of a weight. The operation is not emitted yet."""
 
     x: Var
     weight: str
@@ -114,8 +114,10 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Heads:
-    """Queries, keys or values, not taken apart into `count` heads yet, and what is to be done with
-    the heads [steps, count, head_dim] then."""
+    """Queries, keys or values [1, steps, count * head_dim], not split into heads yet.
+
+    `steps` are the operations to emit on the heads [steps, count, head_dim] after the split.
+    """
 
     x: Var
     count: int
@@ -128,8 +130,8 @@ class _Heads:
 class _Decoder:
     """One function of the program: the operations of the walk as ML Program operations.
 
-    The order in which they are written is the order of a program's text: each product just before
-    its first use, queries and keys side by side.
+    Products and operations on heads are deferred. A product is emitted just before its first use,
+    and the operations on queries and keys alternate. This order determines the program's bytes.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class _Decoder:
             target.max_context,
             config.head_dim,
         )
-        self._made = dict[str, Var]()  # what several operations share
+        self._made = dict[str, Var]()  # constants that several operations share
 
     def function(self) -> Function:
         inputs = {
@@ -157,12 +159,12 @@ class _Decoder:
             inputs[state] = mb.StateTensorSpec(self.cache_shape, dtype=types.fp16)
         with Function(inputs, opset_version=coremltools.target.iOS18) as function:
             self.inputs = function.inputs
-            self._locate()
+            self._prepare_positions()
             function.set_outputs([self._outputs()])
         return function
 
     def _outputs(self) -> Var:
-        """Logits of the last token [1, 1, vocab_size], or the likeliest next one [1, 1]."""
+        """Logits of the last token [1, 1, vocab_size], or the most likely next token [1, 1]."""
         logits = walk(self.config, self)
         if self.target.output == LOGITS:
             return logits
@@ -176,7 +178,7 @@ class _Decoder:
         return [_Product(x, weight) for weight in weights]
 
     def norm(self, x: Var, weight: str) -> Var:
-        return self._norm(self._written(x), weight)
+        return self._norm(self._emitted(x), weight)
 
     def heads(self, x: Var, count: int) -> "_Heads":
         return _Heads(x, count)
@@ -191,22 +193,22 @@ class _Decoder:
         return self._rows(x, self.last, axis=1) if self.padded else x
 
     def silu_product(self, gate: Var, up: Var) -> Var:
-        return mb.mul(x=mb.silu(x=self._written(gate)), y=self._written(up))
+        return mb.mul(x=mb.silu(x=self._emitted(gate)), y=self._emitted(up))
 
     def add(self, x: Var, y: Var) -> Var:
-        return mb.add(x=x, y=self._written(y))
+        return mb.add(x=x, y=self._emitted(y))
 
     def output(self, x: Var, weight: str) -> Var:
         logits = self._linear(x, weight)
         logits.set_name(LOGITS)
         return logits
 
-    def _written(self, x: Var) -> Var:
-        """The value itself; a product is written where it is first used."""
+    def _emitted(self, x: Var) -> Var:
+        """The value of x. Emits the operation of a deferred product."""
         return self._linear(x.x, x.weight) if isinstance(x, _Product) else x
 
-    def _locate(self) -> None:
-        """What follows from the position alone: RoPE, the mask, and the place in the cache."""
+    def _prepare_positions(self) -> None:
+        """Emit what depends on the position only: RoPE rows, mask, and the window of the cache."""
         config, context = self.config, self.target.max_context
         cos, sin = paired_rope_tables(config, context)
         position = self.inputs["position"]
@@ -220,30 +222,30 @@ class _Decoder:
         self.turn = self.constants.table("rope_turn", quarter_turn(config).t().contiguous())
         column = np.arange(context, dtype=np.int32)[None]
         later = mb.greater(x=column, y=mb.expand_dims(x=positions, axes=[1]))
-        unseen = mb.mul(x=_as(self.kind, later), y=self._number(_UNSEEN))
-        # The heads that share keys lie below each other: [groups * steps, context].
+        masked = mb.mul(x=_as(self.kind, later), y=self._number(_MASKED_SCORE))
+        # Rows for every query head that shares a k/v head: [groups * steps, context].
         groups = config.num_attention_heads // config.num_key_value_heads
-        self.mask = mb.concat(values=[unseen] * groups, axis=0) if groups > 1 else unseen
+        self.mask = mb.concat(values=[masked] * groups, axis=0) if groups > 1 else masked
         self.end = mb.add(x=position, y=_indices(self.steps))
         if self.padded:
             length = self.inputs["length"]
             self.last = mb.sub(x=length, y=_indices(1))
-            # [steps, 1]: which rows of the chunk are text
-            self.real = mb.expand_dims(x=mb.less(x=offsets, y=length), axes=[1])
+            # [steps, 1]: which rows of the chunk are text and not padding
+            self.is_text = mb.expand_dims(x=mb.less(x=offsets, y=length), axes=[1])
 
     def attend(self, layer: int, q: "_Heads", k: "_Heads", v: "_Heads") -> Var:
-        """Grouped attention over the cache, before the output projection."""
+        """Grouped-query attention over the cache, without the output projection."""
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         groups, size = heads // kv_heads, config.head_dim
         steps = zip(q.steps, k.steps, strict=True)
         q, k, v = (
-            mb.reshape(x=self._written(part.x), shape=[self.steps, part.count, size])
+            mb.reshape(x=self._emitted(part.x), shape=[self.steps, part.count, size])
             for part in (q, k, v)
         )
         for step, same_step in steps:
             q, k = step(q), same_step(k)
-        # No key is repeated for its group of heads: their queries are rows of one product.
+        # The queries of a group are rows of one product, so that no key is repeated.
         q = mb.reshape(x=q, shape=[self.steps, kv_heads, groups, size])
         q = mb.transpose(x=q, perm=[1, 2, 0, 3])
         first, after = _indices(layer, 0), _indices(layer + 1, 0)
@@ -267,26 +269,28 @@ class _Decoder:
         return mb.reshape(x=attended, shape=[1, self.steps, heads * size])
 
     def _extend(self, state: str, new: Var, layer: int, window: Mapping[str, Any]) -> Var:
-        """Write `new` [kv_heads, steps, head_dim] into its window of a layer's cache; then all of
-        that cache [1, kv_heads, max_context, head_dim]."""
+        """Write `new` [kv_heads, steps, head_dim] into its window of a layer's cache.
+
+        Returns the layer's whole cache [1, kv_heads, max_context, head_dim].
+        """
         new = mb.expand_dims(x=_as("fp16", new), axes=[0])
         before = mb.read_state(input=self.inputs[state])
         if self.padded:
             kept = mb.slice_by_index(x=before, **window)
-            new = mb.select(cond=self.real, a=new, b=mb.reshape(x=kept, shape=new.shape))
+            new = mb.select(cond=self.is_text, a=new, b=mb.reshape(x=kept, shape=new.shape))
         after = mb.slice_update(x=before, update=new, **window)
         after = mb.coreml_update_state(state=self.inputs[state], value=after)
         whole = [1, *self.cache_shape[1:]]
         return self._activation(mb.slice_by_size(x=after, begin=[layer, 0, 0, 0], size=whole))
 
     def _rotate(self, x: Var) -> Var:
-        """RoPE on x [steps, heads, head_dim]: in each pair of numbers (a, b) the turned one is
-        (-b, a), which a product with a matrix of signs gives exactly."""
+        """RoPE on x [steps, heads, head_dim]. The product with `quarter_turn` is exact: it only
+        moves numbers and changes signs."""
         turned = mb.matmul(x=x, y=self.turn)
         return mb.add(x=mb.mul(x=x, y=self.cos), y=mb.mul(x=turned, y=self.sin))
 
     def _norm(self, x: Var, name: str | None) -> Var:
-        """RMS norm, with a weight if it has one. In float32: float16 squares overflow above 255."""
+        """RMS norm, with a weight if `name` is given. float32, since float16 overflows at 256²."""
         wide = _as("fp32", x)
         mean = mb.reduce_mean(x=mb.square(x=wide), axes=[-1], keep_dims=True)
         root = mb.rsqrt(x=mean, epsilon=np.float32(self.config.rms_norm_eps))
@@ -296,20 +300,20 @@ class _Decoder:
         return self._activation(normal)
 
     def _linear(self, x: Var, name: str) -> Var:
-        """x times the transpose of a weight, in the weight's own type."""
+        """x times the transpose of a weight, computed in the weight's type."""
         weight = self._matrix(name)
         kind = _kind(weight)
         bias = self._zeros(weight.shape[0], kind)
         return self._activation(mb.linear(x=_as(kind, x), weight=weight, bias=bias))
 
     def _matrix(self, name: str) -> Var:
-        """A weight; the tied embedding is one for both its uses."""
+        """A weight. A tied embedding is one constant for both its uses."""
         if name not in self._made:
             self._made[name] = self.constants.matrix(name)
         return self._made[name]
 
     def _zeros(self, width: int, kind: str) -> Var:
-        """The bias of a layer without one, which each would otherwise store for itself."""
+        """The zero bias of linear layers. Without it, each layer would store one of its own."""
         name = f"zeros_{width}_{kind}"
         if name not in self._made:
             array = np.zeros(width, np.float16 if kind == "fp16" else np.float32)

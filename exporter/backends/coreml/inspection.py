@@ -1,4 +1,4 @@
-"""What is in a Core ML package, ours or anyone's: functions, states, operators, weight formats.
+"""Inspect any Core ML package: functions, states, operators and weight formats.
 
 mobilellm inspect build/nano/coreml/model.mlpackage
 """
@@ -26,7 +26,7 @@ from exporter.backends.coreml.package import (
 
 @dataclass(frozen=True)
 class Feature:
-    """An input, a state or an output. A dimension is a size; as a text, a range or a choice."""
+    """An input, a state or an output. A flexible dimension is a text: ``1..64`` or ``1|16|64``."""
 
     name: str
     type: str
@@ -35,7 +35,10 @@ class Feature:
 
 @dataclass(frozen=True)
 class Function:
-    """A function, and how often it uses each operator; `unknown` ones stop the interpreter."""
+    """A function and its number of calls of each operator.
+
+    The reference interpreter does not support the operators in `unknown`.
+    """
 
     name: str
     inputs: tuple[Feature, ...]
@@ -47,7 +50,7 @@ class Function:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """One way in which weights are stored: how many tensors and bytes, scales included.
+    """A storage format of weights: its number of tensors, and their bytes including scales.
 
     A tensor that several functions share counts once.
     """
@@ -59,7 +62,7 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A package as `mobilellm inspect` shows it."""
+    """The content of a package."""
 
     path: str
     specification_version: int
@@ -70,7 +73,7 @@ class Inspection:
 
 
 def inspect_package(path: Path) -> Inspection:
-    """Read a .mlpackage; nothing in it is run. Raises InputError."""
+    """Read a .mlpackage without running it. Raises InputError."""
     package = open_package(path)
     described = package.spec.description
     known = {
@@ -91,36 +94,45 @@ def inspect_package(path: Path) -> Inspection:
     )
 
 
-def shown(found: Inspection) -> backends.Inspection:
-    """What people see of it: functions, operators, and how weights are stored."""
-    facts = {"description": found.description} if found.description else {}
-    facts["specification"] = f"version {found.specification_version}"
+def describe(package: Inspection) -> backends.Inspection:
+    """The tables that `mobilellm inspect` shows."""
+    facts = {"description": package.description} if package.description else {}
+    facts["specification"] = f"version {package.specification_version}"
     features = [
-        (function.name, role.removesuffix("s"), one.name, one.type, " × ".join(map(str, one.shape)))
-        for function in found.functions
+        (
+            function.name,
+            role.removesuffix("s"),
+            part.name,
+            part.type,
+            " × ".join(map(str, part.shape)),
+        )
+        for function in package.functions
         for role in ("inputs", "states", "outputs")
-        for one in getattr(function, role)
+        for part in getattr(function, role)
     ]
-    counts = [function.operators for function in found.functions]
+    counts = [function.operators for function in package.functions]
     operators = [
-        (name, *(str(one.get(name, "–")) for one in counts))
-        for name in dict.fromkeys(name for one in counts for name in one)
+        (name, *(str(count.get(name, "–")) for count in counts))
+        for name in dict.fromkeys(name for count in counts for name in count)
     ]
     weights = [
-        (one.format, str(one.tensors), f"{one.bytes / 1e6:,.1f} MB") for one in found.weights
+        (weight.format, str(weight.tensors), f"{weight.bytes / 1e6:,.1f} MB")
+        for weight in package.weights
     ]
-    functions = tuple(function.name for function in found.functions)
-    unknown = sorted({name for function in found.functions for name in function.unknown})
+    functions = tuple(function.name for function in package.functions)
+    unknown = sorted({name for function in package.functions for name in function.unknown})
     return backends.Inspection(
-        content=asdict(found),
-        title=found.path,
-        facts=facts | dict(found.metadata),
+        content=asdict(package),
+        title=package.path,
+        facts=facts | dict(package.metadata),
         tables=(
             InspectedTable(("function", "", "name", "type", "shape"), features, "Functions"),
             InspectedTable(("operator", *functions), operators, numbers=True),
             InspectedTable(("weights", "tensors", "size"), weights, numbers=True),
         ),
-        notes=[f"The reference interpreter does not know: {', '.join(unknown)}"] if unknown else [],
+        notes=[f"The reference interpreter does not support: {', '.join(unknown)}"]
+        if unknown
+        else [],
     )
 
 
@@ -152,7 +164,7 @@ def _function(package: Package, name: str) -> Function:
 
 
 def _operations(block: Any) -> Iterator[Any]:
-    """The operations of a block and of the blocks within them (of a condition or a loop)."""
+    """The operations of a block, and of the blocks nested in them (conditions and loops)."""
     for operation in block.operations:
         yield operation
         for inner in operation.blocks:
@@ -168,7 +180,7 @@ def _feature(name: str, declared: Any, allowed: Any = None) -> Feature:
 
 
 def _flexible(allowed: Any) -> tuple[int | str, ...]:
-    """The shapes that a description allows beyond one; empty where there is but one."""
+    """The flexible shape that a description allows; empty for a fixed shape."""
     kind = allowed.WhichOneof("ShapeFlexibility") if allowed is not None else None
     if kind == "shapeRange":
         spans = [(one.lowerBound, one.upperBound) for one in allowed.shapeRange.sizeRanges]
@@ -185,7 +197,7 @@ def _flexible(allowed: Any) -> tuple[int | str, ...]:
 
 
 def _weights(package: Package) -> Iterator[WeightFormat]:
-    """The formats of all constants in the weight file, the largest first."""
+    """The formats of all constants in the weight file, those with the most bytes first."""
     compressed, plain = dict[tuple[Any, ...], str](), dict[tuple[Any, ...], str]()
     sizes = dict[Any, int]()
     for function in package.functions:
@@ -211,7 +223,7 @@ def _weights(package: Package) -> Iterator[WeightFormat]:
 
 
 def _constants_of(operation: Any, constants: Mapping[str, Any]) -> dict[str, Any]:
-    """The constants that an operation holds or, by name, reads: parameter → constant."""
+    """The constants of an operation, stored in it or read by name: parameter → constant."""
     held = {name: operation.attributes[name] for name in operation.attributes if name != "name"}
     if not operation.type.startswith("constexpr_"):
         return held

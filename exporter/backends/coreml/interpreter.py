@@ -1,8 +1,9 @@
-"""A reference interpreter of Core ML's ML Programs, for machines that have no Core ML.
+"""A reference interpreter of Core ML's ML Programs, for machines without Core ML.
 
-It computes each operator in float32 and rounds the result to its declared type. It is strict: a
-value whose type or shape is not the declared one is an error, and so is an operator that is not
-known. It models the arithmetic of a program, not the last bits of a GPU or a Neural Engine.
+It computes each operator in float32 and rounds the result to its declared type. Results can differ
+from those of a GPU or a Neural Engine in the last bits, since these sum in other orders and types.
+It is strict: an unsupported operator is an error, and so is a value whose type or shape is not the
+declared one.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,41 +16,41 @@ from exporter.backends.coreml.operators import OPERATORS, Operator, overwrite
 from exporter.backends.coreml.package import TYPES, Package, Value, open_shape_of, place_of
 from exporter.errors import InputError
 
-#: The operators that touch a state; the others are in `OPERATORS`.
+#: The operators that read or write a state. All others are in `OPERATORS`.
 STATEFUL = frozenset({"read_state", "write_state"})
-#: States by name; a run replaces what it writes.
+#: States by name. A run replaces the states that it writes.
 State = dict[str, Value]
 
 
 @dataclass(frozen=True)
 class Declared:
-    """Name, type and shape that a program gives to a value; None is any size."""
+    """The name, type and shape that a program declares for a value. A size of None is flexible."""
 
     name: str
     kind: str
     shape: tuple[int | None, ...]
 
     def check(self, value: Value, what: str) -> Value:
-        """`value`, if it is what was declared. Raises InputError."""
-        found = tuple(value.data.shape)
-        fits = len(found) == len(self.shape) and all(
-            size in (None, actual) for size, actual in zip(self.shape, found, strict=True)
+        """Return `value`. Raises InputError if its type or shape is not the declared one."""
+        shape = tuple(value.data.shape)
+        fits = len(shape) == len(self.shape) and all(
+            size in (None, actual) for size, actual in zip(self.shape, shape, strict=True)
         )
         if value.kind != self.kind or not fits:
             declared = f"{self.kind} {list(self.shape)}"
-            raise InputError(what, f"is {value.kind} {list(found)}, but declared {declared}")
+            raise InputError(what, f"is {value.kind} {list(shape)}, but declared {declared}")
         return value
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One operation. Inputs are names of values; `spent` are those that nothing reads later."""
+    """One operation. Inputs are names of values. No later step reads the values in `spent`."""
 
     operator: str
     inputs: Mapping[str, str | list[str]]
     outputs: tuple[Declared, ...]
     spent: frozenset[str] = frozenset()
-    #: An update of what was read from a state, which goes back to it at once.
+    #: Whether it updates a value read from a state, and the result is written to that state next.
     of_state: bool = False
 
 
@@ -63,9 +64,9 @@ class _Function:
 
 
 class Interpreter:
-    """Runs the functions of a package. Constants are decoded once, for all functions.
+    """Runs the functions of a package. Constants are decoded once for all functions.
 
-    Raises InputError for an operator that it does not know, before anything runs.
+    Raises InputError for an unsupported operator before anything runs.
     """
 
     def __init__(self, package: Package) -> None:
@@ -74,11 +75,11 @@ class Interpreter:
         self._functions = {name: self._prepare(name) for name in package.functions}
 
     def declared(self, function: str) -> tuple[Declared, ...]:
-        """The inputs of a function that are not states."""
+        """The inputs of a function without its states."""
         return self._functions[function].inputs
 
     def new_state(self) -> State:
-        """The states of all functions, zero."""
+        """The states of all functions, filled with zeros."""
         return {
             name: Value(torch.zeros([size or 0 for size in state.shape]), state.kind)
             for function in self._functions.values()
@@ -89,7 +90,7 @@ class Interpreter:
     def run(
         self, name: str, inputs: Mapping[str, Value], state: State, also: Sequence[str] = ()
     ) -> dict[str, Value]:
-        """The outputs of a function and the values named in `also`; `state` is updated in place."""
+        """The outputs of a function and the values named in `also`. Updates `state` in place."""
         function = self._functions[name]
         self._check_inputs(name, inputs)
         values: dict[str, Any] = {**function.constants, **inputs}
@@ -111,7 +112,7 @@ class Interpreter:
             return (state[str(step.inputs["input"])],)
         if step.operator == "write_state":
             kept, data = function.states[str(step.inputs["input"])], str(step.inputs["data"])
-            state[kept.name] = kept.check(values[data], f"what is written to {kept.name}")
+            state[kept.name] = kept.check(values[data], f"the value written to {kept.name}")
             return ()
         arguments = {
             parameter: values[name] if isinstance(name, str) else [values[n] for n in name]
@@ -122,7 +123,7 @@ class Interpreter:
         return _apply(compute, arguments, f"{step.outputs[0].name} ({step.operator})")
 
     def _check_inputs(self, name: str, inputs: Mapping[str, Value]) -> None:
-        """Names, types and shapes, also against the shapes that the model's description allows."""
+        """Check names, types and shapes, also against the model's description."""
         expected = [declared.name for declared in self._functions[name].inputs]
         if sorted(expected) != sorted(inputs):
             raise InputError(f"inputs of {name}", f"are {sorted(inputs)}, not {sorted(expected)}")
@@ -142,7 +143,7 @@ class Interpreter:
         return features
 
     def _prepare(self, name: str) -> _Function:
-        """A function read once: constants decoded, operators checked, last uses known."""
+        """Read a function: decode constants, check operators, find the last use of each value."""
         function, block = self._package.spec.mlProgram.functions[name], self._package.block(name)
         inputs, states = list[Declared](), dict[str, Declared]()
         for given in function.inputs:
@@ -158,7 +159,8 @@ class Interpreter:
                 constants[operation.outputs[0].name] = value
             elif kind not in OPERATORS.keys() | STATEFUL:
                 raise InputError(
-                    f"{name}: {kind}", "is an operator that the reference interpreter does not know"
+                    f"{name}: {kind}",
+                    "is an operator that the reference interpreter does not support",
                 )
             elif kind.startswith("constexpr_"):
                 output = _declared(operation.outputs[0].name, operation.outputs[0].type)
@@ -186,7 +188,7 @@ class Interpreter:
     def _constant_expression(
         self, operation: Any, constants: Mapping[str, Any], output: Declared
     ) -> Value:
-        """What a ``constexpr`` operation makes; the same for the same constants."""
+        """The result of a ``constexpr`` operation, computed once for the same stored constants."""
         bindings = {name: given.arguments[0] for name, given in operation.inputs.items()}
         places = tuple(place_of(binding.value) for binding in bindings.values())
         key, what = (operation.type, *bindings, *places), f"{output.name} ({operation.type})"
@@ -202,18 +204,23 @@ class Interpreter:
 
 
 def _apply(compute: Operator, arguments: Mapping[str, Any], what: str) -> tuple[Value, ...]:
-    """The results of an operator; what it cannot do is told with the name of the output."""
+    """The results of an operator. Raises InputError with the name of the output."""
     try:
         results = compute(**arguments)
     except InputError as error:
         raise InputError(what, f"{error.subject} {error.problem}") from error
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:  # a parameter, torch's own
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        IndexError,
+    ) as error:  # an unknown parameter, or from torch
         raise InputError(what, f"cannot be computed ({error})") from error
     return results if isinstance(results, tuple) else (results,)
 
 
 def _step(operation: Any, constants: dict[str, Any], constant: Any) -> _Step:
-    """An operation whose inputs are all names; constants written into it get one."""
+    """An operation whose inputs are all names. Its inline constants get generated names."""
     inputs = dict[str, str | list[str]]()
     for parameter, given in operation.inputs.items():
         names = list[str]()
@@ -233,22 +240,22 @@ def _declared(name: str, declared: Any) -> Declared:
 
 
 def _with_last_uses(steps: Sequence[_Step]) -> list[_Step]:
-    """The steps, each with the results of earlier ones that it is the last to read."""
+    """The steps with `spent`: the results of earlier steps that they are the last to read."""
     made = {output.name for step in steps for output in step.outputs}
-    needed, found = set[str](), list[_Step]()
+    needed, result = set[str](), list[_Step]()
     for step in reversed(steps):
         read = {
             name
             for given in step.inputs.values()
             for name in ([given] if isinstance(given, str) else given)
         }
-        found.append(replace(step, spent=frozenset((read & made) - needed)))
+        result.append(replace(step, spent=frozenset((read & made) - needed)))
         needed |= read
-    return found[::-1]
+    return result[::-1]
 
 
 def _with_updates_of_states(steps: Sequence[_Step]) -> Iterator[_Step]:
-    """The steps; marked are updates whose old value is the state and whose new one becomes it."""
+    """The steps with `of_state` set for updates of a state that are written back next."""
     origin = {
         step.outputs[0].name: step.inputs["input"]
         for step in steps
@@ -263,7 +270,7 @@ def _with_updates_of_states(steps: Sequence[_Step]) -> Iterator[_Step]:
 
 
 def _is_alone(values: Mapping[str, Any], name: str) -> bool:
-    """Whether no other value lies in the same memory."""
+    """Whether no other value shares its memory."""
     memory = values[name].data.untyped_storage().data_ptr()
     return not any(
         other != name
@@ -274,7 +281,7 @@ def _is_alone(values: Mapping[str, Any], name: str) -> bool:
 
 
 def readers_of(operations: Sequence[Any]) -> dict[str, list[str]]:
-    """The operators that read each value of a block: value → their names."""
+    """The operators that read each value of a block: name of the value → types of the operators."""
     readers = dict[str, list[str]]()
     for operation in operations:
         for given in operation.inputs.values():
@@ -285,7 +292,7 @@ def readers_of(operations: Sequence[Any]) -> dict[str, list[str]]:
 
 
 def _check_flexible(allowed: Any, shape: tuple[int, ...], subject: str) -> None:
-    """A shape against the enumerated shapes or ranges of an input's description."""
+    """Check a shape against the enumerated shapes or ranges of an input's description."""
     if allowed.WhichOneof("ShapeFlexibility") == "enumeratedShapes":
         shapes = [tuple(one.shape) for one in allowed.enumeratedShapes.shapes]
         if shape not in shapes:

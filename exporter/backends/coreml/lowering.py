@@ -1,4 +1,4 @@
-"""Writing the package of a Core ML artifact, reading its weights back, and running it."""
+"""Write the package of a Core ML artifact, read its weights back, and run it."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact
 def write_package(
     program: Program, quantized: QuantizedCheckpoint, target: Target, folder: Path
 ) -> Any:
-    """Write a package's files into the empty `folder`; its protobuf."""
+    """Write the files of a package into the empty `folder`. Returns its protobuf."""
     weights_folder = (folder / WEIGHTS).parent
     weights_folder.mkdir(parents=True)
     specification = to_specification(program, str(weights_folder), specification_version=_IOS_18)
@@ -56,7 +56,7 @@ def write_package(
 
 
 def _describe(metadata: Any, quantized: QuantizedCheckpoint, target: Target) -> None:
-    """What Xcode shows of a package, and what an app needs to know of it."""
+    """Set the metadata that Xcode shows, and the metadata that an app reads."""
     config, tokenizer = quantized.config, quantized.path / "tokenizer.json"
     facts = {
         "max_context": str(target.max_context),
@@ -81,21 +81,22 @@ def _describe(metadata: Any, quantized: QuantizedCheckpoint, target: Target) -> 
 def weights(
     artifact: Artifact, quantized: QuantizedCheckpoint
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
-    """Every weight decoded out of the package: see `package_weights`."""
+    """Every weight decoded from the package (see `package_weights`)."""
     return package_weights(open_package(artifact.path / FILE_NAME), quantized)
 
 
 def package_weights(
     package: Package, quantized: QuantizedCheckpoint
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
-    """Every weight of every function: name, the function and the operators that read it, codes
-    and scales. Raises InputError for one that a function lacks or does not use."""
+    """Every weight of every function: name, place, codes and scales or floats.
+
+    The place is the function and the operators that read the weight. Raises InputError for a weight
+    that a function lacks or does not use.
+    """
     for function in package.functions:
         operations = package.block(function).operations
-        readers, missing = (
-            readers_of(operations),
-            {mil_name(name): name for name in quantized.schemes},
-        )
+        readers = readers_of(operations)
+        missing = {mil_name(name): name for name in quantized.schemes}
         for operation in operations:
             made = operation.outputs[0].name if operation.outputs else ""
             if made not in missing:
@@ -112,17 +113,15 @@ def package_weights(
 def _stored(
     package: Package, operation: Any, name: str, scheme: Scheme
 ) -> QuantizedTensor | Tensor:
-    """What an operation makes a weight of."""
+    """The codes and scales, or floats, from which an operation makes a weight."""
     if operation.type == "const":
         value: Tensor = package.value(operation.attributes["val"]).data
         return value
     if operation.type != "constexpr_blockwise_shift_scale":
-        raise InputError(
-            name, f"is made by {operation.type}, which the quantized checkpoint has not"
-        )
+        raise InputError(name, f"is made by {operation.type}, not by codes and scales")
     given = {part: binding.arguments[0].value for part, binding in operation.inputs.items()}
     if "offset" in given:
-        raise InputError(name, "has an offset, which the quantized checkpoint has not")
+        raise InputError(name, "has an offset, but symmetric quantization has none")
     codes, scales = package.value(given["data"]), package.value(given["scale"])
     if codes.kind != CODE_KINDS[scheme.code_bits]:
         raise InputError(name, f"has {codes.kind} codes, not {scheme}")
@@ -130,7 +129,7 @@ def _stored(
 
 
 def check_room(tokens: int, context: int) -> None:
-    """Refuse a text that the cache cannot hold. Raises InputError."""
+    """Raise InputError if the cache cannot hold so many tokens."""
     if not 0 < tokens <= context:
         raise InputError(
             "context",
@@ -139,32 +138,27 @@ def check_room(tokens: int, context: int) -> None:
         )
 
 
-#: Runs a function on int32 inputs, and updates the state: logits float32 [1, 1, vocab_size].
+#: Run a function on int32 inputs and update the state. Returns logits, float32 [1, 1, vocab_size].
 Execute = Callable[[str, Mapping[str, Tensor], Any], Tensor]
 
 
 class CoreMLRunner:
-    """The package on this machine: both of its functions over one cache."""
+    """A `Runner` of a package: both functions over one cache."""
 
     def __init__(self, execute: Execute, new_state: Callable[[], Any], artifact: Artifact) -> None:
         self._execute, self._new_state = execute, new_state
         assert isinstance(artifact.target, Target)
-        self._context, self._steps = artifact.target.max_context, artifact.target.prefill
+        self.context, self._steps = artifact.target.max_context, artifact.target.prefill
         self._state, self._position = new_state(), 0
         described = open_package(artifact.path / FILE_NAME).spec.description.metadata
-        self._vocab_size = int(described.userDefined["vocab_size"])
-
-    @property
-    def context(self) -> int:
-        return self._context
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
+        self.vocab_size = int(described.userDefined["vocab_size"])
 
     def prefill(self, tokens: list[int]) -> Tensor:
-        """In chunks. One that would end beyond the cache begins earlier: what is read twice is
-        written twice, the same."""
+        """Read the tokens in chunks.
+
+        A chunk that would end beyond the cache begins earlier. It reads some tokens again and
+        writes the same keys and values for them.
+        """
         check_room(len(tokens), self.context)
         self._state, self._position = self._new_state(), 0
         steps = self._steps
@@ -188,18 +182,20 @@ class CoreMLRunner:
 
 
 def load(artifact: Artifact) -> CoreMLRunner:
-    """The artifact in Core ML on a Mac, in the reference interpreter elsewhere. One that gives
-    tokens is interpreted everywhere: Core ML shows no logits of it."""
+    """The artifact in Core ML on a Mac, and in the reference interpreter elsewhere.
+
+    With `output: token` it runs in the interpreter everywhere, since Core ML gives no logits then.
+    """
     return _on_mac(artifact) if _runs_here(artifact) else interpreted(artifact)
 
 
 def cross_check(artifact: Artifact) -> CoreMLRunner | None:
-    """What a Mac runs in Core ML, in the reference interpreter."""
+    """The reference interpreter, if `load` runs Core ML itself."""
     return interpreted(artifact) if _runs_here(artifact) else None
 
 
 def _runs_here(artifact: Artifact) -> bool:
-    """Whether `load` gives Core ML itself."""
+    """Whether `load` runs Core ML itself."""
     assert isinstance(artifact.target, Target)
     return sys.platform == "darwin" and artifact.target.output == "logits"
 
@@ -216,7 +212,7 @@ def interpreted(artifact: Artifact) -> CoreMLRunner:
 
 
 def _on_mac(artifact: Artifact) -> CoreMLRunner:
-    """The artifact in Core ML itself. Not tried yet, for want of a Mac."""
+    """The artifact in Core ML itself. Untested: no Mac was available."""
     path = str(artifact.path / FILE_NAME)
     functions = {
         name: coremltools.models.MLModel(path, function_name=name) for name in (PREFILL, DECODE)

@@ -1,8 +1,9 @@
-"""What each operator of an ML Program computes, for the reference interpreter.
+"""The operators of ML Programs, for the reference interpreter.
 
-A function has its operator's name and its operator's inputs as parameters (source: the docstrings
-of coremltools' ``converters/mil/mil/ops/defs``). It computes in float32 and returns a value of
-the type that the operator's definition gives; operands whose types do not fit are an error.
+Each function has the name of its operator, and the operator's inputs as parameters (source: the
+docstrings in coremltools' ``converters/mil/mil/ops/defs``). It computes in float32 and returns a
+value of the type in the operator's definition. Functions raise InputError for operands of wrong
+types and for options that are not supported.
 """
 
 import math
@@ -20,16 +21,17 @@ Operator = Callable[..., Value | tuple[Value, ...]]
 
 
 def integers(value: Value) -> list[int]:
-    """A vector of numbers, as axes and shapes are given."""
+    """A vector such as axes or a shape, as Python integers."""
     return [int(number) for number in value.data.reshape(-1).tolist()]
 
 
 def integer(value: Value) -> int:
+    """A scalar as a Python integer."""
     return int(value.data.item())
 
 
 def common_kind(*values: Value) -> str:
-    """The one type of all operands."""
+    """The type that all operands have. Raises InputError if they differ."""
     kinds = {value.kind for value in values}
     if len(kinds) > 1:
         raise InputError("operands", f"are of different types: {', '.join(sorted(kinds))}")
@@ -37,6 +39,7 @@ def common_kind(*values: Value) -> str:
 
 
 def float_kind(*values: Value) -> str:
+    """The float type that all operands have. Raises InputError if there is none."""
     kind = common_kind(*values)
     if kind not in FLOATS:
         raise InputError("operand", f"is {kind}, not fp16 or fp32")
@@ -62,7 +65,7 @@ def _comparison(compute: Callable[[Tensor, Tensor], Tensor]) -> Operator:
 def constexpr_blockwise_shift_scale(
     data: Value, scale: Value, offset: Value | None = None
 ) -> Value:
-    """scale * (data - offset), where each scale is that of a block of data."""
+    """scale * (data - offset), with one scale and offset for each block of data."""
     codes = data.data.float()
     if offset is not None:
         codes = codes - _spread(offset.data.float(), codes.shape)
@@ -70,7 +73,7 @@ def constexpr_blockwise_shift_scale(
 
 
 def _spread(blocks: Tensor, shape: Sequence[int]) -> Tensor:
-    """One number a block → one number a value."""
+    """Repeat one number per block to one number per value of `shape`."""
     for axis, (count, size) in enumerate(zip(blocks.shape, shape, strict=True)):
         if size % count:
             raise InputError("scale", f"has {count} blocks along {size} values")
@@ -142,16 +145,16 @@ def gather(
     batch_dims: Value | None = None,
     validate_indices: Value | None = None,
 ) -> Value:
-    """Entries of x along an axis; an index outside of it is an error, whatever was asked for."""
+    """Entries of x along an axis. An index out of range is an error, even without validation."""
     if batch_dims is not None and integer(batch_dims):
-        raise InputError("batch_dims", f"is {integer(batch_dims)}; only 0 is known")
+        raise InputError("batch_dims", f"is {integer(batch_dims)}; only 0 is supported")
     along, size = integer(axis) % x.data.dim(), x.data.shape[integer(axis)]
     places = indices.data.long()
     if ((places < -size) | (places >= size)).any():
         raise InputError("indices", f"go beyond the {size} entries of axis {along}")
-    found = x.data.index_select(along, (places % size).reshape(-1))
+    entries = x.data.index_select(along, (places % size).reshape(-1))
     shape = (*x.data.shape[:along], *places.shape, *x.data.shape[along + 1 :])
-    return Value(found.reshape(shape), x.kind)
+    return Value(entries.reshape(shape), x.kind)
 
 
 def select(cond: Value, a: Value, b: Value) -> Value:
@@ -161,10 +164,10 @@ def select(cond: Value, a: Value, b: Value) -> Value:
 
 
 def reshape(x: Value, shape: Value) -> Value:
-    """A 0 in the shape is the size as far from the end in x, or 1 where there is none."""
+    """A 0 in the shape means the size of x at the same place from the end, or 1 if x has none."""
     wanted = integers(shape)
-    there = [1] * len(wanted) + list(x.data.shape)
-    sizes = [size or old for size, old in zip(wanted, there[x.data.dim() :], strict=True)]
+    old_sizes = [1] * len(wanted) + list(x.data.shape)
+    sizes = [size or old for size, old in zip(wanted, old_sizes[x.data.dim() :], strict=True)]
     return Value(x.data.reshape(sizes), x.kind)
 
 
@@ -185,7 +188,7 @@ def squeeze(x: Value, axes: Value) -> Value:
 
 def concat(values: list[Value], axis: Value, interleave: Value | None = None) -> Value:
     if interleave is not None and integer(interleave):
-        raise InputError("interleave", "is true; only false is known")
+        raise InputError("interleave", "is true; only false is supported")
     data = torch.cat([value.data for value in values], integer(axis))
     return Value(data, common_kind(*values))
 
@@ -206,21 +209,13 @@ def range_1d(start: Value, end: Value, step: Value) -> Value:
     return rounded(torch.arange(first, last, by), common_kind(start, end, step))
 
 
-def slice_by_index(
-    x: Value,
-    begin: Value,
-    end: Value,
-    stride: Value | None = None,
-    begin_mask: Value | None = None,
-    end_mask: Value | None = None,
-    squeeze_mask: Value | None = None,
-) -> Value:
-    window = _window(x.data, begin, end, stride, begin_mask, end_mask, squeeze_mask)
-    return Value(x.data[window], x.kind)
+def slice_by_index(x: Value, **bounds: Value) -> Value:
+    """`bounds` are the parameters of `_window`."""
+    return Value(x.data[_window(x.data, **bounds)], x.kind)
 
 
 def slice_by_size(x: Value, begin: Value, size: Value) -> Value:
-    """A size of -1 goes to the end."""
+    """A size of -1 means up to the end of the axis."""
     data = x.data
     for axis, (first, count) in enumerate(zip(integers(begin), integers(size), strict=True)):
         length = data.shape[axis] - first if count == -1 else count
@@ -230,33 +225,15 @@ def slice_by_size(x: Value, begin: Value, size: Value) -> Value:
     return Value(data, x.kind)
 
 
-def slice_update(
-    x: Value,
-    update: Value,
-    begin: Value,
-    end: Value,
-    stride: Value | None = None,
-    begin_mask: Value | None = None,
-    end_mask: Value | None = None,
-    squeeze_mask: Value | None = None,
-) -> Value:
-    copy = Value(x.data.clone(), x.kind)
-    return overwrite(copy, update, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+def slice_update(x: Value, update: Value, **bounds: Value) -> Value:
+    """`bounds` are the parameters of `_window`."""
+    return overwrite(Value(x.data.clone(), x.kind), update, **bounds)
 
 
-def overwrite(
-    x: Value,
-    update: Value,
-    begin: Value,
-    end: Value,
-    stride: Value | None = None,
-    begin_mask: Value | None = None,
-    end_mask: Value | None = None,
-    squeeze_mask: Value | None = None,
-) -> Value:
-    """slice_update in the memory of x, for a value that nothing else reads."""
+def overwrite(x: Value, update: Value, **bounds: Value) -> Value:
+    """slice_update in the memory of x, for an x that no other operation reads."""
     common_kind(x, update)
-    window = _window(x.data, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+    window = _window(x.data, **bounds)
     if x.data[window].shape != update.data.shape:
         wanted, found = list(x.data[window].shape), list(update.data.shape)
         raise InputError("update", f"has shape {found}, the window {wanted}")
@@ -268,12 +245,12 @@ def _window(
     x: Tensor,
     begin: Value,
     end: Value,
-    stride: Value | None,
-    begin_mask: Value | None,
-    end_mask: Value | None,
-    squeeze_mask: Value | None,
+    stride: Value | None = None,
+    begin_mask: Value | None = None,
+    end_mask: Value | None = None,
+    squeeze_mask: Value | None = None,
 ) -> tuple[Any, ...]:
-    """The index of a slice; one that leaves x is an error, since runtimes disagree about it."""
+    """The index of a slice. A slice beyond x is an error, since runtimes treat it differently."""
     none = [0] * x.dim()
     steps = integers(stride) if stride is not None else [1] * x.dim()
     from_start, to_end, single = (
@@ -292,7 +269,7 @@ def _window(
     return tuple(window)
 
 
-#: Every operator that is known, by name.
+#: Every supported operator by name.
 OPERATORS: dict[str, Operator] = {
     "add": _binary(torch.add),
     "sub": _binary(torch.sub),

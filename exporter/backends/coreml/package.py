@@ -1,8 +1,8 @@
-"""The files of a .mlpackage: written with the same bytes each time, and read back.
+"""Read the files of a .mlpackage, and write its manifest with the same bytes each time.
 
-A package is a folder: ``Manifest.json`` names the model, a protobuf, which names the weights in
-``weight.bin``. There a weight is a record of 64 bytes that says where its data lie (source:
-``MILBlob/Blob/StorageFormat.hpp`` in coremltools).
+A package is a folder. ``Manifest.json`` names the model, which is a protobuf. The model names
+weights in ``weight.bin`` by offset. At that offset a record of 64 bytes holds the offset and size
+of the weight's data (source: ``MILBlob/Blob/StorageFormat.hpp`` in coremltools).
 """
 
 import json
@@ -25,7 +25,7 @@ from exporter.files import read_json
 _AUTHOR, _SENTINEL = "com.apple.CoreML", 0xDEADBEEF
 _RECORD = struct.Struct("<IIQQQ")
 
-#: How a declared type is called here, how NumPy reads it, and how many bits a value takes.
+#: Declared type → its name in ML Programs, its NumPy dtype (if any), and the bits of a value.
 _Kind = MIL_pb2.DataType
 TYPES: dict[int, tuple[str, str, int]] = {
     _Kind.Value("BOOL"): ("bool", "?", 8),
@@ -49,15 +49,18 @@ FLOATS = ("fp16", "fp32")
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor and its declared type. Floats are held in float32, rounded to that type; integers
-    in a torch type that holds them all."""
+    """A tensor and its declared type, such as fp16.
+
+    Floats are stored as float32, rounded to that type, and integers in a torch dtype that holds
+    all of them.
+    """
 
     data: Tensor
     kind: str
 
 
 def rounded(data: Tensor, kind: str) -> Value:
-    """`data` as a value of type `kind`: fp16 overflows to infinity, integers wrap."""
+    """`data` converted to type `kind`: fp16 overflows to infinity, integers wrap around."""
     if kind == "fp16":
         return Value(data.half().float(), kind)
     if kind == "fp32":
@@ -79,7 +82,7 @@ def _held_in(kind: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Package:
-    """A package that was opened: its protobuf, and the folder that its weight files lie in."""
+    """An open package: its path, its protobuf, and the folder of its weight files."""
 
     path: Path
     spec: Any
@@ -87,15 +90,16 @@ class Package:
 
     @property
     def functions(self) -> tuple[str, ...]:
+        """The names of the functions in alphabetical order."""
         return tuple(sorted(self.spec.mlProgram.functions))
 
     def block(self, function: str) -> Any:
         """The operations of a function."""
-        found = self.spec.mlProgram.functions[function]
-        return found.block_specializations[found.opset]
+        declared = self.spec.mlProgram.functions[function]
+        return declared.block_specializations[declared.opset]
 
     def value(self, value: Any) -> Any:
-        """A constant: `Value`, a text, or a list of those."""
+        """A constant: a `Value`, a string, or a list of these. Raises InputError if damaged."""
         if (place := place_of(value)) is not None:
             return self._stored(value.type.tensorType, *place)
         kind = value.type.WhichOneof("type")
@@ -106,13 +110,13 @@ class Package:
         return _immediate(value)
 
     def _stored(self, declared: Any, name: str, offset: int) -> Value:
-        """A constant of the weight file, its record checked."""
+        """A constant from a weight file. Raises InputError for an invalid record."""
         path = (self.weights / name.removeprefix("@model_path/")).resolve()
         if not path.is_relative_to(self.path.resolve()):
             raise InputError(self.path, f"names a weight file outside of itself ({name})")
         if not path.is_file():
             raise InputError(path, "no such file", "Get the whole package again")
-        empty = path.stat().st_size == 0  # which cannot be mapped
+        empty = path.stat().st_size == 0  # an empty file cannot be mapped
         content = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, "r")
         subject = f"{path.name} at {offset}"
         if offset + _RECORD.size > content.size:
@@ -144,7 +148,7 @@ def open_package(path: Path) -> Package:
     spec = Model_pb2.Model()
     try:
         spec.ParseFromString(file.read_bytes())
-    except Exception as error:  # DecodeError, which protobuf's two builds name differently
+    except Exception as error:  # DecodeError; its module depends on protobuf's build
         raise InputError(file, f"is not a Core ML model ({error})", "Get it again") from error
     if spec.WhichOneof("Type") != "mlProgram":
         raise InputError(file, f"is a {spec.WhichOneof('Type')}, not an ML Program")
@@ -152,7 +156,7 @@ def open_package(path: Path) -> Package:
 
 
 def write_manifest(folder: Path) -> None:
-    """``Manifest.json`` as Core ML writes it, but with identifiers that follow from the names."""
+    """Write ``Manifest.json`` as Core ML does, but with identifiers derived from the names."""
     entries = {
         _identifier(path): {
             "author": _AUTHOR,
@@ -178,7 +182,7 @@ def _identifier(path: str) -> str:
 
 
 def place_of(value: Any) -> tuple[str, int] | None:
-    """File and offset of a constant, or None where it lies in the protobuf."""
+    """File and offset of a constant in a weight file, or None if it is in the protobuf."""
     if value.WhichOneof("value") != "blobFileValue":
         return None
     return value.blobFileValue.fileName, value.blobFileValue.offset
@@ -190,7 +194,7 @@ def shape_of(declared: Any) -> list[int]:
 
 
 def open_shape_of(declared: Any) -> list[int | None]:
-    """The shape of a declared tensor; None where a dimension is left open."""
+    """The shape of a declared tensor, with None for a flexible dimension."""
     return [
         int(dimension.constant.size) if dimension.HasField("constant") else None
         for dimension in declared.dimensions
@@ -198,7 +202,7 @@ def open_shape_of(declared: Any) -> list[int | None]:
 
 
 def _immediate(value: Any) -> Any:
-    """A constant that lies in the protobuf itself."""
+    """A constant stored in the protobuf."""
     declared, tensor = value.type.tensorType, value.immediateValue.tensor
     field_name = tensor.WhichOneof("value")
     content = getattr(tensor, field_name).values
@@ -220,7 +224,7 @@ def _decode(content: bytes, declared: Any) -> Value:
         array = np.frombuffer(content, numpy_kind).reshape(shape)
         wide = np.float32 if kind in FLOATS else np.int32 if kind == "uint16" else numpy_kind
         return Value(torch.from_numpy(array.astype(wide)), kind)
-    # Less than a byte: values follow each other from the lowest bit up.
+    # Less than a byte: values are packed from the lowest bit up.
     count = math.prod(shape)
     flat = np.unpackbits(np.frombuffer(content, np.uint8), count=count * bits, bitorder="little")
     places = np.left_shift(1, np.arange(bits)).astype(np.uint8)

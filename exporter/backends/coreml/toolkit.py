@@ -1,5 +1,8 @@
-"""What is used of coremltools. It is imported here alone, since its import talks about much that
-does not concern an export (scikit-learn, other versions of torch, a missing Mac)."""
+"""Import coremltools without its warnings.
+
+Its import warns about scikit-learn, versions of torch and the operating system, which do not matter
+for an export. Other modules take its names from here.
+"""
 
 import logging
 import warnings

@@ -2,10 +2,11 @@
 
     mobilellm lower build/nano-int4 --target executorch -o build/nano
 
-The program is small: an embedding, and between two attentions one XNNPACK call that holds all
-the rest of a layer. `segments` says what is in such a call, `graph` writes it down, `program` puts
-the program around it, `file` knows the bytes, `lowering` makes the file. With ``delegate=coreml``
-it is one call, see `coreml_delegate`.
+The program consists of the embedding, the attentions, and one XNNPACK call between two attentions
+for everything else. `segments` decides which operations are in each call, `graph` serializes a
+call, `program` is the program around the calls, `file` reads and writes the bytes of a .pte, and
+`lowering` makes the artifact. With ``delegate=coreml`` the program is one call: see
+`coreml_delegate`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,11 +33,12 @@ SUFFIX = ""
 
 
 class Target(backends.Target):
-    """A .pte for XNNPACK, or with a Core ML package inside for iOS 18 and macOS 15.
+    """A .pte for XNNPACK, or one with a Core ML package inside for iOS 18 and macOS 15.
 
-    XNNPACK: ``custom_sdpa`` is for the official runners, ``portable`` for any. Core ML: attention
-    is its own, `activations: float16` is what the Neural Engine runs, and a prompt is read token
-    by token (`coreml` as a target of its own reads it in chunks).
+    XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners have;
+    ``portable`` runs in any runner. Core ML: the delegate computes attention, the Neural Engine
+    needs `activations: float16`, and prompts are read token by token (the target `coreml` reads
+    them in chunks).
     """
 
     by_default: ClassVar[bool] = True
@@ -48,12 +50,12 @@ class Target(backends.Target):
 
 
 def embedded(target: Target) -> coreml.Target:
-    """What the package inside the .pte is made for: one token a call."""
+    """The target of the package inside the .pte, which reads one token per call."""
     return coreml.Target(max_context=target.max_context, prefill=1, activations=target.activations)
 
 
 def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> None:
-    """Refuse what the delegate or the model cannot do. Raises InputError."""
+    """Raise InputError for options or schemes that the delegate does not support."""
     from exporter.backends._storage import check_stored
     from exporter.backends.coreml.schemes import stores as stored_by_coreml
     from exporter.backends.executorch.schemes import stores
@@ -63,7 +65,7 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
         if target.attention != "custom_sdpa":
             raise InputError(
                 "attention",
-                f"{target.attention} is a choice for XNNPACK; the Core ML delegate attends itself",
+                f"{target.attention} is an option of XNNPACK; the Core ML delegate has its own",
                 "Leave it out",
             )
         backend("coreml")
@@ -79,7 +81,7 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
 
 
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
-    """The file within one per cent, two for the smallest; memory within a tenth on x86-64."""
+    """The file size within 1 % (2 % for the smallest), the memory within 10 % on x86-64."""
     from exporter.backends.executorch import size
 
     if target.delegate == "coreml":
@@ -88,23 +90,23 @@ def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Targ
 
 
 def packages(target: Target) -> tuple[str, ...]:
-    """The distributions whose versions decide the bytes."""
+    """The distributions whose versions determine the bytes of the artifact."""
     own = ("executorch", "torch")
     return own if target.delegate == "xnnpack" else (*own, "coremltools", "numpy")
 
 
 def portable(target: Target) -> bool:
-    """``custom_sdpa`` is no core operator."""
+    """Whether attention uses core operators only; ``custom_sdpa`` is not one."""
     return target.attention == "portable"
 
 
 def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> bool:
-    """XNNPACK multiplies codes with activations in int8."""
+    """Yes: XNNPACK multiplies codes with int8 activations."""
     return True
 
 
 def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "Rounding | None":
-    """XNNPACK's dynamic activations: int8, one scale a row. Core ML's own in its package."""
+    """XNNPACK quantizes activations dynamically: int8, one scale per row. For Core ML see there."""
     from exporter.quantization.activations import round_rows_to_int8
 
     if target.delegate == "coreml":
@@ -113,7 +115,7 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "R
 
 
 def largest_activation(target: Target, which: str) -> float | None:
-    """Activations are float32 in XNNPACK."""
+    """None for XNNPACK, whose activations are float32."""
     if target.delegate == "coreml":
         return coreml.largest_activation(embedded(target), which)
     return None
@@ -128,10 +130,10 @@ def lower(quantized: "QuantizedCheckpoint", target: Target, out: Path) -> Artifa
 
 
 def load(artifact: Artifact) -> Runner:
-    """The artifact ready to run. The whole file is read, so that a short one is refused.
+    """The artifact in ExecuTorch's runtime.
 
-    The Core ML delegate runs on a Mac only (not tried yet, for want of one), token by token;
-    elsewhere its package does, in the reference interpreter.
+    The Core ML delegate runs on a Mac only, which is untested, since none was available. Elsewhere
+    its package runs in the reference interpreter.
     """
     from exporter.backends.executorch import lowering
 
@@ -139,7 +141,7 @@ def load(artifact: Artifact) -> Runner:
 
 
 def cross_check(artifact: Artifact) -> Runner | None:
-    """The package that a Mac runs, in the reference interpreter. There is none of XNNPACK."""
+    """The reference interpreter, if `load` runs the Core ML delegate. None for XNNPACK."""
     from exporter.backends.executorch import lowering
 
     return lowering.cross_check(artifact)
@@ -148,7 +150,7 @@ def cross_check(artifact: Artifact) -> Runner | None:
 def weights(
     artifact: Artifact, quantized: "QuantizedCheckpoint"
 ) -> "Iterator[tuple[str, str, QuantizedTensor | Tensor]]":
-    """Every weight decoded out of the .pte: name, place in the file, codes and scales."""
+    """Every weight decoded from the .pte: name, place in the file, codes and scales or floats."""
     from exporter.backends.executorch import lowering
 
     return lowering.weights(artifact, quantized)

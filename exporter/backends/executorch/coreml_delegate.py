@@ -1,16 +1,16 @@
-"""The Core ML delegate inside a .pte: the whole decoder as one call of an embedded package.
+"""The Core ML delegate inside a .pte: the whole decoder is one call of an embedded package.
 
     mobilellm lower build/nano-int4 --target executorch delegate=coreml activations=float16 ...
 
-ExecuTorch's own partitioner would trace the model and let coremltools convert it, with scales of
-its own. What the runtime wants is less: a package and a list of its inputs and outputs, as one
-piece of data. So it gets the program of `coreml.graph`, with the quantized checkpoint's codes and
-scales.
+ExecuTorch's own partitioner traces the model and lets coremltools convert it, which would compute
+new scales. But the runtime needs only a package and the names of its inputs and outputs, as one
+payload. So the package holds the program of `coreml.graph`, with the quantized checkpoint's codes
+and scales.
 
-The runtime keeps a state for each method of a .pte (``ETCoreMLModel.mm``), so that a prompt read
-by one method would be unknown to another. There is one, of one token a call, to which the
-official runners feed a prompt token by token. A new text needs no new state: positions from its
-own on are not looked at.
+The runtime keeps a separate state for each method of a .pte (``ETCoreMLModel.mm``): a decode method
+could not read the cache of a prefill method. So there is one method, which reads one token per
+call. The official runners feed a prompt to it token by token. A new text needs no new state, since
+later positions are masked.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# First, since it keeps the import of coremltools quiet, which the compiler repeats.
+# First: it imports coremltools without warnings, before the compiler imports it.
 from exporter.backends.coreml.toolkit import coremltools  # isort: skip
 from executorch import exir
 from executorch.backends.apple.coreml.compiler import CoreMLBackend
@@ -39,14 +39,14 @@ from exporter.backends.executorch.file import delegate_payload
 from exporter.errors import InputError
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 
-#: The list at a payload's end, which names three files, is far shorter.
+#: An upper bound for the file list at the end of a payload, in bytes. It lists four files.
 _LONGEST_LIST = 1 << 16
 _FOLDER, _PACKAGE = "lowered_module", "model.mlpackage"
 _FILE, _DIRECTORY = 0, 1
 
 
 class _Call(nn.Module):
-    """Tokens [1, 1] and a position [1] to the logits [1, 1, vocab_size], by the delegate."""
+    """Call the delegate: tokens [1, 1] and position [1] to logits [1, 1, vocab_size]."""
 
     def __init__(self, delegate: nn.Module) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Call(nn.Module):
 
 
 class _StandIn(nn.Module):
-    """What the delegate's shapes and types are worked out from."""
+    """A module with the delegate's input and output shapes and dtypes, for export."""
 
     def __init__(self, vocab_size: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _StandIn(nn.Module):
 
 
 def export_step(quantized: QuantizedCheckpoint, target: Target) -> torch.export.ExportedProgram:
-    """The program: one call of the delegate, which holds the package."""
+    """The program: one call of the delegate, whose payload contains the package."""
     dtype = torch.float16 if target.activations == "float16" else torch.float32
     example = (torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     stand_in = torch.export.export(
@@ -88,9 +88,9 @@ def export_step(quantized: QuantizedCheckpoint, target: Target) -> torch.export.
 
 
 def _payload(quantized: QuantizedCheckpoint, target: Target) -> bytes:
-    """The package, and what the runtime wants to know of it, as one piece of data.
+    """The package and its metadata as the runtime reads them.
 
-    The name under which a phone keeps the compiled model follows from the package's own bytes.
+    The identifier, under which a phone caches the compiled model, is a hash of the package.
     """
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -110,10 +110,11 @@ def _payload(quantized: QuantizedCheckpoint, target: Target) -> bytes:
 
 
 def flatten(files: Mapping[str, bytes]) -> bytes:
-    """A folder as the runtime's ``inmemory_filesystem.cpp`` reads it: what is in the files, then
-    a JSON list of files and folders, backwards, so that it is found from the end.
+    """A folder as bytes, in the format of the runtime's ``inmemory_filesystem.cpp``.
 
-    The wheel can flatten a folder too, in whatever order the disk names its files.
+    The content of the files comes first, then a JSON list of files and folders. The list is stored
+    backwards, so that a reader finds it from the end. The executorch wheel has a function for this,
+    but the order of its files depends on the disk.
     """
     nodes, content = list[dict[str, object]](), bytearray()
 
@@ -140,7 +141,7 @@ def flatten(files: Mapping[str, bytes]) -> bytes:
 
 
 def unflatten(payload: memoryview) -> dict[str, memoryview]:
-    """The inverse of `flatten`. Raises InputError, also for a name that leaves its folder."""
+    """The inverse of `flatten`. Raises InputError for damaged lists and unsafe file names."""
     try:
         listed = bytes(payload[-_LONGEST_LIST:])[::-1].lstrip(b"\0").decode("latin-1")
         nodes = json.JSONDecoder().raw_decode(listed)[0]["nodes"]
@@ -152,7 +153,7 @@ def unflatten(payload: memoryview) -> dict[str, memoryview]:
 def _files_of(
     nodes: list[dict[str, Any]], index: int, payload: memoryview
 ) -> Iterator[tuple[str, memoryview]]:
-    """Path and content of every file below a folder; children come before it in the list."""
+    """Path and content of every file below a folder. Children precede their folder in `nodes`."""
     for name, child in nodes[index]["children"].items():
         if not 0 <= child < index or name in ("", ".", "..") or "/" in name or "\\" in name:
             raise ValueError(f"{name!r} is not the name of a file in its folder")
@@ -168,7 +169,7 @@ def _files_of(
 
 @contextmanager
 def embedded_package(program: Path) -> Iterator[Package]:
-    """The package inside a .pte, taken out for as long as it is read. Raises InputError."""
+    """The package inside a .pte, extracted to a temporary folder. Raises InputError."""
     files = unflatten(delegate_payload(program, CoreMLBackend.__name__))
     with tempfile.TemporaryDirectory() as scratch:
         for name, content in files.items():
@@ -179,21 +180,13 @@ def embedded_package(program: Path) -> Iterator[Package]:
 
 
 class StepRunner:
-    """A program that reads one token at a time, `step([token], position)` → logits."""
+    """A `Runner` of a program that reads one token per call: `step([token], position)` → logits."""
 
     def __init__(
         self, step: Callable[[list[int], int], Tensor], context: int, vocab_size: int
     ) -> None:
         self._step, self._position = step, 0
-        self._context, self._vocab_size = context, vocab_size
-
-    @property
-    def context(self) -> int:
-        return self._context
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
+        self.context, self.vocab_size = context, vocab_size
 
     def prefill(self, tokens: list[int]) -> Tensor:
         check_room(len(tokens), self.context)
@@ -208,7 +201,7 @@ class StepRunner:
 
 
 def interpret_step(program: Path, context: int) -> StepRunner:
-    """The embedded package in the reference interpreter, on any machine."""
+    """The embedded package in the reference interpreter, on any machine. Raises InputError."""
     with embedded_package(program) as package:
         interpreter = Interpreter(package)
         vocab_size = int(package.spec.description.metadata.userDefined["vocab_size"])

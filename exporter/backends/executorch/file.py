@@ -1,4 +1,4 @@
-"""The bytes of a .pte: the tied embedding stored once, and every weight read back."""
+"""The bytes of a .pte: store the tied embedding once, and read every weight back."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +21,10 @@ _ALIGNMENT = 128
 
 
 def store_embedding_once(data: memoryview) -> Iterator[bytes | memoryview]:
-    """The same program with the tied embedding's bytes in the file once.
+    """The same program with the bytes of a tied embedding stored once.
 
-    The lookup table lies among the program's constants, the output layer's filter in a segment of
-    its own; where their bytes are equal, that segment is made to point at the constants.
+    The lookup table is one of the program's constants, and the output layer's filter has a segment
+    of its own. If their bytes are equal, the segment is replaced by one that points to the table.
     """
     header = pte._get_extended_header(bytes(data[:64]))
     assert header is not None
@@ -81,7 +81,7 @@ def _aligned(offset: int) -> int:
 
 
 def delegate_payload(path: Path, backend: str) -> memoryview:
-    """What the first call of this delegate in a .pte holds. Raises InputError."""
+    """The payload of the first call of this delegate in a .pte. Raises InputError."""
     data = memoryview(path.read_bytes())
     header = pte._get_extended_header(bytes(data[:64]))
     if header is None:
@@ -101,9 +101,9 @@ def delegate_payload(path: Path, backend: str) -> memoryview:
 def read_weights(
     path: Path, quantized: QuantizedCheckpoint
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
-    """Every weight decoded out of the .pte: name, place in the file, codes and scales.
+    """Every weight decoded from the .pte: name, place in the file, codes and scales or floats.
 
-    The tied embedding is in the program twice, as table and as filter, and is given twice.
+    A tied embedding is given twice: as the lookup table and as the output layer's filter.
     """
     data = memoryview(path.read_bytes())
     header = pte._get_extended_header(bytes(data[:64]))
@@ -144,7 +144,7 @@ def read_weights(
 def _embedding_table(
     program: Any, segment: Callable[[int], memoryview], quantized: QuantizedCheckpoint
 ) -> QuantizedTensor | Tensor:
-    """The lookup table, found through the program's own embedding instruction."""
+    """The lookup table, located through the arguments of the embedding instruction."""
     plan = next(plan for plan in program.execution_plan if plan.name == "forward")
     constants = segment(program.constant_segment.segment_index)
     offsets = program.constant_segment.offsets

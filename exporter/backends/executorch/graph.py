@@ -1,11 +1,12 @@
-"""XNNPACK graphs, written down directly.
+"""Build and serialize XNNPACK graphs.
 
-ExecuTorch's own partitioner finds XNNPACK's operators in a traced graph, through some twenty
-passes that trace it anew: minutes for a model whose graph is known beforehand. Here the same
-serialized graph (``XNNGraph``, the schema of the executorch wheel) is built node by node, with
-the weights named after the checkpoint's tensors, so that they can be found again in the .pte.
+ExecuTorch's own partitioner finds XNNPACK's operators in a traced graph. Its twenty or so passes
+trace the graph again and take minutes, though the graph of a decoder is known beforehand. Here the
+same serialized graph (``XNNGraph``, a schema of the executorch wheel) is built node by node. The
+weights have the names of the checkpoint's tensors, so that they can be read back from the .pte.
 
-Values are integers, as in XNNPACK. Shapes are the largest ones: XNNPACK reshapes at run time.
+Values are integers, as in XNNPACK. Shapes are those of the longest input: XNNPACK reshapes at run
+time.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from exporter.backends.executorch.schemes import FILTER
 from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 _TYPES = schema.XNNDatatype
-#: Bits of the codes → XNNPACK's type of weights with a scale for each group, or for each row.
+#: Bits of the codes → XNNPACK's datatype of weights with a scale per group, or per row.
 _GROUP_TYPES = {4: _TYPES.xnn_datatype_qbint4}
 _ROW_TYPES = {4: _TYPES.xnn_datatype_qcint4, 8: _TYPES.xnn_datatype_qcint8}
 _NO_ID = 0xFFFFFFFF
@@ -35,12 +36,12 @@ INFERRED = 0
 
 
 def filter_bytes(weight: QuantizedTensor) -> bytes:
-    """Codes as XNNPACK reads them."""
+    """The codes of a weight as XNNPACK reads them."""
     return FILTER.pack(weight.codes, weight.scheme.code_bits).contiguous().numpy().tobytes()
 
 
 def scale_bytes(weight: QuantizedTensor) -> bytes:
-    """Group scales as bfloat16, scales of a whole row as float32; both are exact on our grid."""
+    """Scales per group as bfloat16, scales per row as float32. Both hold our scales exactly."""
     if weight.scheme.group_size:
         return weight.scales.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
     return weight.scales.numpy().tobytes()
@@ -62,7 +63,7 @@ def decode_filter(
 
 @dataclass
 class XnnpackGraph:
-    """One delegated part of the program; inputs and outputs in the order of their calls."""
+    """An XNNPACK graph. Its inputs and outputs are in the order of `input` and `output` calls."""
 
     named_data: NamedDataStore
     _nodes: list[schema.XNode] = field(default_factory=list)
@@ -76,26 +77,27 @@ class XnnpackGraph:
     _constants: dict[str, int] = field(default_factory=dict)
 
     def input(self, *dims: int) -> int:
+        """A new float32 input."""
         value = self._value(dims, external=len(self._inputs), flags=_EXTERNAL_INPUT)
         self._inputs.append(value)
         return value
 
     def output(self, value: int) -> None:
-        """Hand `value` out. Inputs must all be declared before."""
+        """Make `value` an output. All inputs must have been declared before."""
         tensor = self._tensor(value)
         tensor.external_id = len(self._inputs) + len(self._outputs)
         tensor.flags = _EXTERNAL_OUTPUT
         self._outputs.append(value)
 
     def constant(self, name: str, tensor: torch.Tensor) -> int:
-        """A float32 constant, stored once in the program for each name."""
+        """A float32 constant. The program stores one for each name."""
         if name not in self._constants:
             data = self._store(name, tensor.to(torch.float32).contiguous().numpy().tobytes())
             self._constants[name] = self._value(tensor.shape, data=data)
         return self._constants[name]
 
     def weight(self, name: str, weight: QuantizedTensor) -> int:
-        """A quantized filter [out_features, in_features] under the checkpoint's own name."""
+        """A quantized weight [out_features, in_features], stored under its checkpoint name."""
         scheme, (rows, groups) = weight.scheme, weight.scales.shape
         data = self._store(name, filter_bytes(weight))
         scales = self._store(f"{name}.scales", scale_bytes(weight))
@@ -116,7 +118,7 @@ class XnnpackGraph:
         return self._value(weight.codes.shape, kind, data=data, quantization=parameters)
 
     def quantize(self, x: int) -> int:
-        """int8 with one scale and zero point for each token, found at run time."""
+        """Quantize x to int8 at run time, with one scale and zero point per token."""
         result = self._value(
             self._dims[x],
             schema.XNNDatatype.xnn_datatype_qdint8,
@@ -126,7 +128,7 @@ class XnnpackGraph:
         return result
 
     def linear(self, x: int, weight: int) -> int:
-        """x [..., in_features] times weight [out_features, in_features], transposed."""
+        """x [..., in_features] times the transpose of weight [out_features, in_features]."""
         result = self._value([*self._dims[x][:-1], self._dims[weight][0]])
         self._node(
             schema.XNNFullyConnected(
@@ -166,7 +168,7 @@ class XnnpackGraph:
         return self._unary(schema.XNNReciprocalSquareRoot, x)
 
     def reshape(self, x: int, *shape: int) -> int:
-        """At most one dimension may be `INFERRED`."""
+        """x with another shape, in which at most one dimension is `INFERRED`."""
         elements = int(np.prod(self._dims[x]))
         known = int(np.prod([size for size in shape if size != INFERRED]))
         result = self._value([elements // known if s == INFERRED else s for s in shape])
@@ -178,6 +180,7 @@ class XnnpackGraph:
         return result
 
     def transpose(self, x: int, *order: int) -> int:
+        """x with its dimensions in another order."""
         result = self._value([self._dims[x][axis] for axis in order])
         self._node(
             schema.XNNStaticTranspose(
@@ -187,7 +190,7 @@ class XnnpackGraph:
         return result
 
     def serialize(self) -> bytes:
-        """The delegate's payload; weights stay in `named_data`."""
+        """The payload of the delegate. The weights are in `named_data`."""
         graph = schema.XNNGraph(
             version="0",
             xnodes=self._nodes,
@@ -206,7 +209,7 @@ class XnnpackGraph:
         return result
 
     def _binary(self, kind: type, a: int, b: int) -> int:
-        """Dimensions of one are stretched, as in numpy."""
+        """Elementwise, with NumPy's broadcasting."""
         result = self._value(np.broadcast_shapes(self._dims[a], self._dims[b]))
         self._node(kind(input1_id=a, input2_id=b, output_id=result, flags=0))
         return result

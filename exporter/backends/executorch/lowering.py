@@ -1,4 +1,4 @@
-"""Writing the .pte of an ExecuTorch artifact, reading its weights back, and running it."""
+"""Write the .pte of an ExecuTorch artifact, read its weights back, and run it."""
 
 import contextlib
 import io
@@ -68,10 +68,10 @@ def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact
 
 
 def _constant_methods(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
-    """What the official runners ask the program (extension/llm/runner/constants.h)."""
+    """The metadata that the official runners read (extension/llm/runner/constants.h)."""
     text_ends = quantized.eos_token_ids
     return {
-        "enable_dynamic_shape": target.delegate == "xnnpack",  # False: token by token
+        "enable_dynamic_shape": target.delegate == "xnnpack",  # False: one token per call
         "get_max_context_len": target.max_context,
         "get_max_seq_len": target.max_context,
         "get_vocab_size": quantized.config.vocab_size,
@@ -86,8 +86,8 @@ def _constant_methods(quantized: QuantizedCheckpoint, target: Target) -> dict[st
 def weights(
     artifact: Artifact, quantized: QuantizedCheckpoint
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
-    """Every weight decoded out of the .pte: name, place in the file, codes and scales."""
-    if _of(artifact).delegate == "xnnpack":
+    """Every weight decoded from the .pte: name, place in the file, codes and scales or floats."""
+    if _target_of(artifact).delegate == "xnnpack":
         yield from read_weights(artifact.path / FILE_NAME, quantized)
         return
     with _coreml().embedded_package(artifact.path / FILE_NAME) as package:
@@ -97,22 +97,14 @@ def weights(
 
 
 class ExecuTorchRunner:
-    """The artifact in ExecuTorch's own runtime on this machine."""
+    """A `Runner` of a .pte in ExecuTorch's own runtime."""
 
     def __init__(self, path: Path) -> None:
         with _quietly():
             self._module = portable_lib._load_for_executorch(str(path))
-            self._context = int(self._module.run_method("get_max_context_len", ())[0])
-            self._vocab_size = int(self._module.run_method("get_vocab_size", ())[0])
+            self.context = int(self._module.run_method("get_max_context_len", ())[0])
+            self.vocab_size = int(self._module.run_method("get_vocab_size", ())[0])
         self._position = 0
-
-    @property
-    def context(self) -> int:
-        return self._context
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
 
     def prefill(self, tokens: list[int]) -> Tensor:
         self._position = 0
@@ -127,7 +119,7 @@ class ExecuTorchRunner:
         return logits
 
     def run(self, tokens: list[int], position: int) -> Tensor:
-        """The logits after `tokens`, of which the first one is at `position`."""
+        """Read `tokens` from `position` on. Returns the last logits, float32 [vocab_size]."""
         inputs = torch.tensor([tokens]), torch.tensor([position])
         with _quietly():
             logits: Tensor = self._module.run_method("forward", inputs)[0]
@@ -135,12 +127,12 @@ class ExecuTorchRunner:
 
 
 def load(artifact: Artifact) -> Runner:
-    """The artifact ready to run. The whole file is read, so that a short one is refused.
+    """The artifact in ExecuTorch's runtime.
 
-    The Core ML delegate runs on a Mac only (not tried yet, for want of one), token by token;
-    elsewhere its package does, in the reference interpreter.
+    The Core ML delegate runs on a Mac only, which is untested, since none was available. Elsewhere
+    its package runs in the reference interpreter.
     """
-    if _of(artifact).delegate == "xnnpack":
+    if _target_of(artifact).delegate == "xnnpack":
         return ExecuTorchRunner(artifact.path / FILE_NAME)
     if sys.platform != "darwin":
         return _interpret(artifact)
@@ -150,8 +142,8 @@ def load(artifact: Artifact) -> Runner:
 
 
 def cross_check(artifact: Artifact) -> Runner | None:
-    """The package that a Mac runs, in the reference interpreter. There is none of XNNPACK."""
-    on_mac = _of(artifact).delegate == "coreml" and sys.platform == "darwin"
+    """The reference interpreter, if `load` runs the Core ML delegate. None for XNNPACK."""
+    on_mac = _target_of(artifact).delegate == "coreml" and sys.platform == "darwin"
     return _interpret(artifact) if on_mac else None
 
 
@@ -161,13 +153,13 @@ def _interpret(artifact: Artifact) -> Runner:
     return runner
 
 
-def _of(artifact: Artifact) -> Target:
+def _target_of(artifact: Artifact) -> Target:
     assert isinstance(artifact.target, Target)
     return artifact.target
 
 
 def _coreml() -> ModuleType:
-    """The module of the Core ML delegate; raises MissingExtraError where coremltools is absent."""
+    """The module of the Core ML delegate. Raises MissingExtraError without coremltools."""
     backend("coreml")
     with _quietly():
         from exporter.backends.executorch import coreml_delegate
@@ -176,7 +168,7 @@ def _coreml() -> ModuleType:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what the toolkit prints (warnings, its C++ log on file descriptor 2) off the screen."""
+    """Suppress the toolkit's warnings and its C++ log, which goes to file descriptor 2."""
     if logging.getLogger("exporter").isEnabledFor(logging.DEBUG):
         yield
         return

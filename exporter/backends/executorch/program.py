@@ -1,7 +1,7 @@
-"""The program around the XNNPACK graphs: embedding, RoPE rows, cache and attention.
+"""The program around the XNNPACK graphs: embedding, RoPE tables, KV cache and attention.
 
-Each segment is one opaque operator while torch exports the program, and is then replaced by a call
-of the delegate that holds its graph.
+While torch exports the program, each segment is one opaque operator. `delegate` then replaces it
+by a call of the delegate that holds its graph.
 """
 
 import operator
@@ -24,10 +24,10 @@ from exporter.model.rope import paired_rope_tables
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 
-#: Bits of the codes → the type in which an embedding operator takes them.
+#: Bits of the codes → the dtype that the embedding operator requires for its table.
 _TABLE_TYPES = {4: torch.uint8, 8: torch.int8}
-#: Added to the scores of positions that a token must not see.
-_HIDDEN = -1e9
+#: Added to the attention score of a masked position.
+_MASKED_SCORE = -1e9
 
 _library = torch.library.Library("mobilellm", "DEF")
 _library.define(
@@ -46,8 +46,11 @@ def _segment(
     vocab_size: int,
     index: int,
 ) -> Any:
-    """The shapes of a segment's outputs: so many hidden states like its first input, one tensor
-    for each of `heads`, and logits where `vocab_size` is not 0."""
+    """The shapes of a segment's outputs.
+
+    They are `hidden_states` tensors shaped like its first input, one tensor [1, seq, count,
+    head_dim] for each count in `heads`, and logits unless `vocab_size` is 0.
+    """
     x = inputs[0]
     return [
         *(torch.empty_like(x) for _ in range(hidden_states)),
@@ -57,7 +60,7 @@ def _segment(
 
 
 class Program(nn.Module):
-    """What runs outside XNNPACK: embedding, RoPE rows, cache and, as one operator, attention."""
+    """The part of the decoder outside XNNPACK: embedding, RoPE tables, KV cache, attention."""
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class Program(nn.Module):
             self.register_buffer(f"values_{layer}", torch.zeros(size))
 
     def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
-        """tokens [1, seq] from position start [1] to the last token's logits [1, vocab_size]."""
+        """tokens [1, seq] from position start [1] on to the last token's logits [1, vocab_size]."""
         config, length = self.config, tokens.shape[1]
         position = start[0].item()
         torch._check(position >= 0)
@@ -89,7 +92,8 @@ class Program(nn.Module):
         cos = self.get_buffer("cos").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
         sin = self.get_buffer("sin").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
         positions = start + torch.arange(length)
-        hidden = self._mask(positions) if self.portable else tokens
+        # custom_sdpa is causal by itself and ignores the mask.
+        mask = self._mask(positions) if self.portable else tokens
         values = {self.segments.embedded: self._embed(tokens)}
         results = list[Tensor]()
         for segment in self.segments.segments:
@@ -97,7 +101,7 @@ class Program(nn.Module):
             if segment.attended:
                 q, k, v = results
                 layer = segment.index - 1
-                attention = self._attend(layer, q, k, v, position, positions, hidden)
+                attention = self._attend(layer, q, k, v, position, positions, mask)
             if segment.last_token:
                 carried = [x[:, -1:] for x in carried]
                 attention = self._last_token(attention)
@@ -108,11 +112,11 @@ class Program(nn.Module):
         return logits
 
     def _call(self, segment: Segment, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The hidden states that a segment keeps for later ones, and its other results."""
+        """Call a segment. Returns the hidden states for later segments, and its other results."""
         config, count = self.config, len(segment.kept)
         kv_heads = config.num_key_value_heads
         heads = [config.num_attention_heads, kv_heads, kv_heads]
-        found = torch.ops.mobilellm.segment(
+        outputs = torch.ops.mobilellm.segment(
             inputs,
             count,
             heads if segment.queries_keys_values else [],
@@ -120,14 +124,14 @@ class Program(nn.Module):
             config.vocab_size if segment.logits else 0,
             segment.index,
         )
-        return found[:count], found[count:]
+        return outputs[:count], outputs[count:]
 
     def _last_token(self, attention: list[Tensor]) -> list[Tensor]:
-        """What `_attend` gives, for the last position only."""
+        """The result of `_attend` for the last position only."""
         if not self.portable:
             return [attention[0][:, -1:]]
-        q, keys, values, hidden = attention
-        return [q[:, -1:], keys, values, hidden[:, :, -1:]]
+        q, keys, values, mask = attention
+        return [q[:, -1:], keys, values, mask[:, :, -1:]]
 
     def _attend(
         self,
@@ -137,25 +141,29 @@ class Program(nn.Module):
         v: Tensor,
         position: Any,
         positions: Tensor,
-        hidden: Tensor,
+        mask: Tensor,
     ) -> list[Tensor]:
-        """Update the cache; what the next XNNPACK call needs to know of the attention."""
+        """Update the cache. Returns the inputs of the next XNNPACK call.
+
+        These are the attention's output or, where XNNPACK computes the attention (``portable``),
+        its queries, keys, values and mask.
+        """
         keys, values = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
         if self.portable:
-            # Not `keys[:, positions] = ...`, which would drop a leading dimension of one: the
-            # runtime's index_put_ wants values of the cache's own rank.
+            # Not `keys[:, positions] = ...`, which drops a leading dimension of one: the runtime's
+            # index_put_ needs values of the cache's rank.
             torch.ops.aten.index_put_(keys, (None, positions), k[0].transpose(0, 1))
             torch.ops.aten.index_put_(values, (None, positions), v[0].transpose(0, 1))
-            return [q, keys, values, hidden]
+            return [q, keys, values, mask]
         ops = torch.ops.llama
         ops.update_cache(k, keys, position)
         ops.update_cache(v, values, position)
         return [ops.custom_sdpa(q, keys, values, position, None, 0.0, True)]
 
     def _mask(self, positions: Tensor) -> Tensor:
-        """[1, 1, seq, context]: 0 where a token may look, a large negative number elsewhere."""
+        """The causal mask [1, 1, seq, context]: 0, or a large negative number where masked."""
         later = torch.arange(self.context)[None] > positions[:, None]
-        return (later.to(torch.float32) * _HIDDEN)[None, None]
+        return (later.to(torch.float32) * _MASKED_SCORE)[None, None]
 
     def _add_embedding(self, quantized: QuantizedCheckpoint) -> None:
         stored = quantized.read(EMBEDDING)
@@ -165,7 +173,7 @@ class Program(nn.Module):
             return
         self.embedding_bits = stored.scheme.code_bits
         packed = TABLE.pack(stored.codes, self.embedding_bits)
-        # The operator of int8 wants codes of that type.
+        # The operator for int8 tables needs int8 codes, the one for int4 packed uint8.
         self.register_buffer("embedding", packed.view(_TABLE_TYPES[self.embedding_bits]))
         by_row = stored.scales.shape[1] == 1
         self.register_buffer("embedding_scales", stored.scales[:, 0] if by_row else stored.scales)
@@ -183,6 +191,7 @@ class Program(nn.Module):
 
 
 def export_program(program: Program) -> torch.export.ExportedProgram:
+    """Export the program for prompts of 1 to `program.context` tokens."""
     length = torch.export.Dim("length", min=1, max=program.context)
     example = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
@@ -192,7 +201,7 @@ def export_program(program: Program) -> torch.export.ExportedProgram:
 
 
 def delegate(exported: torch.export.ExportedProgram, segments: Segments) -> None:
-    """Replace each segment's operator by a call of its XNNPACK delegate."""
+    """Replace the operator of each segment by a call of its XNNPACK delegate."""
     module = exported.graph_module
     stand_ins: dict[str, torch.export.ExportedProgram] = {}
     for node in list(module.graph.nodes):
@@ -223,7 +232,7 @@ def _is_segment(node: torch.fx.Node) -> bool:
 
 
 class _StandIn(nn.Module):
-    """A segment's operator by itself: what the delegate's shapes are worked out from."""
+    """A module with only a segment's operator, from which the delegate gets its shapes."""
 
     def __init__(self, sizes: Sequence[Any]) -> None:
         super().__init__()

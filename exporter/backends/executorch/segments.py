@@ -1,9 +1,8 @@
-"""The decoder's operations as XNNPACK graphs: everything of it but embedding, cache and attention.
+"""The decoder's operations as XNNPACK graphs, all except embedding, KV cache and attention.
 
-A segment is one graph. Each attention ends one and begins the next, so a segment reaches from one
-attention to the one after it: it closes a layer (output projection, MLP) and opens the next
-(normalization, q, k, v, RoPE). What a segment reads of the ones before it is found from what its
-operations use.
+A segment is one graph. It extends from one attention to the next: it ends a layer (output
+projection, MLP) and begins the next one (normalization, q, k, v, RoPE). Its inputs are the values
+of earlier segments that its operations use.
 """
 
 from collections.abc import Callable
@@ -24,14 +23,14 @@ from exporter.quantization.schemes import QuantizedTensor
 
 @dataclass(eq=False)
 class Value:
-    """A value of the walk, and the segment that computes it; -1 is the embedding."""
+    """A value of the walk, and the index of the segment that computes it (-1: the embedding)."""
 
     segment: int
 
 
 @dataclass
 class _Node:
-    """An operation to be written into a graph: `write(graph, *inputs)` gives its outputs."""
+    """A recorded operation. `write(graph, *inputs)` adds it to a graph and returns its outputs."""
 
     write: Callable[..., list[int]]
     inputs: list[Value]
@@ -40,12 +39,12 @@ class _Node:
 
 @dataclass
 class Segment:
-    """What one graph computes.
+    """The operations of one graph, with its inputs and outputs in order.
 
-    Its inputs are the hidden states `carried` [1, seq, hidden_size] from earlier segments, what is
-    needed of the attention before it, and RoPE's rows, where it `rotates`; `last_token` says that
-    it reads one position. Its outputs are the hidden states `kept` for later segments, then
-    `queries_keys_values` of the attention that follows or, at the end, the `logits`.
+    Inputs are the hidden states `carried` over from earlier segments [1, seq, hidden_size], the
+    result of the attention before it (`attended`), and the rows of RoPE if it `rotates`. With
+    `last_token`, they have only the last position. Outputs are the hidden states `kept` for later
+    segments, and then the `queries_keys_values` of the next attention or the `logits`.
     """
 
     index: int
@@ -60,7 +59,7 @@ class Segment:
 
 
 class Segments:
-    """The operations of the walk; a walk makes `segments`, and `graph` writes each of them."""
+    """The operations of the walk. They record `segments`, which `graph` turns into graphs."""
 
     def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self.config, self.context = quantized, quantized.config, target.max_context
@@ -71,7 +70,7 @@ class Segments:
         walk(self.config, self)
 
     def graph(self, index: int) -> XnnpackGraph:
-        """The graph of a segment, with the weights that it needs in `named_data`."""
+        """The graph of a segment. Its weights are added to `named_data`."""
         segment, config = self.segments[index], self.config
         g, ids = XnnpackGraph(self.named_data), dict[Value, int]()
         length = 1 if segment.last_token else self.context
@@ -94,7 +93,7 @@ class Segments:
     def _record(
         self, write: Callable[..., list[int]], *inputs: Value, outputs: int = 1
     ) -> list[Value]:
-        """An operation of the current segment, and its results."""
+        """Record an operation of the current segment. Returns its results."""
         segment = self.segments[-1]
         for value in inputs:
             if value.segment < segment.index and value not in segment.carried:
@@ -112,7 +111,7 @@ class Segments:
             kept.append(value)
 
     def embed(self, weight: str) -> Value:
-        """The program looks the rows up, before the first segment."""
+        """The program looks up the rows before the first segment."""
         return self.embedded
 
     def linear(self, x: Value, *weights: str) -> list[Value]:
@@ -132,7 +131,7 @@ class Segments:
         return self._record(lambda g, x: [self._norm(g, x, weight)], x)[0]
 
     def rotate(self, x: Value) -> Value:
-        """RoPE as x * cos + (x Rᵀ) * sin, R being the quarter turn of every pair."""
+        """RoPE as x * cos + (x Rᵀ) * sin, with R from `quarter_turn`."""
 
         def write(g: XnnpackGraph, x: int) -> list[int]:
             turned = g.linear(x, g.constant("rope.quarter_turn", quarter_turn(self.config)))
@@ -142,7 +141,7 @@ class Segments:
         return self._record(write, x)[0]
 
     def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
-        """Ends a segment; the next one begins with what the program's attention gives."""
+        """End the segment. The next one begins with the result of the program's attention."""
         self.segments[-1].queries_keys_values = [q, k, v]
         index = len(self.segments)
         self.segments.append(Segment(index, attended=Value(index)))
@@ -150,7 +149,7 @@ class Segments:
         return self.segments[-1].attended
 
     def last_token(self, x: Value) -> Value:
-        """The program cuts what goes into the segment, which has not begun yet."""
+        """The program slices the inputs of the segment, which has no operations yet."""
         segment = self.segments[-1]
         assert not segment.nodes
         segment.last_token = True
@@ -174,8 +173,8 @@ class Segments:
         config, stored = self.config, self.quantized.read(weight)
         tied = weight == EMBEDDING
         if tied and isinstance(stored, QuantizedTensor) and stored.scheme.bits == 4:
-            # The embedding kernel reads nibbles in the other order than XNNPACK. With every two
-            # neighbouring columns exchanged both read the same bytes, which are stored once.
+            # The embedding kernel and XNNPACK read nibbles in opposite order. If adjacent columns
+            # of the filter are swapped, both read the same bytes, and these are stored once.
             swap = g.constant("output.exchange", torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
             pairs = g.linear(g.reshape(x, 1, 1, config.hidden_size // 2, 2), swap)
             x = g.reshape(pairs, 1, 1, config.hidden_size)
@@ -186,7 +185,7 @@ class Segments:
     def _multiply_by(
         self, g: XnnpackGraph, x: int, weights: dict[str, QuantizedTensor | Tensor]
     ) -> list[int]:
-        """x times each weight; the quantized ones share one quantization of x."""
+        """x times each weight. x is quantized once for all quantized weights."""
         quantized = None
         results = []
         for name, weight in weights.items():
@@ -198,8 +197,8 @@ class Segments:
         return results
 
     def _norm(self, g: XnnpackGraph, x: int, name: str | None) -> int:
-        """x over its root mean square, times a weight where there is one. The mean is a product
-        with a row of 1 / width."""
+        """RMS norm, with a weight if `name` is given. The mean of the squares is a linear layer
+        whose weights are 1 / width."""
         weight = self.quantized.float_weight(name) if name else None
         width = self.config.head_dim if weight is None else len(weight)
         row = g.constant(f"norm.mean_{width}", torch.full((1, width), 1 / width))
@@ -221,7 +220,7 @@ class Segments:
     def _portable_attention(
         self, g: XnnpackGraph, q: int, keys: int, values: int, mask: int
     ) -> int:
-        """Attention over the whole cache; the heads of one k/v head are stacked as rows."""
+        """Attention over the whole cache. Query heads that share a k/v head are stacked as rows."""
         config = self.config
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         group = config.num_attention_heads // kv_heads
@@ -229,12 +228,12 @@ class Segments:
         q = g.reshape(g.multiply(q, scale), INFERRED, kv_heads, group, head_dim)
         q = g.reshape(g.transpose(q, 1, 2, 0, 3), kv_heads, INFERRED, head_dim)
         scores = g.reshape(g.matmul_transposed(q, keys), kv_heads, group, INFERRED, self.context)
-        shares = g.reshape(g.softmax(g.add(scores, mask)), kv_heads, INFERRED, self.context)
-        mixed = g.reshape(g.matmul(shares, values), kv_heads, group, INFERRED, head_dim)
+        probabilities = g.reshape(g.softmax(g.add(scores, mask)), kv_heads, INFERRED, self.context)
+        mixed = g.reshape(g.matmul(probabilities, values), kv_heads, group, INFERRED, head_dim)
         return g.transpose(mixed, 2, 0, 1, 3)
 
 
 def exchange_columns(codes: Tensor) -> Tensor:
-    """Every two neighbouring columns of codes [rows, columns] exchanged."""
+    """Swap each pair of adjacent columns of codes [rows, columns]."""
     exchanged: Tensor = codes.unflatten(1, (-1, 2)).flip(-1).flatten(1).contiguous()
     return exchanged

@@ -1,4 +1,4 @@
-"""What a .pte for XNNPACK will weigh, before it is made."""
+"""Predict the size of a .pte for XNNPACK."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from exporter.backends.executorch import Target
 from exporter.model.config import EMBEDDING, ModelConfig
 from exporter.quantization.schemes import FLOAT, Scheme
 
-#: Program, XNNPACK graphs and padding: for the file as a whole, and for each layer of it.
+#: Bytes of program, XNNPACK graphs and padding: per file, and per layer.
 _PROGRAM_BYTES, _LAYER_BYTES = 12_000, 10_500
 
 
@@ -37,7 +37,7 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
 
 
 def _table_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
-    """The embedding as a lookup table: it has float32 scales of its own."""
+    """Bytes of the embedding's lookup table, which has float32 scales."""
     scheme, shape = schemes[EMBEDDING], config.parameter_shapes()[EMBEDDING]
     if scheme == FLOAT:
         return 4 * math.prod(shape)
@@ -46,7 +46,7 @@ def _table_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
 
 
 def _packed_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
-    """A weight as XNNPACK repacks it in memory: float32 scales, and two numbers a row."""
+    """Bytes of a weight repacked by XNNPACK: float32 scales, and two numbers per row."""
     if scheme == FLOAT:
         return 4 * math.prod(shape)
     codes = math.prod(shape) * (scheme.bits or 0) // 8
@@ -54,7 +54,7 @@ def _packed_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
 
 
 def _activation_bytes(config: ModelConfig, target: Target) -> int:
-    """The planned memory between two graphs: residual in and out, q and attention, k, v, RoPE."""
+    """Planned memory between two graphs: residual in and out, q and attention, k, v, RoPE."""
     heads = config.num_attention_heads + config.num_key_value_heads + 1
     width = 2 * config.hidden_size + 2 * heads * config.head_dim
     return 4 * target.max_context * width

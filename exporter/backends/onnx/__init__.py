@@ -2,8 +2,9 @@
 
     mobilellm lower build/nano-int4 --target onnx -o build/nano-onnx
 
-The graph is written down, not traced: `forms` says what is in it, `graph` writes it, `layout`
-knows the bytes, `lowering` makes the files. The folder runs in onnxruntime-genai as it is.
+The graph is built node by node, not traced. `forms` decides which nodes it has, `graph` builds it,
+`layout` packs and unpacks codes and scales, and `lowering` makes the artifact. onnxruntime-genai
+runs the artifact's folder unchanged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,10 +34,10 @@ SUFFIX = ""
 
 
 class Target(backends.Target):
-    """An .onnx for ONNX Runtime (``contrib``), or of standard operators only (``portable``).
+    """An .onnx with ONNX Runtime's own operators (``contrib``) or standard ones (``portable``).
 
-    `products` says whether matrix products may round activations to int8, which is faster.
-    `ort` adds the .ort file and operator list of a reduced mobile build.
+    `products: int8` lets matrix products round activations to int8, which is faster. `ort` adds
+    the .ort file and the list of operators for a reduced mobile build of ONNX Runtime.
     """
 
     target: Literal["onnx"] = "onnx"
@@ -47,7 +48,7 @@ class Target(backends.Target):
 
 
 def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> None:
-    """Refuse what the form cannot hold. Raises InputError."""
+    """Raise InputError for options or schemes that the form does not support."""
     from exporter.backends._storage import check_stored
     from exporter.backends.onnx.schemes import stores
 
@@ -62,19 +63,19 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
 
 
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
-    """The file within one per cent, two for the smallest; memory within a tenth on x86-64."""
+    """The file size within 1 % (2 % for the smallest), the memory within 10 % on x86-64."""
     from exporter.backends.onnx import size
 
     return size.predict(config, schemes, target)
 
 
 def packages(target: Target) -> tuple[str, ...]:
-    """The distributions whose versions decide the bytes."""
+    """The distributions whose versions determine the bytes of the artifact."""
     return "onnx", "onnxruntime"
 
 
 def portable(target: Target) -> bool:
-    """ONNX Runtime comes with the operators of both forms: there is no runner with fewer."""
+    """No: ONNX Runtime has the operators of both forms, and no runner with fewer operators."""
     return False
 
 
@@ -85,7 +86,10 @@ def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Tar
 
 
 def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "Rounding | None":
-    """Blocks in MatMulNBits; in DynamicQuantizeMatMul all that is read at once together."""
+    """MatMulNBits rounds activations to int8 with one scale per block of a row.
+
+    DynamicQuantizeMatMul, for int8 weights without groups, uses one scale for the whole prompt.
+    """
     from exporter.backends.onnx.schemes import LARGEST_BLOCK
     from exporter.model.config import EMBEDDING, OUTPUT
     from exporter.quantization.activations import round_blocks_to_int8, round_prompt_to_int8
@@ -101,14 +105,14 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "R
 
 
 def largest_activation(target: Target, which: str) -> float | None:
-    """What overflows in float16."""
+    """The largest float16 for float16 activations, None for float32."""
     from exporter.quantization.activations import LARGEST_HALF
 
     return LARGEST_HALF if target.activations == "float16" else None
 
 
 def lower(quantized: "QuantizedCheckpoint", target: Target, out: Path) -> Artifact:
-    """Write model.onnx, its data file and genai_config.json, and the .ort pair on request."""
+    """Write model.onnx, its data file, genai_config.json and, with `ort`, the .ort files."""
     from exporter.backends.onnx import lowering
 
     check(quantized.config, quantized.schemes, target)
@@ -123,13 +127,13 @@ def load(artifact: Artifact) -> Runner:
 
 
 def cross_check(artifact: Artifact) -> None:
-    """There is no interpreter of ours: `load` runs ONNX Runtime itself."""
+    """None: there is no reference interpreter of ONNX, since `load` runs ONNX Runtime itself."""
 
 
 def weights(
     artifact: Artifact, quantized: "QuantizedCheckpoint"
 ) -> "Iterator[tuple[str, str, QuantizedTensor | Tensor]]":
-    """Every weight decoded out of the model and its data file: name, place, codes and scales."""
+    """Every weight decoded from the model and its data file: name, place, codes and scales."""
     from exporter.backends.onnx import lowering
 
     return lowering.weights(artifact, quantized)

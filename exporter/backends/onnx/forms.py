@@ -1,6 +1,6 @@
 """The decoder's operations as ONNX nodes, in two forms.
 
-``contrib`` uses the fused operators of ONNX Runtime that its mobile builds have too; ``portable``
+``contrib`` uses fused operators of ONNX Runtime, which its mobile builds have too. ``portable``
 uses standard operators only (opset 23).
 """
 
@@ -27,7 +27,7 @@ from exporter.quantization.schemes import QuantizedTensor
 
 #: `accuracy_level` of MatMulNBits: how activations may be rounded.
 _FLOAT32, _INT8 = 1, 4
-#: Bits of the codes → their type in ONNX itself.
+#: Bits of the codes → their element type in standard ONNX.
 _CODE_TYPES = {4: TensorProto.INT4, 8: TensorProto.INT8}
 CONTRIB_OPSET, PORTABLE_OPSET = 21, 23
 LOGITS = "logits"
@@ -35,7 +35,10 @@ LOGITS = "logits"
 
 @dataclass
 class Sum:
-    """A residual sum. A norm that follows is fused with it; `total` is its name once written."""
+    """A residual sum x + y, not emitted yet, so that a following norm can be fused with it.
+
+    `total` is the name of the sum once it is emitted.
+    """
 
     x: str
     y: str
@@ -43,9 +46,11 @@ class Sum:
 
 
 @dataclass
-class Joint:
-    """Several products side by side in one value, along its last axis: `widths` are theirs, and
-    `parts` their names once a node has split them."""
+class MergedProduct:
+    """Several products of the same input in one value, concatenated along the last axis.
+
+    `widths` are the sizes of the products. `parts` are their names once a Split is emitted.
+    """
 
     value: str
     widths: tuple[int, ...]
@@ -54,16 +59,19 @@ class Joint:
 
 @dataclass(frozen=True)
 class Part:
-    """One product of a `Joint`."""
+    """One product of a `MergedProduct`."""
 
-    joint: Joint
+    merged: MergedProduct
     index: int
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Queries, keys or values [1, seq, count * head_dim]. GroupQueryAttention rotates inside, so
-    `rotated` says that it must; `norms` are weights of norms to write before it, None for ones."""
+    """Queries, keys or values [batch, seq, count * head_dim], for the attention that follows.
+
+    GroupQueryAttention applies RoPE itself, and `rotated` records that it must. `norms` are the
+    weights of norms per head to emit before it; None is a norm without a weight.
+    """
 
     value: "Value"
     count: int
@@ -71,13 +79,13 @@ class Heads:
     norms: tuple[str | None, ...] = ()
 
 
-#: A value of the graph by its name, or a record of what is not written yet.
+#: The name of a value in the graph, or an operation that is not emitted yet.
 Value = str | Sum | Part | Heads
 
 
 @dataclass
 class _Form:
-    """Inputs, outputs, constants, and the operations that both forms spell alike."""
+    """Inputs, outputs, constants, and the operations that are the same in both forms."""
 
     g: OnnxGraph
     quantized: QuantizedCheckpoint
@@ -93,35 +101,35 @@ class _Form:
         )
         self.g.output(LOGITS, self.kind, ["batch_size", 1, self.config.vocab_size])
 
-    def written(self, x: Value) -> str:
-        """The name of a value, after its nodes are written."""
+    def emit(self, x: Value) -> str:
+        """The name of a value. Emits its nodes if they are not emitted yet."""
         if isinstance(x, Sum):
             x.total = x.total or self.g.op("Add", x.x, x.y)
             return x.total
         if isinstance(x, Part):
-            if not x.joint.parts:
-                x.joint.parts = self._split(x.joint)
-            return x.joint.parts[x.index]
+            if not x.merged.parts:
+                x.merged.parts = self._split(x.merged)
+            return x.merged.parts[x.index]
         if isinstance(x, Heads):
             assert not x.rotated and not x.norms
-            return self.written(x.value)
+            return self.emit(x.value)
         return x
 
-    def _split(self, joint: Joint) -> Sequence[str]:
-        outputs = [self.g.fresh("part") for _ in joint.widths]
-        inputs = [joint.value, self.g.integers(*joint.widths)]
+    def _split(self, merged: MergedProduct) -> Sequence[str]:
+        outputs = [self.g.fresh("part") for _ in merged.widths]
+        inputs = [merged.value, self.g.integers(*merged.widths)]
         return self.g.ops("Split", inputs, outputs, axis=-1)
 
     def last_token(self, x: Value) -> Value:
-        return self.g.op("Gather", self.written(x), self.g.integers(-1), axis=1)
+        return self.g.op("Gather", self.emit(x), self.g.integers(-1), axis=1)
 
     def silu_product(self, gate: Value, up: Value) -> Value:
-        x = self.written(gate)
+        x = self.emit(gate)
         silu = self.g.op("Mul", x, self.g.op("Sigmoid", x))
-        return self.g.op("Mul", silu, self.written(up))
+        return self.g.op("Mul", silu, self.emit(up))
 
     def cache(self, layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
-        """The names of a layer's past and present keys and values, declared."""
+        """Declare the cache of a layer. Returns the names of (past, present) keys and values."""
         names = []
         for prefix, length, declare in (
             ("past_key_values", "past_sequence_length", self.g.input),
@@ -143,13 +151,13 @@ class _Form:
         return (past_key, past_value), (key, value)
 
     def vector(self, name: str | None) -> str:
-        """The weight of a norm; ones [head_dim] for a norm of heads that has none."""
+        """The weight of a norm, or ones [head_dim] for a norm per head without a weight."""
         weight = self.quantized.float_weight(name) if name else torch.ones(self.config.head_dim)
         content = float_bytes(weight, self.kind)
         return self.g.tensor(name or "ones", self.kind, weight.shape, content)
 
     def rope(self) -> tuple[str, str]:
-        """Cosines and sines, each [max_context, head_dim / 2]."""
+        """The constants of RoPE: cosines and sines, each [max_context, head_dim / 2]."""
         tables = zip(
             ("rope.cos", "rope.sin"), rope_tables(self.config, self.target.max_context), strict=True
         )
@@ -160,21 +168,21 @@ class _Form:
         return cos, sin
 
     def float_linear(self, x: str, name: str) -> str:
-        """x times the transpose of a weight left in float."""
+        """x times the transpose of a float weight."""
         weight = self.quantized.float_weight(name).t()
         stored = f"{name}.transposed"
         content = float_bytes(weight.contiguous(), self.kind)
         return self.g.op("MatMul", x, self.g.tensor(stored, self.kind, weight.shape, content))
 
     def float_embed(self, name: str) -> str:
-        """Rows of an embedding left in float."""
+        """Rows of a float embedding."""
         weight = self.quantized.float_weight(name)
         table = self.g.tensor(name, self.kind, weight.shape, float_bytes(weight, self.kind))
         return self.g.op("Gather", table, self.tokens)
 
 
 class ContribForm(_Form):
-    """Fused operators of ONNX Runtime (domain com.microsoft)."""
+    """The form with fused operators of ONNX Runtime (domain com.microsoft)."""
 
     opset = CONTRIB_OPSET
 
@@ -207,10 +215,10 @@ class ContribForm(_Form):
         )  # fmt: skip
 
     def linear(self, x: Value, *weights: str) -> Sequence[Value]:
-        """Weights of one scheme are one product, which is faster."""
+        """Weights of the same scheme are merged into one product, which is faster."""
         read = [self.quantized.read(name) for name in weights]
         stored = [weight for weight in read if isinstance(weight, QuantizedTensor)]
-        given = self.written(x)
+        given = self.emit(x)
         if len({self.quantized.schemes[name] for name in weights}) > 1 or not stored:
             return [
                 self._product(given, name, weight)
@@ -221,8 +229,8 @@ class ContribForm(_Form):
         product = self._product(given, merged_name(weights), concatenate(stored))
         if len(weights) == 1:
             return [product]
-        joint = Joint(product, tuple(len(weight.codes) for weight in stored))
-        return [Part(joint, index) for index in range(len(weights))]
+        merged = MergedProduct(product, tuple(len(weight.codes) for weight in stored))
+        return [Part(merged, index) for index in range(len(weights))]
 
     def _product(self, x: str, name: str, weight: QuantizedTensor) -> str:
         rows, columns = weight.codes.shape
@@ -241,7 +249,7 @@ class ContribForm(_Form):
         )  # fmt: skip
 
     def _blocks(self, name: str, weight: QuantizedTensor) -> tuple[str, str]:
-        """Codes [rows, blocks, bytes of a block] and scales [rows, blocks]."""
+        """Constants for codes [rows, blocks, bytes per block] and scales [rows, blocks]."""
         rows, columns = weight.codes.shape
         block, bits = block_size(weight), weight.scheme.code_bits
         dims = [rows, columns // block, block * bits // 8]
@@ -251,11 +259,11 @@ class ContribForm(_Form):
         return codes, scales
 
     def add(self, x: Value, y: Value) -> Value:
-        return Sum(self.written(x), self.written(y))
+        return Sum(self.emit(x), self.emit(y))
 
     def norm(self, x: Value, weight: str) -> Value:
         if not isinstance(x, Sum) or x.total:
-            return self._norm(self.written(x), weight)
+            return self._norm(self.emit(x), weight)
         normal, x.total = self.g.fresh("normal"), self.g.fresh("residual")
         self.g.ops(
             "SkipSimplifiedLayerNormalization", [x.x, x.y, self.vector(weight)],
@@ -273,8 +281,11 @@ class ContribForm(_Form):
         return Heads(x, count)
 
     def norm_heads(self, x: Value, weight: str | None) -> Value:
-        """Written before the rotation. Without a weight it may follow it in the model: a rotation
-        keeps the norm, so that is the same."""
+        """Emitted before RoPE, which GroupQueryAttention applies.
+
+        In the model, a norm without a weight may follow RoPE. Its result is the same, since a
+        rotation does not change the root mean square of a head.
+        """
         assert isinstance(x, Heads)
         assert weight is None or not x.rotated, "GroupQueryAttention rotates after a weighted norm"
         return replace(x, norms=(*x.norms, weight))
@@ -307,40 +318,40 @@ class ContribForm(_Form):
         return output
 
     def _queries_keys_values(self, q: Value, k: Value, v: Value) -> Sequence[str]:
-        """The first three inputs of GroupQueryAttention: all in one, or each apart."""
+        """The first three inputs of GroupQueryAttention: q, k and v packed in one, or separate."""
         assert isinstance(q, Heads) and isinstance(k, Heads) and isinstance(v, Heads)
         assert q.rotated and k.rotated
         if q.norms == k.norms == (None,):
             return self._normalized_together(q, k, v)
         if q.norms or k.norms:
-            return [self._normalized(q), self._normalized(k), self.written(v)]
+            return [self._normalized(q), self._normalized(k), self.emit(v)]
         if isinstance(q.value, Part) or not isinstance(v.value, Part):
-            return [self._side_by_side(q, k, v), "", ""]
-        # A norm over all heads has taken them apart.
-        return [self.written(x.value) for x in (q, k, v)]
+            return [self._packed(q, k, v), "", ""]
+        # A norm over all heads has split q and k from v.
+        return [self.emit(x.value) for x in (q, k, v)]
 
-    def _side_by_side(self, *values: Heads) -> str:
-        """q, k and v along the last axis: as their one product gives them, or concatenated."""
+    def _packed(self, *values: Heads) -> str:
+        """q, k and v along the last axis: their merged product, or a concatenation."""
         first = values[0].value
         if isinstance(first, Part):
-            return first.joint.value
-        return self.g.op("Concat", *(self.written(x.value) for x in values), axis=-1)
+            return first.merged.value
+        return self.g.op("Concat", *(self.emit(x.value) for x in values), axis=-1)
 
     def _normalized(self, x: Heads) -> str:
-        """The norms of queries or keys, each head by itself."""
+        """Emit the norms of queries or keys over each head."""
         head_dim, g = self.config.head_dim, self.g
-        value = g.op("Reshape", self.written(x.value), g.integers(0, 0, x.count, head_dim))
+        value = g.op("Reshape", self.emit(x.value), g.integers(0, 0, x.count, head_dim))
         for weight in x.norms:
             value = self._norm(value, weight)
         return g.op("Reshape", value, g.integers(0, 0, x.count * head_dim))
 
     def _normalized_together(self, q: Heads, k: Heads, v: Heads) -> Sequence[str]:
-        """The heads of q and k in one norm, which has no weight."""
+        """Emit one norm without a weight for the heads of q and k together."""
         g, head_dim = self.g, self.config.head_dim
         heads = q.count + k.count
         widths = g.integers(heads * head_dim, v.count * head_dim)
-        side_by_side = self._side_by_side(q, k, v)
-        qk, value = g.ops("Split", [side_by_side, widths], [g.fresh("qk"), g.fresh("v")], axis=-1)
+        packed = self._packed(q, k, v)
+        qk, value = g.ops("Split", [packed, widths], [g.fresh("qk"), g.fresh("v")], axis=-1)
         normal = self._norm(g.op("Reshape", qk, g.integers(0, 0, heads, head_dim)), None)
         flat = g.op("Reshape", normal, g.integers(0, 0, heads * head_dim))
         widths = g.integers(q.count * head_dim, k.count * head_dim)
@@ -348,11 +359,11 @@ class ContribForm(_Form):
         return [*g.ops("Split", [flat, widths], outputs, axis=-1), value]
 
     def output(self, x: Value, weight: str) -> Value:
-        return _as_logits(self.g, self.written(self.linear(x, weight)[0]))
+        return _as_logits(self.g, self.emit(self.linear(x, weight)[0]))
 
 
 class PortableForm(_Form):
-    """Standard operators only."""
+    """The form with standard operators only."""
 
     opset = PORTABLE_OPSET
 
@@ -371,7 +382,7 @@ class PortableForm(_Form):
         self.visible = graph.op("LessOrEqual", everything, column)
 
     def embed(self, weight: str) -> Value:
-        """Rows of packed codes are gathered as bytes and taken apart here."""
+        """Gathers rows of packed codes as bytes, unpacks and dequantizes them in the graph."""
         stored = self.quantized.read(weight)
         if not isinstance(stored, QuantizedTensor):
             return self.float_embed(weight)
@@ -387,7 +398,7 @@ class PortableForm(_Form):
             pairs = g.op(
                 "Concat", g.op("Unsqueeze", low, last), g.op("Unsqueeze", high, last), axis=-1
             )
-            # Two's complement of four bits: flip the sign bit, then take it away as a number.
+            # Decode 4-bit two's complement: flip the sign bit, then subtract 8.
             flipped = g.op("BitwiseXor", pairs, g.scalar(8, TensorProto.UINT8))
             eight = g.tensor("eight", self.kind, [], float_bytes(torch.tensor(8.0), self.kind))
             values = g.op("Sub", g.op("Cast", flipped, to=self.kind), eight)
@@ -398,7 +409,7 @@ class PortableForm(_Form):
         return g.op("Reshape", g.op("Mul", grouped, scale), g.integers(1, -1, columns))
 
     def linear(self, x: Value, *weights: str) -> Sequence[str]:
-        given = self.written(x)
+        given = self.emit(x)
         return [self._linear(given, name) for name in weights]
 
     def _linear(self, x: str, name: str) -> str:
@@ -410,7 +421,7 @@ class PortableForm(_Form):
         return self.g.op("MatMul", x, self.g.op("Transpose", matrix, perm=[1, 0]))
 
     def _codes(self, name: str, weight: QuantizedTensor) -> tuple[str, str]:
-        """Codes [rows, columns] as INT4 or INT8 and scales [rows, blocks]."""
+        """Constants for codes [rows, columns] as INT4 or INT8 and scales [rows, blocks]."""
         kind = _CODE_TYPES[weight.scheme.code_bits]
         codes = self.g.tensor(name, kind, weight.codes.shape, signed_bytes(weight))
         spread = block_scales(weight)
@@ -418,10 +429,10 @@ class PortableForm(_Form):
         return codes, self.g.tensor(f"{name}.scales", self.kind, spread.shape, content)
 
     def add(self, x: Value, y: Value) -> Value:
-        return self.g.op("Add", self.written(x), self.written(y))
+        return self.g.op("Add", self.emit(x), self.emit(y))
 
     def norm(self, x: Value, weight: str) -> Value:
-        return self._norm(self.written(x), weight)
+        return self._norm(self.emit(x), weight)
 
     def _norm(self, x: str, weight: str | None) -> str:
         epsilon = self.config.rms_norm_eps
@@ -433,7 +444,7 @@ class PortableForm(_Form):
     def rotate(self, x: Value) -> Value:
         assert isinstance(x, Heads)
         rotated = self.g.op(
-            "RotaryEmbedding", self.written(x), *self.rope(), self.positions,
+            "RotaryEmbedding", self.emit(x), *self.rope(), self.positions,
             interleaved=int(self.config.rope_interleaved), num_heads=x.count,
         )  # fmt: skip
         return Heads(rotated, x.count)
@@ -441,7 +452,7 @@ class PortableForm(_Form):
     def norm_heads(self, x: Value, weight: str | None) -> Value:
         assert isinstance(x, Heads)
         g, head_dim = self.g, self.config.head_dim
-        by_head = g.op("Reshape", self.written(x), g.integers(1, -1, x.count, head_dim))
+        by_head = g.op("Reshape", self.emit(x), g.integers(1, -1, x.count, head_dim))
         normal = self._norm(by_head, weight)
         return Heads(g.op("Reshape", normal, g.integers(1, -1, x.count * head_dim)), x.count)
 
@@ -451,7 +462,7 @@ class PortableForm(_Form):
         output = g.fresh("attention")
         g.ops(
             "Attention",
-            [*(self.written(x) for x in (q, k, v)), self.visible, *past],
+            [*(self.emit(x) for x in (q, k, v)), self.visible, *past],
             [output, *present],
             q_num_heads=config.num_attention_heads,
             kv_num_heads=config.num_key_value_heads,
@@ -464,11 +475,11 @@ class PortableForm(_Form):
 
 
 def _as_logits(graph: OnnxGraph, value: str) -> str:
-    """The last product under the name of the graph's output."""
+    """Give the output of the last node the name of the graph's output."""
     graph.rename(value, LOGITS)
     return LOGITS
 
 
 def merged_name(names: Sequence[str]) -> str:
-    """One name for several weights in one product: the parts joined."""
+    """The name of the constant for weights merged into one product."""
     return "+".join(names)

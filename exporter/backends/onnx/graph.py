@@ -1,7 +1,7 @@
-"""An ONNX graph and its data file, written down node by node.
+"""Build an ONNX graph node by node, and write its data file.
 
-Large tensors go to one external file at offsets that a runtime can map; two tensors may be the
-same bytes there, which is how the tied embedding is stored once.
+Large tensors go to one external data file, at offsets that a runtime can memory-map. Two tensors
+may share bytes there: this is how a tied embedding is stored once.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,14 @@ import onnx
 from onnx import TensorProto, helper
 from torch import Tensor
 
-#: Pages are mapped whole: offsets of external tensors are multiples of this.
+#: Offsets of external tensors are multiples of the page size, for memory mapping.
 PAGE = 4096
-#: Tensors below this many bytes stay in the graph itself.
+#: Tensors with fewer bytes are stored in the graph itself.
 _INLINE_BYTES = 16384
+#: The domain of ONNX Runtime's own operators.
 CONTRIB = "com.microsoft"
 
+#: Element type → bits of a value.
 _SIZES: dict[int, int] = {
     TensorProto.FLOAT: 32,
     TensorProto.FLOAT16: 16,
@@ -31,7 +33,7 @@ _SIZES: dict[int, int] = {
 
 @dataclass
 class OnnxGraph:
-    """A graph under construction; `data` receives the external tensors, named `location`."""
+    """A graph under construction. External tensors go to `data`, a file named `location`."""
 
     location: str
     data: BinaryIO
@@ -43,15 +45,17 @@ class OnnxGraph:
     _offset: int = 0
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
+        """Declare an input of element type `kind`. Returns its name."""
         self._inputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
     def output(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
+        """Declare an output of element type `kind`. Returns its name."""
         self._outputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """A node with one output, which is returned."""
+        """Add a node with one output. Returns the output's name."""
         return self.ops(kind, inputs, [self.fresh(kind)], domain, **attributes)[0]
 
     def ops(
@@ -62,7 +66,7 @@ class OnnxGraph:
         domain: str = "",
         **attributes: Any,
     ) -> Sequence[str]:
-        """A node with named outputs; '' leaves an output out."""
+        """Add a node with named outputs, '' for one that is not used. Returns the names."""
         name = next(output for output in outputs if output)
         self._nodes.append(
             helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes)
@@ -70,25 +74,26 @@ class OnnxGraph:
         return outputs
 
     def rename(self, value: str, name: str) -> None:
-        """Give the output of the last node its final name."""
+        """Rename an output of the last node."""
         outputs = self._nodes[-1].output
         outputs[list(outputs).index(value)] = name
 
     def integers(self, *values: int) -> str:
-        """A constant vector of int64; the same for the same values."""
+        """A constant int64 vector. Equal vectors are stored once."""
         name = f"integers_{'_'.join(map(str, values))}"
         if name not in self._initializers:
             self._add(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
         return name
 
     def scalar(self, value: int, kind: int = TensorProto.INT64) -> str:
+        """A constant scalar. Equal scalars are stored once."""
         name = f"scalar_{value}_{kind}"
         if name not in self._initializers:
             self._add(helper.make_tensor(name, kind, [], [value]))
         return name
 
     def tensor(self, name: str, kind: int, dims: Sequence[int], content: bytes) -> str:
-        """A constant: `content` is its little-endian bytes."""
+        """A constant of element type `kind`. `content` is its little-endian bytes."""
         if name in self._initializers:
             return name
         assert len(content) * 8 == int(np.prod(dims)) * _SIZES[kind], name
@@ -104,7 +109,7 @@ class OnnxGraph:
         return name
 
     def alias(self, name: str, of: str, kind: int, dims: Sequence[int]) -> str:
-        """Another constant made of the same bytes as `of`."""
+        """A constant with the same bytes as the constant `of`."""
         if name in self._initializers:
             return name
         source = self._initializers[of]
@@ -116,6 +121,7 @@ class OnnxGraph:
         return name
 
     def model(self, opset: int, metadata: dict[str, str]) -> onnx.ModelProto:
+        """The finished model, with its metadata."""
         graph = helper.make_graph(
             self._nodes, "decoder", self._inputs, self._outputs, list(self._initializers.values())
         )
@@ -144,7 +150,7 @@ class OnnxGraph:
         self._add(tensor)
 
     def fresh(self, stem: str) -> str:
-        """A name that no other value has."""
+        """A new name that begins with `stem`."""
         count = self._names.get(stem, 0)
         self._names[stem] = count + 1
         return f"{stem}_{count}"

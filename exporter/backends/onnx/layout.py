@@ -1,8 +1,8 @@
-"""How codes and scales lie in an ONNX model, and how they are found again.
+"""The memory layout of codes and scales in an ONNX model, and its inverse.
 
-`contrib` weights are those of ``MatMulNBits``: unsigned codes around a zero point, packed low
-nibble first, one scale a block. `portable` weights are ONNX's own INT4 and INT8. int8 weights of
-one scale a row may also lie transposed, for ``DynamicQuantizeMatMul``.
+`contrib` weights have the layout of ``MatMulNBits``: unsigned codes around a zero point, packed low
+nibble first, with one scale per block. `portable` weights are standard INT4 and INT8 tensors. int8
+weights with one scale per row can also be stored transposed, for ``DynamicQuantizeMatMul``.
 """
 
 from dataclasses import dataclass
@@ -15,28 +15,28 @@ from exporter.backends.onnx.schemes import UNSIGNED, block_of
 from exporter.quantization.packing import TWOS_COMPLEMENT
 from exporter.quantization.schemes import QuantizedTensor, Scheme
 
-#: How the codes of a layout lie in bytes; `transposed` ones are [in_features, out_features].
+#: Layout → packing of its codes. `transposed` codes are [in_features, out_features].
 _PACKINGS = {"unsigned": UNSIGNED, "signed": TWOS_COMPLEMENT, "transposed": TWOS_COMPLEMENT}
 
 
 def block_size(weight: QuantizedTensor) -> int:
-    """The group size; for one scale a row, the largest block that divides the row."""
+    """The group size, or for one scale per row the largest block that divides the row."""
     return block_of(weight.scheme, weight.codes.shape[1])
 
 
 def block_scales(weight: QuantizedTensor) -> Tensor:
-    """One scale for each block [out_features, blocks]; a row's scale is repeated."""
+    """One scale per block [out_features, blocks]. A scale per row is repeated."""
     blocks = weight.codes.shape[1] // block_size(weight)
     return weight.scales.expand(-1, blocks) if weight.scales.shape[1] == 1 else weight.scales
 
 
 def unsigned_bytes(weight: QuantizedTensor) -> bytes:
-    """Codes plus 8 in nibbles, low one first; int8 codes plus 128."""
+    """int4 codes plus 8, packed low nibble first, or int8 codes plus 128."""
     return _bytes(UNSIGNED.pack(weight.codes, weight.scheme.code_bits))
 
 
 def signed_bytes(weight: QuantizedTensor) -> bytes:
-    """ONNX's INT4 (two's complement nibbles, low one first) or INT8."""
+    """The bytes of an INT4 tensor (two's complement, low nibble first) or an INT8 tensor."""
     return _bytes(TWOS_COMPLEMENT.pack(weight.codes, weight.scheme.code_bits))
 
 
@@ -52,7 +52,7 @@ def _bytes(packed: Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """What was found in a model: bytes, how they lie there, and scales [out_features, blocks]."""
+    """A weight as it is stored: layout, bytes of the codes, and scales [out_features, blocks]."""
 
     layout: str
     content: bytes
@@ -73,7 +73,7 @@ class StoredWeight:
 
 
 def concatenate(weights: list[QuantizedTensor]) -> QuantizedTensor:
-    """Several weights of one scheme over the same input, stacked along their outputs."""
+    """Concatenate weights of the same scheme along out_features."""
     if len(weights) == 1:
         return weights[0]
     codes = torch.cat([weight.codes for weight in weights])

@@ -1,4 +1,4 @@
-"""Writing the files of an ONNX artifact, reading its weights back, and running it."""
+"""Write the files of an ONNX artifact, read its weights back, and run it."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 
 
 def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact:
-    """Write model.onnx, its data file and genai_config.json, and the .ort pair on request."""
+    """Write model.onnx, its data file, genai_config.json and, with `ort`, the .ort files."""
     with replacing(out / DATA_NAME) as data:
         graph = OnnxGraph(DATA_NAME, data)
         form = ContribForm if target.form == "contrib" else PortableForm
@@ -61,7 +61,7 @@ def _metadata(quantized: QuantizedCheckpoint, target: Target) -> dict[str, str]:
 
 
 def _genai_config(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
-    """What onnxruntime-genai needs; the type only picks its decoder-only loop."""
+    """The configuration for onnxruntime-genai. `type` only selects its decoder-only loop."""
     config, ends = quantized.config, list(quantized.eos_token_ids)
     end = ends[0] if ends else 0
     return {
@@ -103,7 +103,7 @@ def _genai_config(quantized: QuantizedCheckpoint, target: Target) -> dict[str, A
 
 
 def _write_ort(out: Path) -> list[str]:
-    """The .ort form of the model, and the operators that a reduced build of the runtime needs."""
+    """Write the .ort file, and the list of operators for a reduced build of the runtime."""
     converter = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort"]
     options = ["--optimization_style", "Fixed", "--target_platform", "arm", "--output_dir"]
     with tempfile.TemporaryDirectory() as scratch:  # not in `out`, where a kill would leave it
@@ -125,8 +125,11 @@ def _write_ort(out: Path) -> list[str]:
 
 
 def _without_address_randomization() -> list[str]:
-    """The converter writes a table in the order of a hash that is seeded with an address: with
-    fixed addresses (where the system allows it) two runs give the same bytes."""
+    """A command prefix that makes the converter reproducible, or [] if the system has none.
+
+    The converter orders a table by hashes that depend on a memory address. With fixed addresses two
+    runs give the same bytes.
+    """
     prefix = ["setarch", "--addr-no-randomize"]
     try:
         subprocess.run([*prefix, "true"], check=True, capture_output=True)
@@ -138,20 +141,20 @@ def _without_address_randomization() -> list[str]:
 def weights(
     artifact: Artifact, quantized: QuantizedCheckpoint
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
-    """Every weight decoded out of the model and its data file: name, place, codes and scales.
+    """Every weight decoded from the model and its data file: name, place, codes and scales.
 
-    Weights that share one product are taken apart; a tied embedding is given as the table that
-    is looked up and as the filter of the output layer.
+    Merged weights are split again. A tied embedding is given twice: as the lookup table and as the
+    output layer's filter. Raises InputError for data that is missing.
     """
     model = onnx.load(str(artifact.path / FILE_NAME), load_external_data=False)
-    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     data = artifact.path / DATA_NAME
 
     def content(name: str) -> bytes:
-        return _content(found[name], data)
+        return _content(tensors[name], data)
 
     shapes = quantized.config.parameter_shapes()
-    for stored, tensor in found.items():
+    for stored, tensor in tensors.items():
         base = stored.removesuffix(".transposed")
         names = tuple(base.split("+"))
         if not all(name in quantized.schemes for name in names):
@@ -162,22 +165,24 @@ def weights(
             value = torch.from_numpy(array.astype(np.float32)).view(*tensor.dims)
             yield base, "float", value.t().contiguous() if stored != base else value
             continue
-        scales = np.frombuffer(content(f"{base}.scales"), _numpy_type(found[f"{base}.scales"]))
-        yield from _taken_apart(tensor, content(stored), scales, like)
+        scales = np.frombuffer(content(f"{base}.scales"), _numpy_type(tensors[f"{base}.scales"]))
+        yield from _split_weights(tensor, content(stored), scales, like)
         table = f"{stored}.table"
-        if table in found:
-            read = _taken_apart(tensor, content(table), scales, like)
+        if table in tensors:
+            read = _split_weights(tensor, content(table), scales, like)
             yield from ((name, "table", weight) for name, _, weight in read)
 
 
-def _taken_apart(
+def _split_weights(
     tensor: TensorProto,
     content: bytes,
     scales: np.ndarray,
     like: Mapping[str, tuple[Scheme, tuple[int, ...]]],
 ) -> Iterator[tuple[str, str, QuantizedTensor]]:
-    """The weights that lie in one tensor, one after the other along their outputs; `like` has
-    scheme and shape of each."""
+    """Split the weights that are concatenated along out_features in one tensor.
+
+    `like` has the scheme and shape of each weight.
+    """
     total = sum(shape[0] for _, shape in like.values())
     columns = next(iter(like.values()))[1][1]
     codes, layout = np.frombuffer(content, np.uint8), "signed"
@@ -200,7 +205,7 @@ def _content(tensor: TensorProto, data: Path) -> bytes:
         return tensor.raw_data
     place = {entry.key: entry.value for entry in tensor.external_data}
     if place["location"] != data.name:
-        raise InputError(tensor.name, f"lies in {place['location']!r}, not in {data.name}")
+        raise InputError(tensor.name, f"is stored in {place['location']!r}, not in {data.name}")
     with data.open("rb") as file:
         file.seek(int(place["offset"]))
         content = file.read(int(place["length"]))
@@ -214,7 +219,7 @@ def _numpy_type(tensor: TensorProto) -> type[np.floating[Any]]:
 
 
 class OnnxRunner:
-    """The model in ONNX Runtime; keys and values stay in buffers of the whole context."""
+    """A `Runner` in ONNX Runtime. The `contrib` form updates its cache in place."""
 
     def __init__(self, folder: Path, context: int) -> None:
         options = onnxruntime.SessionOptions()
@@ -223,22 +228,15 @@ class OnnxRunner:
         self._session = onnxruntime.InferenceSession(
             folder / FILE_NAME, options, providers=["CPUExecutionProvider"]
         )
-        self._context, self._position = context, 0
+        self.context, self._position = context, 0
+        self.vocab_size = int(self._session.get_outputs()[0].shape[-1])
         self._inputs = {value.name: value for value in self._session.get_inputs()}
-        self._shared = "attention_mask" in self._inputs
+        self._in_place = "attention_mask" in self._inputs
         self._past = self._empty_cache()
-
-    @property
-    def context(self) -> int:
-        return self._context
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._session.get_outputs()[0].shape[-1])
 
     def prefill(self, tokens: list[int]) -> Tensor:
         self._position = 0
-        if not self._shared:
+        if not self._in_place:
             self._past = self._empty_cache()
         return self._step(tokens)
 
@@ -246,12 +244,12 @@ class OnnxRunner:
         return self._step([token])
 
     def _empty_cache(self) -> dict[str, Any]:
-        """`contrib` writes into the whole context, `portable` gives a longer cache each time."""
+        """A cache of `context` tokens for `contrib`; an empty one, which grows, for `portable`."""
         cache = {}
         for name, value in self._inputs.items():
             if name.startswith("past_key_values."):
                 _, heads, _, head_dim = value.shape
-                length = self._context if self._shared else 0
+                length = self.context if self._in_place else 0
                 kind = np.float16 if "float16" in value.type else np.float32
                 cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(
                     np.zeros((1, heads, length, head_dim), kind)
@@ -260,25 +258,27 @@ class OnnxRunner:
 
     def _step(self, tokens: list[int]) -> Tensor:
         end = self._position + len(tokens)
-        if end > self._context:
+        if end > self.context:
             raise InputError(
-                "context", f"{end} tokens do not fit into {self._context}", "Lower with more"
+                "context",
+                f"{end} tokens do not fit into {self.context}",
+                "Lower with a larger max_context",
             )
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
-        if self._shared:
+        if self._in_place:
             binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
         binding.bind_output("logits")
         for name, value in self._past.items():
             binding.bind_ortvalue_input(name, value)
             present = name.replace("past_key_values", "present")
-            if self._shared:
+            if self._in_place:
                 binding.bind_ortvalue_output(present, value)
             else:
                 binding.bind_output(present)
         self._session.run_with_iobinding(binding)
         outputs = dict(zip(self._output_names(), binding.get_outputs(), strict=True))
-        if not self._shared:
+        if not self._in_place:
             self._past = {
                 name: outputs[name.replace("past_key_values", "present")] for name in self._past
             }
@@ -286,5 +286,5 @@ class OnnxRunner:
         return torch.from_numpy(outputs["logits"].numpy()[0, -1].astype(np.float32))
 
     def _output_names(self) -> list[str]:
-        """In the order in which they were bound."""
+        """The outputs in the order in which `_step` binds them."""
         return ["logits", *(name.replace("past_key_values", "present") for name in self._past)]

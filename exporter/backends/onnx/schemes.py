@@ -1,4 +1,4 @@
-"""Which schemes an ONNX model stores, and in blocks of how many codes; needs no toolkit."""
+"""The schemes that an ONNX model can store, and the size of its blocks. Needs no toolkit."""
 
 from exporter.backends._storage import wrong_bits
 from exporter.backends.onnx import Target
@@ -6,15 +6,17 @@ from exporter.model.config import EMBEDDING, OUTPUT
 from exporter.quantization.packing import Packing
 from exporter.quantization.schemes import FLOAT, Scheme
 
-#: Codes of ``MatMulNBits`` and ``GatherBlockQuantized``: no negative ones, low nibble first.
+#: Codes of ``MatMulNBits`` and ``GatherBlockQuantized``: unsigned, low nibble first.
 UNSIGNED = Packing({4: 8, 8: 128})
-#: The blocks that ONNX Runtime's own operators (the contrib form) are made for: powers of two.
+#: The range of block sizes in ONNX Runtime's own operators (the contrib form): powers of two.
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 
 
 def block_of(scheme: Scheme, columns: int) -> int:
-    """How many codes of a row share one scale in the model: a group. A whole row is stored as the
-    largest blocks that divide it."""
+    """How many codes of a row share one scale in the model.
+
+    This is the group size. For one scale per row it is the largest block that divides the row.
+    """
     if scheme.group_size:
         return scheme.group_size
     block = LARGEST_BLOCK
@@ -24,7 +26,7 @@ def block_of(scheme: Scheme, columns: int) -> int:
 
 
 def stores(name: str, scheme: Scheme, shape: tuple[int, ...], target: Target) -> str | None:
-    """Why the model cannot hold this weight in this scheme, or None."""
+    """The reason why the model cannot store this weight in this scheme, or None."""
     if problem := wrong_bits(scheme, UNSIGNED.offsets):
         return problem
     if scheme == FLOAT or target.form == "portable" or in_whole_rows(name, scheme, target):
@@ -39,7 +41,9 @@ def stores(name: str, scheme: Scheme, shape: tuple[int, ...], target: Target) ->
 
 
 def in_whole_rows(name: str, scheme: Scheme, target: Target) -> bool:
-    """Whether the weight is stored without blocks, for ``DynamicQuantizeMatMul``. The table of a
-    tied embedding is read as it lies, so it keeps its blocks."""
+    """Whether the weight is stored without blocks, for ``DynamicQuantizeMatMul``.
+
+    Embedding and output layer keep their blocks, since a tied embedding is also a lookup table.
+    """
     fast = target.form == "contrib" and target.products == "int8"
     return fast and scheme == Scheme(8) and name not in (EMBEDDING, OUTPUT)

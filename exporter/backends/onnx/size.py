@@ -1,4 +1,4 @@
-"""What an ONNX artifact will weigh, before it is made."""
+"""Predict the size of an ONNX artifact."""
 
 import math
 from collections.abc import Mapping
@@ -9,10 +9,11 @@ from exporter.backends.onnx import Target
 from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig
 from exporter.quantization.schemes import FLOAT, Scheme
 
-#: The nodes of the graph, for each layer; the mean padding of a tensor that is mapped, which is
-#: one of at least so many bytes.
-_LAYER_BYTES, _PADDING, _MAPPED = 4_200, 2_048, 16_384
-#: Share of the file that the runtime holds on top of it, as repacked weights.
+#: Bytes of the graph's nodes per layer, and the mean padding of an external tensor.
+_LAYER_BYTES, _PADDING = 4_200, 2_048
+#: Tensors of at least so many bytes are external.
+_MAPPED = 16_384
+#: Memory for repacked weights, as a share of the file.
 _REPACKED = 0.25
 
 
@@ -32,7 +33,7 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
 
 
 def _bytes(name: str, scheme: Scheme, shape: tuple[int, ...], width: int, target: Target) -> int:
-    """Codes, and scales as wide as the activations; a row's scale is repeated for its blocks."""
+    """Bytes of a weight. Scales have the activations' dtype, and there is one for each block."""
     if scheme == FLOAT:
         return width * math.prod(shape)
     codes = math.prod(shape) * (scheme.bits or 0) // 8
