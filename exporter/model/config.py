@@ -60,22 +60,22 @@ class ModelConfig:
     use_qk_norm: bool
     tie_word_embeddings: bool
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
         """The model family."""
         return ARCHITECTURES[self.model_type]
 
-    @property
+    @cached_property
     def qk_norm(self) -> QKNorm | None:
         """The norm of queries and keys, or None."""
         return self.architecture.qk_norm if self.use_qk_norm else None
 
-    @property
+    @cached_property
     def rope_interleaved(self) -> bool:
         """Whether RoPE pairs adjacent numbers of a head instead of its two halves."""
         return self.architecture.rope_interleaved
 
-    @property
+    @cached_property
     def output_weight(self) -> str:
         """The name of the output layer's weight: the embedding, if both are tied."""
         return EMBEDDING if self.tie_word_embeddings else OUTPUT
@@ -90,6 +90,13 @@ class ModelConfig:
 
     def layer_weights(self, layer: int) -> LayerWeights:
         """The names of the weights of layer `layer`, counted from 0."""
+        return self._layer_weights[layer]
+
+    @cached_property
+    def _layer_weights(self) -> tuple[LayerWeights, ...]:
+        return tuple(map(self._weights_of, range(self.num_hidden_layers)))
+
+    def _weights_of(self, layer: int) -> LayerWeights:
         family, qk_norm = self.architecture, self.qk_norm
         prefix = f"model.layers.{layer}"
 

@@ -104,8 +104,11 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.config, self.index = config, index
         self.prefix = f"model.layers.{index}."
+        self._places = dict[str, tuple[str, str]]()  # weight → its module's parent and name
         for name, shape in config.layer_shapes(index).items():
-            parent, _, child = self._local(name).rpartition(".")
+            path = name.removeprefix(self.prefix).removesuffix(".weight")
+            parent, _, child = path.rpartition(".")
+            self._places[name] = parent, child
             module = (
                 nn.Linear(shape[1], shape[0], bias=False)
                 if len(shape) == 2
@@ -113,23 +116,23 @@ class DecoderLayer(nn.Module):
             )
             self._parent(parent).add_module(child, module)
 
-    def _local(self, weight: str) -> str:
-        """The path of a weight's module below this layer."""
-        return weight.removeprefix(self.prefix).removesuffix(".weight")
-
     def _parent(self, path: str) -> nn.Module:
         """The parent module at `path`, created if it does not exist."""
         if path and path not in dict(self.named_children()):
             self.add_module(path, nn.Module())
         return self.get_submodule(path)
 
+    def _module(self, weight: str) -> nn.Module:
+        """The module of a weight as it is now: calibration replaces some. `get_submodule` would
+        cost more than the smallest products."""
+        parent, child = self._places[weight]
+        found: nn.Module = getattr(getattr(self, parent) if parent else self, child)
+        return found
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [batch, seq, hidden_size] to the same shape, with cos and sin [seq, head_dim // 2]."""
 
-        def module(weight: str) -> nn.Module:
-            return self.get_submodule(self._local(weight))
-
-        ops = TorchOperations(self.config, module, cos, sin, attend)
+        ops = TorchOperations(self.config, self._module, cos, sin, attend)
         return walk_layer(self.config, self.index, ops, x)
 
 
