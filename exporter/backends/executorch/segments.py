@@ -143,10 +143,9 @@ class Segments:
     def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
         """End the segment. The next one begins with the result of the program's attention."""
         self.segments[-1].queries_keys_values = [q, k, v]
-        index = len(self.segments)
-        self.segments.append(Segment(index, attended=Value(index)))
-        assert self.segments[-1].attended is not None
-        return self.segments[-1].attended
+        attended = Value(len(self.segments))
+        self.segments.append(Segment(attended.segment, attended))
+        return attended
 
     def last_token(self, x: Value) -> Value:
         """The program slices the inputs of the segment, which has no operations yet."""

@@ -120,6 +120,9 @@ class _Form:
         inputs = [merged.value, self.g.integers(*merged.widths)]
         return self.g.ops("Split", inputs, outputs, axis=-1)
 
+    def heads(self, x: Value, count: int) -> Value:
+        return Heads(x, count)
+
     def last_token(self, x: Value) -> Value:
         return self.g.op("Gather", self.emit(x), self.g.integers(-1), axis=1)
 
@@ -276,9 +279,6 @@ class ContribForm(_Form):
             "SimplifiedLayerNormalization", x, self.vector(weight), axis=-1,
             epsilon=self.config.rms_norm_eps, stash_type=1,
         )  # fmt: skip
-
-    def heads(self, x: Value, count: int) -> Value:
-        return Heads(x, count)
 
     def norm_heads(self, x: Value, weight: str | None) -> Value:
         """Emitted before RoPE, which GroupQueryAttention applies.
@@ -437,9 +437,6 @@ class PortableForm(_Form):
     def _norm(self, x: str, weight: str | None) -> str:
         epsilon = self.config.rms_norm_eps
         return self.g.op("RMSNormalization", x, self.vector(weight), axis=-1, epsilon=epsilon)
-
-    def heads(self, x: Value, count: int) -> Value:
-        return Heads(x, count)
 
     def rotate(self, x: Value) -> Value:
         assert isinstance(x, Heads)
