@@ -194,7 +194,7 @@ def check_logits(
 ) -> list[Check]:
     """Compare the artifact's logits in its own runtime, prefill and decode, with the reference's.
 
-    If the backend has a reference interpreter, the runtime's logits are compared with that too.
+    If the backend has other ways to run the artifact, the runtime's logits are compared with theirs.
 
     The torch reference has float activations. If the runtime rounds activations, the limits are
     measured: that rounding is simulated in torch on the same text, and the artifact's error may be
@@ -207,8 +207,10 @@ def check_logits(
     lengths = _prefill_lengths(len(text.tokens))
     try:
         logits = run_teacher_forced(module.load(artifact), text.tokens, lengths)
-        interpreter = module.cross_check(artifact)
-        interpreted = run_teacher_forced(interpreter, text.tokens, lengths) if interpreter else None
+        others = {
+            variant: run_teacher_forced(module.load(artifact, variant), text.tokens, lengths)
+            for variant in module.cross_checks(artifact)
+        }
     except Exception as error:  # a runtime may raise anything
         note = f"the runtime failed ({type(error).__name__}: {error})"
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
@@ -229,10 +231,7 @@ def check_logits(
     def check(name: str, value: float, passed: bool, limit: float | None, note: str) -> Check:
         return Check(f"logits.{name}", target, subject, passed, value, limit, note)
 
-    interpreter_checks = list[Check]()
-    if interpreted is not None:
-        interpreter_kl = compare_logits(interpreted, logits).kl
-        interpreter_checks = [check("interpreter", interpreter_kl, interpreter_kl <= kl, kl, "")]
+    divergences = {name: compare_logits(found, logits).kl for name, found in others.items()}
     worst = f"worst at position {positions[measured.worst]}"
     simulated_kl = f"; simulated activation rounding has KL {expected.kl:.2g}" if expected else ""
     return [
@@ -240,7 +239,7 @@ def check_logits(
         check("kl", measured.kl, measured.kl <= kl, kl, worst + simulated_kl),
         check("top1", measured.top1, top1 is None or measured.top1 >= top1, top1, ""),
         check("max_difference", largest, largest <= difference, difference, ""),
-        *interpreter_checks,
+        *(check(name, value, value <= kl, kl, "") for name, value in divergences.items()),
     ]
 
 

@@ -428,11 +428,11 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
     [
         ("check", ["config", "schemes", "target"]),
         ("lower", ["quantized", "target", "out"]),
-        ("load", ["artifact"]),
+        ("load", ["artifact", "variant"]),
         ("weights", ["artifact", "quantized"]),
         ("rounding", ["schemes", "target", "prompt"]),
         ("largest_activation", ["target", "which"]),
-        ("cross_check", ["artifact"]),
+        ("cross_checks", ["artifact"]),
         ("predict", ["config", "schemes", "target"]),
         ("integers", ["config", "schemes", "target"]),
         ("portable", ["target"]),

@@ -325,7 +325,7 @@ def test_on_a_mac_the_runtime_reads_token_by_token(
     """What the runtime does with a call cannot be tried here; which calls it gets can."""
     _, lowered = small
     elsewhere = backend.load(lowered.artifact)
-    assert backend.cross_check(lowered.artifact) is None
+    assert backend.cross_checks(lowered.artifact) == ()
     monkeypatch.setattr(sys, "platform", "darwin")
     calls = []
 
@@ -339,6 +339,6 @@ def test_on_a_mac_the_runtime_reads_token_by_token(
     runner.prefill([4, 5])
     runner.decode(6)
     assert calls == [([4], 0), ([5], 1), ([6], 2)]
-    interpreter = backend.cross_check(lowered.artifact)
-    assert interpreter is not None
+    assert backend.cross_checks(lowered.artifact) == ("interpreter",)
+    interpreter = backend.load(lowered.artifact, "interpreter")
     assert torch.equal(interpreter.prefill([4, 5]), elsewhere.prefill([4, 5]))

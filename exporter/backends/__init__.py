@@ -15,9 +15,10 @@ nor torch; its functions import them when they are called. Every format has thes
 - ``predict(config, schemes, target) -> Prediction``: the size of the artifact. Needs no toolkit.
 - ``lower(quantized, target, out) -> Artifact``: write the files. Codes and scales are repacked,
   never chosen again.
-- ``load(artifact) -> Runner``: the artifact in its own runtime on this machine.
-- ``cross_check(artifact) -> Runner | None``: the artifact in our reference interpreter, to compare
-  with the runtime of `load`. None where there is no interpreter, or `load` already returns it.
+- ``load(artifact, variant="") -> Runner``: the artifact in its own runtime on this machine, or in
+  another way, if `variant` is one of `cross_checks`.
+- ``cross_checks(artifact) -> tuple[str, ...]``: the names of the other ways to run the artifact
+  here, such as our reference interpreter. `verify` compares the logits of each with the runtime's.
 - ``weights(artifact, quantized)``: every weight decoded from the files of the artifact, as
   (name, place, codes and scales or floats).
 

@@ -84,12 +84,12 @@ def read(path: Path) -> Stored:
     return Stored(parse_config(json.loads(arrays.pop("config").tobytes()), path), arrays)
 
 
-def load(artifact: Artifact) -> Runner:
+def load(artifact: Artifact, variant: str = "") -> Runner:
     return ReferenceRunner(read(artifact.path / FILE_NAME), artifact.target.max_context)
 
 
-def cross_check(artifact: Artifact) -> None:
-    return None
+def cross_checks(artifact: Artifact) -> tuple[str, ...]:
+    return ()
 
 
 def weights(

@@ -112,21 +112,21 @@ def lower(quantized: "QuantizedCheckpoint", target: Target, out: Path) -> Artifa
     return lowering.lower(quantized, target, out)
 
 
-def load(artifact: Artifact) -> Runner:
-    """The artifact in Core ML on a Mac, and in the reference interpreter elsewhere.
+def load(artifact: Artifact, variant: str = "") -> Runner:
+    """The artifact in Core ML on a Mac, and in the reference interpreter elsewhere or as `variant`.
 
     With `output: token` it runs in the interpreter everywhere, since Core ML gives no logits then.
     """
     from exporter.backends.coreml import lowering
 
-    return lowering.load(artifact)
+    return lowering.load(artifact, variant)
 
 
-def cross_check(artifact: Artifact) -> Runner | None:
+def cross_checks(artifact: Artifact) -> tuple[str, ...]:
     """The reference interpreter, if `load` runs Core ML itself."""
     from exporter.backends.coreml import lowering
 
-    return lowering.cross_check(artifact)
+    return lowering.cross_checks(artifact)
 
 
 def weights(

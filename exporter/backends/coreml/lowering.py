@@ -181,17 +181,17 @@ class CoreMLRunner:
         return self._execute(function, tensors, self._state)[0, -1]
 
 
-def load(artifact: Artifact) -> CoreMLRunner:
-    """The artifact in Core ML on a Mac, and in the reference interpreter elsewhere.
+def load(artifact: Artifact, variant: str = "") -> CoreMLRunner:
+    """The artifact in Core ML on a Mac, and in the reference interpreter elsewhere or as `variant`.
 
     With `output: token` it runs in the interpreter everywhere, since Core ML gives no logits then.
     """
-    return _on_mac(artifact) if _runs_here(artifact) else interpreted(artifact)
+    return _on_mac(artifact) if _runs_here(artifact) and not variant else interpreted(artifact)
 
 
-def cross_check(artifact: Artifact) -> CoreMLRunner | None:
+def cross_checks(artifact: Artifact) -> tuple[str, ...]:
     """The reference interpreter, if `load` runs Core ML itself."""
-    return interpreted(artifact) if _runs_here(artifact) else None
+    return ("interpreter",) if _runs_here(artifact) else ()
 
 
 def _runs_here(artifact: Artifact) -> bool:

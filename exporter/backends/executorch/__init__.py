@@ -129,22 +129,22 @@ def lower(quantized: "QuantizedCheckpoint", target: Target, out: Path) -> Artifa
     return lowering.lower(quantized, target, out)
 
 
-def load(artifact: Artifact) -> Runner:
+def load(artifact: Artifact, variant: str = "") -> Runner:
     """The artifact in ExecuTorch's runtime.
 
     The Core ML delegate runs on a Mac only, which is untested, since none was available. Elsewhere
-    its package runs in the reference interpreter.
+    its package runs in the reference interpreter, and so it does as `variant`.
     """
     from exporter.backends.executorch import lowering
 
-    return lowering.load(artifact)
+    return lowering.load(artifact, variant)
 
 
-def cross_check(artifact: Artifact) -> Runner | None:
+def cross_checks(artifact: Artifact) -> tuple[str, ...]:
     """The reference interpreter, if `load` runs the Core ML delegate. None for XNNPACK."""
     from exporter.backends.executorch import lowering
 
-    return lowering.cross_check(artifact)
+    return lowering.cross_checks(artifact)
 
 
 def weights(
