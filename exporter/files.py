@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from devices.files import replacing, sha256, sync, write_json
+from devices.files import json_bytes, replacing, sha256, sync, write_json
 from exporter.errors import InputError
 
-#: Four of them come from `devices`, which needs them too and imports nothing from `exporter`.
+#: Five of them come from `devices`, which needs them too and imports nothing from `exporter`.
 __all__ = (
     "SAFETENSORS_NAMES",
     "Output",
@@ -25,6 +25,7 @@ __all__ = (
     "claim_folder",
     "copy_file",
     "differing_files",
+    "json_bytes",
     "made_from",
     "may_be_made_from",
     "package_versions",

@@ -1,7 +1,7 @@
 """The pipeline: checkpoint → quantized checkpoint → artifacts → verification → bundle."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,13 @@ from exporter.calibration.quantize import (
     quantize_checkpoint,
 )
 from exporter.calibration.torchrun import joined_processes
+from exporter.derivation import (
+    bundle_recipe,
+    check_derived,
+    check_manifests,
+    check_quantized_manifest,
+    check_source,
+)
 from exporter.errors import InputError
 from exporter.files import check_folder, claim_folder, made_from, may_be_made_from
 from exporter.model.checkpoint import Checkpoint
@@ -244,12 +251,24 @@ def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
     return recipe.model_copy(update={"targets": chosen}) if names else recipe
 
 
-def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Check]:
-    """All checks of a finished bundle, or of a quantized checkpoint. Raises InputError for a path
-    that is neither."""
+def verify(
+    path: Path,
+    progress: Progress,
+    text: Path | None = None,
+    *,
+    source: Checkpoint | None = None,
+    quick: bool = False,
+) -> list[Check]:
+    """All checks of a finished bundle, or of a quantized checkpoint.
+
+    With `source`, the quantized checkpoint is compared with the checkpoint that it was made from.
+    With `quick`, artifacts are not derived again. Raises InputError for a path that is neither.
+    """
     if (path / QUANTIZED_MANIFEST).is_file() and not is_bundle(path):
         quantized = open_quantized(path)
-        return check_quantized_files(quantized) + check_quantized(quantized)
+        checks = check_quantized_files(quantized) + check_quantized_manifest(quantized)
+        checks += check_quantized(quantized)
+        return checks + (check_source(quantized, source, None, progress) if source else [])
     files = check_bundle_files(path)
     try:
         bundle = open_bundle(path)
@@ -258,12 +277,31 @@ def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Che
             raise
         return [*files, Check("bundle", None, error.subject, False, 1, 0, error.problem)]
     damaged = {check.subject for check in files if not check.passed}
+    checks = files + check_manifests(bundle)
+    if source:
+        checks += check_source(bundle.quantized, source, bundle_recipe(bundle), progress)
+    if not quick:
+        checks += _check_derived(bundle, damaged, progress)
     texts = dict[str, Text]()
     for target, finished in bundle.artifacts.items():
         context = finished.artifact.target.max_context
         try:
             texts[target] = verification_text(bundle.quantized, context, text)
-        except InputError:
-            if not damaged:
+        except InputError as error:
+            if text is not None and not damaged:
                 raise
-    return files + check_models(bundle.quantized, bundle.artifacts, texts, progress, damaged)
+            checks.append(Check("text", target, error.subject, False, 1, 0, error.problem))
+    return checks + check_models(bundle.quantized, bundle.artifacts, texts, progress, damaged)
+
+
+def _check_derived(bundle: Bundle, damaged: Collection[str], progress: Progress) -> list[Check]:
+    """Derive every artifact again, unless a file of the quantized checkpoint is damaged."""
+    sources = [name for name in damaged if name.startswith(f"{BUNDLE_QUANTIZED}/")]
+    if sources:
+        note = "not derived again: the file is damaged"
+        return [Check("derived", None, name, False, 1, 0, note) for name in sources]
+    return [
+        check
+        for finished in bundle.artifacts.values()
+        for check in check_derived(bundle.quantized, finished, progress)
+    ]

@@ -5,7 +5,7 @@
 A check does not raise: each returns a list of findings with the place, the value and its limit.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,10 @@ from exporter.backends import Runner, backend
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import (
     CHECKSUMS,
-    checksummed_files,
     file_problems,
     is_bundle,
     open_bundle,
+    read_checksums,
 )
 from exporter.errors import InputError
 from exporter.evaluation.agreement import Agreement, compare_logits
@@ -68,7 +68,7 @@ class Text:
 def check_quantized_files(quantized: QuantizedCheckpoint) -> list[Check]:
     """The hash of every file of a quantized checkpoint; one check per file."""
     hashes = quantized.manifest["files"]
-    return _file_checks(tuple(hashes), differing_files(quantized.path, hashes))
+    return _file_checks(hashes, differing_files(quantized.path, hashes))
 
 
 def check_bundle_files(path: Path) -> list[Check]:
@@ -77,12 +77,12 @@ def check_bundle_files(path: Path) -> list[Check]:
     if not is_bundle(path):
         open_bundle(path)  # raises with the reason
     try:
-        return _file_checks(checksummed_files(path), file_problems(path))
+        return _file_checks(read_checksums(path), file_problems(path))
     except InputError as error:  # SHA256SUMS itself is damaged
         return [Check("files", None, CHECKSUMS, False, 1, 0, error.problem)]
 
 
-def _file_checks(names: tuple[str, ...], problems: Mapping[str, str]) -> list[Check]:
+def _file_checks(names: Iterable[str], problems: Mapping[str, str]) -> list[Check]:
     return [
         Check(
             "files", None, name, name not in problems, name in problems, 0, problems.get(name, "")
@@ -113,7 +113,9 @@ def check_integers(
             seen.add(name)
             if stored is None or stored[0] != name:  # all copies of a weight are consecutive
                 stored = name, quantized.read(name)
-            count, note = _differences(stored[1], weight)
+            count, note = differences(
+                stored[1], weight, ("the quantized checkpoint", "the artifact")
+            )
             subject = f"{name} ({place})"
             checks.append(Check("integers", target, subject, count == 0, count, 0, note))
             on_tensor(name)
@@ -128,14 +130,17 @@ def check_integers(
     return checks
 
 
-def _differences(
-    expected: QuantizedTensor | Tensor, actual: QuantizedTensor | Tensor
+def differences(
+    expected: QuantizedTensor | Tensor, actual: QuantizedTensor | Tensor, names: tuple[str, str]
 ) -> tuple[int, str]:
-    """The number of values that differ, and a note with the place of the first."""
+    """The number of values that differ, and a note with the place of the first.
+
+    `names` are those of the two models in the note, the expected one first.
+    """
     if isinstance(expected, QuantizedTensor) and isinstance(actual, QuantizedTensor):
         parts = {"code": (expected.codes, actual.codes), "scale": (expected.scales, actual.scales)}
     elif isinstance(expected, Tensor) and isinstance(actual, Tensor):
-        parts = {"value": (expected.to(torch.float32), actual)}
+        parts = {"value": (expected.to(torch.float32), actual.to(torch.float32))}
     else:
         return 1, "one is quantized, the other is not"
     total, notes = 0, list[str]()
@@ -148,8 +153,8 @@ def _differences(
         if count:
             first = tuple(different.nonzero()[0].tolist())
             notes.append(
-                f"{count} {kind}s differ; at {list(first)} the artifact has "
-                f"{got[first].item():g}, the quantized checkpoint {wanted[first].item():g}"
+                f"{count} {kind}s differ; at {list(first)} {names[1]} has "
+                f"{got[first].item():g}, {names[0]} {wanted[first].item():g}"
             )
         total += count
     return total, "; ".join(notes)
@@ -194,7 +199,7 @@ def check_logits(
 ) -> list[Check]:
     """Compare the artifact's logits in its own runtime, prefill and decode, with the reference's.
 
-    If the backend has other ways to run the artifact, the runtime's logits are compared with theirs.
+    If the backend has other ways to run the artifact, their logits are compared with the runtime's.
 
     The torch reference has float activations. If the runtime rounds activations, the limits are
     measured: that rounding is simulated in torch on the same text, and the artifact's error may be

@@ -28,7 +28,7 @@ LAYERS = (
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"forecast", "profiling"},
+    {"derivation", "forecast", "profiling"},
     {"pipeline"},
     {"cli"},
     {"__main__"},
