@@ -25,7 +25,7 @@ from exporter.calibration.quantize import (
     with_int8,
 )
 from exporter.calibration.settings import RESULTS
-from exporter.errors import InputError
+from exporter.errors import InputError, short
 from exporter.files import differing_files, json_bytes, read_json
 from exporter.model.checkpoint import COMPANION_FILES, Checkpoint
 from exporter.progress import Progress, TensorCounter
@@ -75,6 +75,10 @@ def check_manifests(bundle: Bundle) -> list[Check]:
         checks += _field_checks(bundle.path, name, content)
     except InputError as error:
         checks.append(Check("manifest", None, name, False, 1, 0, str(error)))
+    folders = (QUANTIZED, *bundle.artifacts)
+    foreign = [n for n in hashes if n != BUNDLE_MANIFEST and n.split("/")[0] not in folders]
+    note = "belongs to no target of the bundle"
+    checks += [Check("manifest", None, name, False, 1, 0, note) for name in foreign]
     for target, finished in bundle.artifacts.items():
         # A target that the recipe lacks is reported as a field of the bundle's manifest.
         content = artifact_identity(quantized, targets.get(target, finished.artifact.target))
@@ -128,7 +132,10 @@ def _recipe_plan(quantized: QuantizedCheckpoint, recipe: Recipe) -> Quantization
         return plan
     from exporter.calibration.sensitivity import model_bits, parse_budget
 
-    plan = with_int8(plan, quantized.manifest["calibration"]["wider"])
+    wider = quantized.manifest.get("calibration", {}).get("wider", [])
+    if not isinstance(wider, list) or not all(name in plan.schemes for name in wider):
+        raise InputError("calibration.wider", f"{short(wider)} is not a list of weights")
+    plan = with_int8(plan, wider)
     budget = parse_budget(recipe.quantization.budget, "quantization.budget", quantized.config)
     used = model_bits(plan.schemes, quantized.config)
     if used > budget:
@@ -170,7 +177,7 @@ def _field_checks(folder: Path, name: str, expected: Mapping[str, Any]) -> list[
 def _field_note(found: object, expected: object, field: str) -> str:
     """Where a field differs and how; empty if it does not."""
     if not isinstance(found, Mapping) or not isinstance(expected, Mapping):
-        return "" if found == expected else f"is {found!r}, not {expected!r}"
+        return "" if found == expected else f"is {short(found)}, not {short(expected)}"
     if field not in found or field not in expected:
         return "is missing" if field in expected else "does not belong there"
     one, other = found[field], expected[field]
@@ -179,7 +186,7 @@ def _field_note(found: object, expected: object, field: str) -> str:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         key = next(key for key in {**other, **one} if one.get(key) != other.get(key))
         return f"{key}: {_field_note(one, other, key)}"
-    return f"is {one!r}, not {other!r}"
+    return f"is {short(one)}, not {short(other)}"
 
 
 def check_derived(
@@ -311,6 +318,6 @@ def _quantize_again(
         here = inputs.identity["calibration"][key]
         if here != calibration.get(key):
             raise InputError(
-                f"calibration.{key}", f"is {here!r} here, not {calibration.get(key)!r}"
+                f"calibration.{key}", f"is {short(here)} here, not {short(calibration.get(key))}"
             )
     return quantize_checkpoint(checkpoint, inputs, out, progress)

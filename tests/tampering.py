@@ -11,20 +11,25 @@ from exporter.files import json_bytes, sha256
 from exporter.model.checkpoint import COMPANION_FILES
 
 
-def reseal(bundle: Path) -> None:
-    """Write the hashes of every manifest and of ``SHA256SUMS`` anew. A manifest that is no JSON
-    object any more is left as it is."""
+def reseal(bundle: Path, kept: Path | None = None) -> None:
+    """Write the hashes of every manifest and of ``SHA256SUMS`` anew.
+
+    The manifest `kept` is left as it is, and so is one that is no JSON object any more.
+    """
     quantized = bundle / "quantized" / "quantization.json"
-    with edited(quantized) as manifest:
-        _renew(manifest.get("files"), bundle / "quantized")
-        _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
-    with edited(bundle / "bundle.json") as manifest:
-        _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
+    if quantized != kept:
+        with edited(quantized) as manifest:
+            _renew(manifest.get("files"), bundle / "quantized")
+            _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
+    if bundle / "bundle.json" != kept:
+        with edited(bundle / "bundle.json") as manifest:
+            _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
     for path in sorted(bundle.glob("*/artifact.json")):
-        with edited(path) as manifest:
-            _renew(manifest.get("files"), path.parent)
-            if "quantized" in manifest and quantized.is_file():
-                manifest["quantized"] = sha256(quantized)
+        if path != kept:
+            with edited(path) as manifest:
+                _renew(manifest.get("files"), path.parent)
+                if "quantized" in manifest and quantized.is_file():
+                    manifest["quantized"] = sha256(quantized)
     names = sorted(
         path.relative_to(bundle).as_posix()
         for path in bundle.rglob("*")

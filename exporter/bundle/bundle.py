@@ -27,12 +27,15 @@ from exporter.files import (
     sha256,
     write_json,
 )
+from exporter.foreign import is_plain_name, read_bytes
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 from exporter.settings import Section, parse_section
 
 MANIFEST, CHECKSUMS, QUANTIZED = "bundle.json", "SHA256SUMS", "quantized"
 FORMAT_VERSION = 1
+#: The largest ``SHA256SUMS``, in bytes: ten thousand lines.
+_CHECKSUMS_BYTES = 1 << 20
 
 
 class BundleManifest(Section):
@@ -189,13 +192,12 @@ def read_checksums(folder: Path) -> dict[str, str]:
     path = folder / CHECKSUMS
     hashes = dict[str, str]()
     try:
-        text = path.read_bytes().decode("ascii")
+        text = read_bytes(path, _CHECKSUMS_BYTES).decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"cannot be read ({error})", "Export the bundle again") from error
     for line in text.split("\n")[:-1]:
         digest, separator, name = line[:64], line[64:66], line[66:]
-        inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
-        if separator != "  " or not inside or set(digest) - set("0123456789abcdef"):
+        if separator != "  " or not is_plain_name(name) or set(digest) - set("0123456789abcdef"):
             raise InputError(path, f"has the malformed line {line!r}", "Export the bundle again")
         if hashes and name <= next(reversed(hashes)):
             raise InputError(
