@@ -104,7 +104,10 @@ def differences(found: Artifact, expected: Artifact) -> Iterator[tuple[str, str]
     files = [one.path / FILE_NAME for one in (found, expected)]
     yield from comparison.differences(*map(open_contents, files))
     if _target_of(expected).delegate == "coreml":
-        yield from _coreml().payload_differences(*files)
+        _coreml()
+        from exporter.backends.executorch.payload_comparison import payload_differences
+
+        yield from payload_differences(*files)
 
 
 class ExecuTorchRunner:
