@@ -430,6 +430,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("lower", ["quantized", "target", "out"]),
         ("load", ["artifact", "variant"]),
         ("weights", ["artifact", "quantized"]),
+        ("differences", ["found", "expected"]),
         ("rounding", ["schemes", "target", "prompt"]),
         ("largest_activation", ["target", "which"]),
         ("cross_checks", ["artifact"]),

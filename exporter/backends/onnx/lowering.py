@@ -27,8 +27,9 @@ from exporter.backends.onnx import (
 from exporter.backends.onnx.forms import ContribForm, PortableForm
 from exporter.backends.onnx.graph import OnnxGraph
 from exporter.backends.onnx.layout import StoredWeight
+from exporter.backends.onnx.ort import in_order
 from exporter.errors import InputError
-from exporter.files import copy_file, replacing, write_json
+from exporter.files import replacing, write_json
 from exporter.model.walk import walk
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
@@ -108,34 +109,16 @@ def _write_ort(out: Path) -> list[str]:
     options = ["--optimization_style", "Fixed", "--target_platform", "arm", "--output_dir"]
     with tempfile.TemporaryDirectory() as scratch:  # not in `out`, where a kill would leave it
         command = [*converter, *options, scratch, str(out / FILE_NAME)]
-        result = subprocess.run(
-            [*_without_address_randomization(), *command],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
         if result.returncode:
             reason = (result.stderr.strip() or "no message").splitlines()[-1]
             raise InputError(FILE_NAME, f"ONNX Runtime cannot convert it to .ort ({reason})")
-        copy_file(Path(scratch) / ORT_NAME, out / ORT_NAME)
+        with replacing(out / ORT_NAME) as file:
+            file.write(in_order((Path(scratch) / ORT_NAME).read_bytes()))
         lines = (Path(scratch) / OPERATORS_NAME).read_text().splitlines(keepends=True)
         with replacing(out / OPERATORS_NAME) as file:  # the comments name the scratch folder
             file.write("".join(line for line in lines if not line.startswith("#")).encode())
     return [ORT_NAME, OPERATORS_NAME]
-
-
-def _without_address_randomization() -> list[str]:
-    """A command prefix that makes the converter reproducible, or [] if the system has none.
-
-    The converter orders a table by hashes that depend on a memory address. With fixed addresses two
-    runs give the same bytes.
-    """
-    prefix = ["setarch", "--addr-no-randomize"]
-    try:
-        subprocess.run([*prefix, "true"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return prefix
 
 
 def weights(
