@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporter.backends import Runner, backend
+from exporter.backends import Artifact, Runner, backend
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import (
     CHECKSUMS,
@@ -25,6 +25,7 @@ from exporter.bundle.bundle import (
 from exporter.errors import InputError
 from exporter.evaluation.agreement import Agreement, compare_logits
 from exporter.files import differing_files
+from exporter.inference.artifact_runner import ArtifactRunner, RunnersAhead
 from exporter.inference.reference import score_each
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress, TensorCounter
@@ -194,12 +195,26 @@ def verification_text(
     return Text(tuple(tokens), str(file or "the built-in sample text"), True)
 
 
+#: Loads an artifact in its runtime, or in the way that the variant names.
+Load = Callable[[Artifact, str], Runner]
+
+
+def load_in_this_process(artifact: Artifact, variant: str) -> Runner:
+    """A `Load` for artifacts of our own: a damaged one may end this process."""
+    runner: Runner = backend(artifact.target.target).load(artifact, variant)
+    return runner
+
+
 def check_logits(
-    quantized: QuantizedCheckpoint, finished: FinishedArtifact, text: Text
+    quantized: QuantizedCheckpoint,
+    finished: FinishedArtifact,
+    text: Text,
+    load: Load = load_in_this_process,
 ) -> list[Check]:
     """Compare the artifact's logits in its own runtime, prefill and decode, with the reference's.
 
-    If the backend has other ways to run the artifact, their logits are compared with the runtime's.
+    If the backend has other ways to run it, the runtime's logits are compared with theirs. Where
+    the artifact may be foreign, `load` is `ArtifactRunner`, which contains a crash.
 
     The torch reference has float activations. If the runtime rounds activations, the limits are
     measured: that rounding is simulated in torch on the same text, and the artifact's error may be
@@ -211,12 +226,14 @@ def check_logits(
     module = backend(target)
     lengths = _prefill_lengths(len(text.tokens))
     try:
-        logits = run_teacher_forced(module.load(artifact), text.tokens, lengths)
+        logits = run_teacher_forced(load(artifact, ""), text.tokens, lengths)
         others = {
-            variant: run_teacher_forced(module.load(artifact, variant), text.tokens, lengths)
+            variant: run_teacher_forced(load(artifact, variant), text.tokens, lengths)
             for variant in module.cross_checks(artifact)
         }
-    except Exception as error:  # a runtime may raise anything
+    except InputError as error:
+        return [Check("logits", target, error.subject, False, 1, 0, error.problem)]
+    except Exception as error:  # a runtime in this process may raise anything
         note = f"the runtime failed ({type(error).__name__}: {error})"
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
     positions = [length - 1 for length in lengths] + list(range(lengths[-1], len(text.tokens)))
@@ -259,22 +276,32 @@ def check_models(
 
     The logits of an artifact with a file in `damaged` are not computed, and its check fails.
     """
+    run = [name for name in artifacts if name in texts and not _damaged(artifacts[name], damaged)]
+    runners = RunnersAhead([artifacts[name].artifact for name in run])
+
+    def load(artifact: Artifact, variant: str) -> Runner:
+        return ArtifactRunner(artifact, variant) if variant else runners.take()
+
     checks = check_quantized(quantized)
     for target, finished in artifacts.items():
         counter = TensorCounter(progress, f"verify {target}: integers", len(quantized.schemes))
         checks += check_integers(quantized, finished, counter)
         stage = f"verify {target}: logits"
         progress(stage, 0, 1)
-        files = [f"{target}/{name}" for name in finished.manifest["files"]]
-        own_damaged = [name for name in files if name in damaged]
-        if own_damaged or target not in texts:
-            subject = (own_damaged or sorted(damaged))[0]
+        if target not in run:
+            subject = (_damaged(finished, damaged) or sorted(damaged))[0]
             note = "not run: the file is damaged"
             checks.append(Check("logits", target, subject, False, 1, 0, note))
             continue
-        checks += check_logits(quantized, finished, texts[target])
+        checks += check_logits(quantized, finished, texts[target], load)
         progress(stage, 1, 1)
     return checks
+
+
+def _damaged(finished: FinishedArtifact, damaged: Collection[str]) -> list[str]:
+    """The files of the artifact that are in `damaged`."""
+    names = (f"{finished.artifact.target.target}/{name}" for name in finished.manifest["files"])
+    return [name for name in names if name in damaged]
 
 
 _ACTIVATION_OVERFLOW = "overflows in float16: set the target's activations to float32"
