@@ -106,6 +106,10 @@ class ChildProcess:
         """Whether the child is gone."""
         return self._failure is not None
 
+    def stop(self) -> None:
+        """Kill the child, from any thread. A call in progress fails."""
+        self._process.kill()
+
     def call(
         self,
         method: str,

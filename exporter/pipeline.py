@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from exporter.bundle.artifact import (
     artifact_versions,
     write_artifact,
 )
-from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
-from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
 from exporter.bundle.bundle import (
     CHECKSUMS,
     Bundle,
@@ -31,6 +30,8 @@ from exporter.bundle.bundle import (
     open_bundle,
     write_checksums,
 )
+from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
+from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
 from exporter.calibration.quantize import (
     QuantizationInputs,
     join_distillation,
@@ -70,6 +71,8 @@ from exporter.verification import (
     check_models,
     check_quantized,
     check_quantized_files,
+    run_artifact,
+    running,
     verification_text,
 )
 
@@ -226,7 +229,12 @@ def export(
             )
             for target in recipe.targets
         }
-        checks = check_models(quantized, artifacts, texts, progress)
+        # In this process: the artifacts are our own, and their toolkits are loaded.
+        runs = {
+            target: partial(run_artifact, finished.artifact, texts[target])
+            for target, finished in artifacts.items()
+        }
+        checks = check_models(quantized, artifacts, texts, runs, progress)
         if not all(check.passed for check in checks):
             return Export(None, quantized, artifacts, checks)
         if not is_bundle(out) or file_problems(out):
@@ -278,14 +286,7 @@ def verify(
             raise
         return [*files, Check("bundle", None, error.subject, False, 1, 0, error.problem)]
     damaged = {check.subject for check in files if not check.passed}
-    checks = files
-    if CHECKSUMS not in damaged:
-        checks += check_manifests(bundle)
-    if source:
-        checks += check_source(bundle.quantized, source, bundle_recipe(bundle), progress)
-    if not quick:
-        checks += _check_derived(bundle, damaged, progress)
-    texts = dict[str, Text]()
+    checks, texts = files, dict[str, Text]()
     for target, finished in bundle.artifacts.items():
         context = finished.artifact.target.max_context
         try:
@@ -294,7 +295,16 @@ def verify(
             if text is not None and not damaged:
                 raise
             checks.append(Check("text", target, error.subject, False, 1, 0, error.problem))
-    return checks + check_models(bundle.quantized, bundle.artifacts, texts, progress, damaged)
+    with running(bundle.artifacts, texts, damaged) as runs:
+        if CHECKSUMS not in damaged:
+            checks += check_manifests(bundle)
+        if source:
+            checks += check_source(bundle.quantized, source, bundle_recipe(bundle), progress)
+        if not quick:
+            checks += _check_derived(bundle, damaged, progress)
+        return checks + check_models(
+            bundle.quantized, bundle.artifacts, texts, runs, progress, damaged
+        )
 
 
 def _check_derived(bundle: Bundle, damaged: Collection[str], progress: Progress) -> list[Check]:

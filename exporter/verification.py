@@ -6,6 +6,8 @@ A check does not raise: each returns a list of findings with the place, the valu
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from exporter.bundle.bundle import (
 from exporter.errors import InputError
 from exporter.evaluation.agreement import Agreement, compare_logits
 from exporter.files import differing_files
-from exporter.inference.artifact_runner import ArtifactRunner, RunnersAhead
+from exporter.inference.artifact_runner import ArtifactRunner
 from exporter.inference.reference import score_each
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress, TensorCounter
@@ -205,16 +207,63 @@ def load_in_this_process(artifact: Artifact, variant: str) -> Runner:
     return runner
 
 
+def run_artifact(
+    artifact: Artifact, text: Text, load: Load = load_in_this_process
+) -> dict[str, Tensor]:
+    """The logits [steps, vocab_size] of an artifact in its runtime, by the name '', and in each
+    other way to run it, by its name."""
+    lengths = _prefill_lengths(len(text.tokens))
+    variants = "", *backend(artifact.target.target).cross_checks(artifact)
+    return {
+        variant: run_teacher_forced(load(artifact, variant), text.tokens, lengths)
+        for variant in variants
+    }
+
+
+#: By target: gives the logits of `run_artifact`, or raises what it raises.
+Runs = Mapping[str, Callable[[], dict[str, Tensor]]]
+
+
+@contextmanager
+def running(
+    artifacts: Mapping[str, FinishedArtifact],
+    texts: Mapping[str, Text],
+    damaged: Collection[str] = (),
+) -> Iterator[Runs]:
+    """Run the artifacts one after the other in child processes, while the block does other work.
+
+    An artifact without a text, or with a file in `damaged`, is not run.
+    """
+    current: ArtifactRunner | None = None
+
+    def load(artifact: Artifact, variant: str) -> Runner:
+        nonlocal current
+        current = ArtifactRunner(artifact, variant)
+        return current
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield {
+            target: pool.submit(run_artifact, finished.artifact, texts[target], load).result
+            for target, finished in artifacts.items()
+            if target in texts and not _damaged(finished, damaged)
+        }
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if current is not None:
+            current.stop()  # if the block was left early
+
+
 def check_logits(
     quantized: QuantizedCheckpoint,
     finished: FinishedArtifact,
     text: Text,
-    load: Load = load_in_this_process,
+    run: Callable[[], dict[str, Tensor]] | None = None,
 ) -> list[Check]:
     """Compare the artifact's logits in its own runtime, prefill and decode, with the reference's.
 
-    If the backend has other ways to run it, the runtime's logits are compared with theirs. Where
-    the artifact may be foreign, `load` is `ArtifactRunner`, which contains a crash.
+    If the backend has other ways to run it, the runtime's logits are compared with theirs. `run`
+    gives the logits of `run_artifact`; by default the artifact runs in this process.
 
     The torch reference has float activations. If the runtime rounds activations, the limits are
     measured: that rounding is simulated in torch on the same text, and the artifact's error may be
@@ -226,11 +275,8 @@ def check_logits(
     module = backend(target)
     lengths = _prefill_lengths(len(text.tokens))
     try:
-        logits = run_teacher_forced(load(artifact, ""), text.tokens, lengths)
-        others = {
-            variant: run_teacher_forced(load(artifact, variant), text.tokens, lengths)
-            for variant in module.cross_checks(artifact)
-        }
+        others = dict(run() if run else run_artifact(artifact, text))
+        logits = others.pop("")
     except InputError as error:
         return [Check("logits", target, error.subject, False, 1, 0, error.problem)]
     except Exception as error:  # a runtime in this process may raise anything
@@ -269,32 +315,28 @@ def check_models(
     quantized: QuantizedCheckpoint,
     artifacts: Mapping[str, FinishedArtifact],
     texts: Mapping[str, Text],
+    runs: Runs,
     progress: Progress,
     damaged: Collection[str] = (),
 ) -> list[Check]:
     """Check the quantized checkpoint, then the integers and logits of each artifact.
 
-    The logits of an artifact with a file in `damaged` are not computed, and its check fails.
+    `runs` are those of `running`. An artifact that it does not run fails, and the file in `damaged`
+    is named.
     """
-    run = [name for name in artifacts if name in texts and not _damaged(artifacts[name], damaged)]
-    runners = RunnersAhead([artifacts[name].artifact for name in run])
-
-    def load(artifact: Artifact, variant: str) -> Runner:
-        return ArtifactRunner(artifact, variant) if variant else runners.take()
-
     checks = check_quantized(quantized)
     for target, finished in artifacts.items():
         counter = TensorCounter(progress, f"verify {target}: integers", len(quantized.schemes))
         checks += check_integers(quantized, finished, counter)
         stage = f"verify {target}: logits"
         progress(stage, 0, 1)
-        if target not in run:
-            subject = (_damaged(finished, damaged) or sorted(damaged))[0]
+        if target in runs:
+            checks += check_logits(quantized, finished, texts[target], runs[target])
+            progress(stage, 1, 1)
+        else:
+            subject = (*_damaged(finished, damaged), *sorted(damaged), str(finished.artifact.path))
             note = "not run: the file is damaged"
-            checks.append(Check("logits", target, subject, False, 1, 0, note))
-            continue
-        checks += check_logits(quantized, finished, texts[target], load)
-        progress(stage, 1, 1)
+            checks.append(Check("logits", target, subject[0], False, 1, 0, note))
     return checks
 
 

@@ -5,7 +5,7 @@ of time and memory, is an InputError.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,10 @@ class ArtifactRunner:
         """Wait until the artifact is loaded. Raises InputError."""
         self._loaded()
 
+    def stop(self) -> None:
+        """End the child, from any thread. A call in progress raises InputError."""
+        self._child.stop()
+
     @property
     def context(self) -> int:
         """The number of positions in the cache."""
@@ -108,25 +112,6 @@ class ArtifactRunner:
             found = len(data) // 4
             raise InputError(self._path, f"gives {found} logits, not {vocab_size}", _REMEDY)
         return torch.frombuffer(data, dtype=torch.float32)
-
-
-class RunnersAhead:
-    """Runners of these artifacts in turn: while one is used, the next one begins to load."""
-
-    def __init__(self, artifacts: Sequence[Artifact]) -> None:
-        self._rest = list(artifacts)
-        self._next: ArtifactRunner | None = None
-        self._begin()
-
-    def take(self) -> ArtifactRunner:
-        """The runner of the next artifact."""
-        runner = self._next
-        assert runner is not None, "every artifact was taken"
-        self._begin()
-        return runner
-
-    def _begin(self) -> None:
-        self._next = ArtifactRunner(self._rest.pop(0)) if self._rest else None
 
 
 class Service:
