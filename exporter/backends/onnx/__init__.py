@@ -4,8 +4,8 @@
 
 The graph is built node by node, not traced. `forms` decides which nodes it has, `graph` builds it,
 `layout` packs and unpacks codes and scales, and `lowering` makes the artifact. `contents` and `ort`
-read the files again, and `comparison` compares two models. onnxruntime-genai runs the artifact's
-folder unchanged.
+read the files again, `decoding` decodes the weights that it finds there, and `comparison` compares
+two models. onnxruntime-genai runs the artifact's folder unchanged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -136,9 +136,9 @@ def weights(
     artifact: Artifact, quantized: "QuantizedCheckpoint"
 ) -> "Iterator[tuple[str, str, QuantizedTensor | Tensor]]":
     """Every weight decoded from the model and its data file: name, place, codes and scales."""
-    from exporter.backends.onnx import lowering
+    from exporter.backends.onnx import contents, decoding
 
-    return lowering.weights(artifact, quantized)
+    return decoding.read_weights(contents.open_contents(artifact.path), quantized)
 
 
 def differences(found: Artifact, expected: Artifact) -> "Iterator[tuple[str, str]]":

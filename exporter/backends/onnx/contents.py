@@ -53,6 +53,7 @@ _VALUES = {
 class Contents:
     """The model, and the bytes of the data file."""
 
+    path: Path
     model: onnx.ModelProto
     data: np.ndarray
 
@@ -174,7 +175,7 @@ def open_contents(folder: Path) -> Contents:
         mapped = np.memmap(data, np.uint8, "r") if data.stat().st_size else np.zeros(0, np.uint8)
     except (OSError, DecodeError) as error:
         raise _problem(path, f"cannot be read ({error})") from error
-    return Contents(model, mapped)
+    return Contents(path, model, mapped)
 
 
 def _problem(subject: object, text: str) -> InputError:
