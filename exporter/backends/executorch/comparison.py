@@ -41,12 +41,10 @@ def differences(found: Contents, expected: Contents) -> Iterator[tuple[str, str]
     types = dict[str, _Type]()
     for graph in graphs[1].values():
         types.update(_types(graph))
-    for part in (
-        [_methods(one) for one in (found, expected)],
-        [_named_data(one, types) for one in (found, expected)],
-        [{place: _graph(graph) for place, graph in own.items()} for own in graphs],
-    ):
-        yield from _comparison.differences(*part)
+    yield from _comparison.differences(_methods(found), _methods(expected))
+    yield from _comparison.differences(_named_data(found, types), _named_data(expected, types))
+    one, other = ({place: _graph(graph) for place, graph in own.items()} for own in graphs)
+    yield from _comparison.differences(one, other)
 
 
 def _methods(contents: Contents) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class Contents:
         if place["location"] == "SEGMENT":
             return self.segment(place["index"])
         inline = self.entry(self.program["backend_delegate_data"], place["index"], "delegate data")
-        return memoryview(np.asarray(inline["data"] if inline["data"] is not None else b""))
+        data: np.ndarray | None = inline["data"]
+        return memoryview(b"") if data is None else data.data
 
     def content(self, tensor: Mapping[str, Any]) -> np.ndarray | None:
         """The values of a tensor that are in the file: a constant, or an initial state."""

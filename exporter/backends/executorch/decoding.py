@@ -150,7 +150,8 @@ def _decode(name: str, place: _Place, named: Mapping[str, memoryview]) -> Weight
             raise InputError(
                 name, f"{entry['named_key']} {stored}; {kind}{list(dims)} needs {size}"
             )
-        return np.frombuffer(content, dtype, count).copy()
+        values: np.ndarray = np.frombuffer(content, dtype, count).copy()
+        return values
 
     index = place.tensor["constant_buffer_idx"]
     if kind == _FLOAT and place.quantization is None:

@@ -181,8 +181,9 @@ class _Reader:
             return names.get(number, number)
         if at is not None:
             return self.scalar(one.kind, at)
-        kind = {"?": bool, "f": float, "d": float}.get(_SCALARS[one.kind], int)
-        return kind(one.default or 0)
+        if _SCALARS[one.kind] in "fd":
+            return float(one.default or 0)
+        return bool(one.default == "true") if one.kind == "bool" else int(one.default or 0)
 
     def _member(self, one: _Field, number: int | None, value: int | None) -> Any:
         kind = 0 if number is None else int(self.scalar("ubyte", number))

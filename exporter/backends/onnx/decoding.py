@@ -28,7 +28,7 @@ _TABLE, _TRANSPOSED, _SCALES = ".table", ".transposed", ".scales"
 _ONES = "ones"
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 #: Element types of codes in standard ONNX → their bits. A lookup table of int4 is one of bytes.
-_BITS = {TensorProto.INT4: 4, TensorProto.UINT8: 4, TensorProto.INT8: 8}
+_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.UINT8: 4, TensorProto.INT8: 8}
 #: Nodes that may also read other values than constants.
 _MAY_READ_OTHERS = (("", "MatMul"), ("", "Gather"))
 

@@ -121,7 +121,8 @@ class _Reader:
         if self._budget < 0 or depth > _DEEPEST:
             raise InputError(self._path, f"has over {_MOST} tables, or {_DEEPEST} in each other")
         found = dict[str, Any]()
-        for name, vector in _accessors(type(table)):
+        kind: Any = type(table)
+        for name, vector in _accessors(kind):
             if name in _VERSIONS:
                 continue
             read = getattr(table, name)
@@ -147,7 +148,7 @@ class _Reader:
 
 
 @cache
-def _accessors(kind: type) -> tuple[tuple[str, str], ...]:
+def _accessors(kind: Any) -> tuple[tuple[str, str], ...]:
     """The fields of a reader: name, and whether it is a vector of "values" or of "tables"."""
     functions = (name for name, value in vars(kind).items() if isinstance(value, FunctionType))
     names = [name for name in functions if name != "Init"]
