@@ -39,7 +39,7 @@ from exporter.calibration.quantize import (
 )
 from exporter.calibration.torchrun import joined_processes
 from exporter.errors import InputError
-from exporter.files import check_folder, claim_folder, made_from, may_be_made_from
+from exporter.files import check_apart, check_folder, claim_folder, made_from, may_be_made_from
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress, TensorCounter, no_progress
 from exporter.quantization.plan import QuantizationPlan
@@ -87,6 +87,8 @@ def quantize(
     With ``torchrun`` all processes take part in the distillation, the first one writes, and the
     others return None. Raises InputError.
     """
+    for written in (out, *([dequantized.path] if dequantized else [])):
+        check_apart(written, checkpoint.path)
     plan = quantization_plan(recipe.quantization, checkpoint)
     source = source_hashes(checkpoint)
     identity = quantized_identity(checkpoint, plan, source)
@@ -119,8 +121,6 @@ def _write_quantized(
 ) -> QuantizedCheckpoint:
     same = made_from(out / QUANTIZED_MANIFEST, inputs.identity)
     if dequantized:
-        if dequantized.path.resolve() == checkpoint.path.resolve():
-            raise InputError(dequantized.path, "is the checkpoint itself", "Give another folder")
         check_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite)
     with claim_folder(out, QUANTIZED_OUTPUT, same, overwrite):
         quantized = quantize_checkpoint(checkpoint, inputs, out, progress)
@@ -139,6 +139,7 @@ def lower(
     overwrite: bool = False,
 ) -> FinishedArtifact:
     """Quantized checkpoint → one artifact in `out`. Raises InputError."""
+    check_apart(out, quantized.path)
     backend(target.target).check(quantized.config, quantized.schemes, target)
     require_whole(quantized)
     identity = artifact_identity(quantized, target)
@@ -184,6 +185,7 @@ def export(
 
     `text` is a file to verify on, by default the built-in sample text. Raises InputError.
     """
+    check_apart(out, checkpoint.path)
     plan = quantization_plan(recipe.quantization, checkpoint)
     _check_targets(recipe, checkpoint, plan)
     texts: dict[str, Text] = {

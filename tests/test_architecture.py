@@ -22,7 +22,7 @@ DEVICES = ROOT / "devices"
 #: below it, and nowhere in a circle.
 LAYERS = (
     {"errors"},
-    {"files", "foreign", "progress", "settings"},
+    {"files", "foreign", "progress", "settings", "tensors", "yaml_reader"},
     {"model", "text"},
     {"quantization"},
     {"backends"},

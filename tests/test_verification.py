@@ -447,7 +447,7 @@ def test_an_added_file_is_named(name: str, bundle_copy: Path) -> None:
 def test_a_symbolic_link_does_not_stand_for_a_file(bundle_copy: Path) -> None:
     target = (bundle_copy / PTE).rename(bundle_copy.parent / "elsewhere.pte")
     (bundle_copy / PTE).symlink_to(target)
-    assert file_problems(bundle_copy) == {PTE: "is missing"}
+    assert file_problems(bundle_copy) == {PTE: "is a link, or lies below one"}
 
 
 def change_line(change: Callable[[str], str]) -> Callable[[str], str]:
