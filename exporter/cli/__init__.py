@@ -38,7 +38,7 @@ def main(typed: Sequence[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     args = arguments.parse(typed, COMMANDS)
     logger = logging.getLogger("exporter")
-    logger.addHandler(logging.StreamHandler())
+    logger.handlers = [logging.StreamHandler()]
     logger.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     try:
         code = _run(args)

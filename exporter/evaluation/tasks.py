@@ -7,6 +7,7 @@ content of its last ``\boxed{}`` or what follows its last ``####`` (GSM8K), whic
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -70,7 +71,7 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
     """
     problems = [
         Problem(text_field(row, place, PROMPT_FIELDS), _expected(row, place))
-        for place, row in islice(read_rows(path), limit)
+        for place, row in islice(read_rows(path), limit and min(limit, sys.maxsize))
     ]
     if not problems:
         raise InputError(path, "holds no problems", "Give one object a line")
