@@ -59,10 +59,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """`content` as indented JSON, as all files of this tool have it."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as indented JSON, with `replacing`."""
     with replacing(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(json_bytes(content))
 
 
 def sha256(path: Path) -> str:

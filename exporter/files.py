@@ -10,11 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from devices.files import replacing, sha256, sync, write_json
+from devices.files import json_bytes, replacing, sha256, sync, write_json
 from exporter.errors import InputError
 from exporter.foreign import differing_files, open_regular, read_json
 
-#: Four come from `devices`, which needs them too and imports nothing from `exporter`; two come from
+#: Five come from `devices`, which needs them too and imports nothing from `exporter`; two come from
 #: `exporter.foreign`.
 __all__ = (
     "Output",
@@ -22,6 +22,7 @@ __all__ = (
     "claim_folder",
     "copy_file",
     "differing_files",
+    "json_bytes",
     "made_from",
     "may_be_made_from",
     "package_versions",

@@ -5,7 +5,9 @@
 A check does not raise: each returns a list of findings with the place, the value and its limit.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,18 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporter.backends import Runner, backend
+from exporter.backends import Artifact, Runner, backend
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import (
     CHECKSUMS,
-    checksummed_files,
     file_problems,
     is_bundle,
     open_bundle,
+    read_checksums,
 )
 from exporter.errors import InputError
 from exporter.evaluation.agreement import Agreement, compare_logits
 from exporter.files import differing_files
+from exporter.inference.artifact_runner import ArtifactRunner
 from exporter.inference.reference import score_each
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress, TensorCounter
@@ -68,7 +71,7 @@ class Text:
 def check_quantized_files(quantized: QuantizedCheckpoint) -> list[Check]:
     """The hash of every file of a quantized checkpoint; one check per file."""
     hashes = quantized.manifest["files"]
-    return _file_checks(tuple(hashes), differing_files(quantized.path, hashes))
+    return _file_checks(hashes, differing_files(quantized.path, hashes))
 
 
 def check_bundle_files(path: Path) -> list[Check]:
@@ -77,12 +80,12 @@ def check_bundle_files(path: Path) -> list[Check]:
     if not is_bundle(path):
         open_bundle(path)  # raises with the reason
     try:
-        return _file_checks(checksummed_files(path), file_problems(path))
+        return _file_checks(read_checksums(path), file_problems(path))
     except InputError as error:  # SHA256SUMS itself is damaged
         return [Check("files", None, CHECKSUMS, False, 1, 0, error.problem)]
 
 
-def _file_checks(names: tuple[str, ...], problems: Mapping[str, str]) -> list[Check]:
+def _file_checks(names: Iterable[str], problems: Mapping[str, str]) -> list[Check]:
     return [
         Check(
             "files", None, name, name not in problems, name in problems, 0, problems.get(name, "")
@@ -113,7 +116,9 @@ def check_integers(
             seen.add(name)
             if stored is None or stored[0] != name:  # all copies of a weight are consecutive
                 stored = name, quantized.read(name)
-            count, note = _differences(stored[1], weight)
+            count, note = differences(
+                stored[1], weight, ("the quantized checkpoint", "the artifact")
+            )
             subject = f"{name} ({place})"
             checks.append(Check("integers", target, subject, count == 0, count, 0, note))
             on_tensor(name)
@@ -128,14 +133,17 @@ def check_integers(
     return checks
 
 
-def _differences(
-    expected: QuantizedTensor | Tensor, actual: QuantizedTensor | Tensor
+def differences(
+    expected: QuantizedTensor | Tensor, actual: QuantizedTensor | Tensor, names: tuple[str, str]
 ) -> tuple[int, str]:
-    """The number of values that differ, and a note with the place of the first."""
+    """The number of values that differ, and a note with the place of the first.
+
+    `names` are those of the two models in the note, the expected one first.
+    """
     if isinstance(expected, QuantizedTensor) and isinstance(actual, QuantizedTensor):
         parts = {"code": (expected.codes, actual.codes), "scale": (expected.scales, actual.scales)}
     elif isinstance(expected, Tensor) and isinstance(actual, Tensor):
-        parts = {"value": (expected.to(torch.float32), actual)}
+        parts = {"value": (expected.to(torch.float32), actual.to(torch.float32))}
     else:
         return 1, "one is quantized, the other is not"
     total, notes = 0, list[str]()
@@ -148,8 +156,8 @@ def _differences(
         if count:
             first = tuple(different.nonzero()[0].tolist())
             notes.append(
-                f"{count} {kind}s differ; at {list(first)} the artifact has "
-                f"{got[first].item():g}, the quantized checkpoint {wanted[first].item():g}"
+                f"{count} {kind}s differ; at {list(first)} {names[1]} has "
+                f"{got[first].item():g}, {names[0]} {wanted[first].item():g}"
             )
         total += count
     return total, "; ".join(notes)
@@ -189,12 +197,73 @@ def verification_text(
     return Text(tuple(tokens), str(file or "the built-in sample text"), True)
 
 
+#: Loads an artifact in its runtime, or in the way that the variant names.
+Load = Callable[[Artifact, str], Runner]
+
+
+def load_in_this_process(artifact: Artifact, variant: str) -> Runner:
+    """A `Load` for artifacts of our own: a damaged one may end this process."""
+    runner: Runner = backend(artifact.target.target).load(artifact, variant)
+    return runner
+
+
+def run_artifact(
+    artifact: Artifact, text: Text, load: Load = load_in_this_process
+) -> dict[str, Tensor]:
+    """The logits [steps, vocab_size] of an artifact in its runtime, by the name '', and in each
+    other way to run it, by its name."""
+    lengths = _prefill_lengths(len(text.tokens))
+    variants = "", *backend(artifact.target.target).cross_checks(artifact)
+    return {
+        variant: run_teacher_forced(load(artifact, variant), text.tokens, lengths)
+        for variant in variants
+    }
+
+
+#: By target: gives the logits of `run_artifact`, or raises what it raises.
+Runs = Mapping[str, Callable[[], dict[str, Tensor]]]
+
+
+@contextmanager
+def running(
+    artifacts: Mapping[str, FinishedArtifact],
+    texts: Mapping[str, Text],
+    damaged: Collection[str] = (),
+) -> Iterator[Runs]:
+    """Run the artifacts one after the other in child processes, while the block does other work.
+
+    An artifact without a text, or with a file in `damaged`, is not run.
+    """
+    current: ArtifactRunner | None = None
+
+    def load(artifact: Artifact, variant: str) -> Runner:
+        nonlocal current
+        current = ArtifactRunner(artifact, variant)
+        return current
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield {
+            target: pool.submit(run_artifact, finished.artifact, texts[target], load).result
+            for target, finished in artifacts.items()
+            if target in texts and not _damaged(finished, damaged)
+        }
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if current is not None:
+            current.stop()  # if the block was left early
+
+
 def check_logits(
-    quantized: QuantizedCheckpoint, finished: FinishedArtifact, text: Text
+    quantized: QuantizedCheckpoint,
+    finished: FinishedArtifact,
+    text: Text,
+    run: Callable[[], dict[str, Tensor]] | None = None,
 ) -> list[Check]:
     """Compare the artifact's logits in its own runtime, prefill and decode, with the reference's.
 
-    If the backend has other ways to run the artifact, the runtime's logits are compared with theirs.
+    If the backend has other ways to run it, the runtime's logits are compared with theirs. `run`
+    gives the logits of `run_artifact`; by default the artifact runs in this process.
 
     The torch reference has float activations. If the runtime rounds activations, the limits are
     measured: that rounding is simulated in torch on the same text, and the artifact's error may be
@@ -206,12 +275,11 @@ def check_logits(
     module = backend(target)
     lengths = _prefill_lengths(len(text.tokens))
     try:
-        logits = run_teacher_forced(module.load(artifact), text.tokens, lengths)
-        others = {
-            variant: run_teacher_forced(module.load(artifact, variant), text.tokens, lengths)
-            for variant in module.cross_checks(artifact)
-        }
-    except Exception as error:  # a runtime may raise anything
+        others = dict(run() if run else run_artifact(artifact, text))
+        logits = others.pop("")
+    except InputError as error:
+        return [Check("logits", target, error.subject, False, 1, 0, error.problem)]
+    except Exception as error:  # a runtime in this process may raise anything
         note = f"the runtime failed ({type(error).__name__}: {error})"
         return [Check("logits", target, str(artifact.path), False, 1, 0, note)]
     positions = [length - 1 for length in lengths] + list(range(lengths[-1], len(text.tokens)))
@@ -247,12 +315,14 @@ def check_models(
     quantized: QuantizedCheckpoint,
     artifacts: Mapping[str, FinishedArtifact],
     texts: Mapping[str, Text],
+    runs: Runs,
     progress: Progress,
     damaged: Collection[str] = (),
 ) -> list[Check]:
     """Check the quantized checkpoint, then the integers and logits of each artifact.
 
-    The logits of an artifact with a file in `damaged` are not computed, and its check fails.
+    `runs` are those of `running`. An artifact that it does not run fails, and the file in `damaged`
+    is named.
     """
     checks = check_quantized(quantized)
     for target, finished in artifacts.items():
@@ -260,16 +330,20 @@ def check_models(
         checks += check_integers(quantized, finished, counter)
         stage = f"verify {target}: logits"
         progress(stage, 0, 1)
-        files = [f"{target}/{name}" for name in finished.manifest["files"]]
-        own_damaged = [name for name in files if name in damaged]
-        if own_damaged or target not in texts:
-            subject = (own_damaged or sorted(damaged))[0]
+        if target in runs:
+            checks += check_logits(quantized, finished, texts[target], runs[target])
+            progress(stage, 1, 1)
+        else:
+            subject = (*_damaged(finished, damaged), *sorted(damaged), str(finished.artifact.path))
             note = "not run: the file is damaged"
-            checks.append(Check("logits", target, subject, False, 1, 0, note))
-            continue
-        checks += check_logits(quantized, finished, texts[target])
-        progress(stage, 1, 1)
+            checks.append(Check("logits", target, subject[0], False, 1, 0, note))
     return checks
+
+
+def _damaged(finished: FinishedArtifact, damaged: Collection[str]) -> list[str]:
+    """The files of the artifact that are in `damaged`."""
+    names = (f"{finished.artifact.target.target}/{name}" for name in finished.manifest["files"])
+    return [name for name in names if name in damaged]
 
 
 _ACTIVATION_OVERFLOW = "overflows in float16: set the target's activations to float32"

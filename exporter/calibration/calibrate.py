@@ -130,11 +130,9 @@ class CalibrationInputs:
 
     def identity(self) -> dict[str, Any]:
         """Every calibration setting and input that decides the integers, for the manifest."""
-        settings = self.calibration.model_dump()
-        del settings["data"], settings["cache_teacher"], settings["teacher"]
         other = self.teacher_source != self.source
         return {
-            **settings,
+            **self.calibration.identity(),
             **({"teacher": dict(self.teacher_source)} if other else {}),
             "precision": str(self.precision).removeprefix("torch."),
             "text": self.text.identity(),

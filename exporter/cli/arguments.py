@@ -126,14 +126,23 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _text_argument(sub)
 
     sub = command(
-        "verify", "Verify a bundle: file hashes, integers bit for bit, and logits",
+        "verify", "Verify a bundle: derive every file again, and compare integers and logits",
         "mobilellm verify build/nano",
-        "The codes and scales decoded from each artifact are compared with the quantized "
-        "checkpoint, and the logits of each artifact with the torch reference.",
+        "Every artifact is lowered again from the quantized checkpoint, and its files are compared "
+        "byte for byte. The codes and scales decoded from each artifact are compared with the "
+        "quantized checkpoint, and the logits of each artifact with the torch reference.",
     )  # fmt: skip
     sub.add_argument(
         "bundle", metavar="BUNDLE", type=Path,
         help="folder from mobilellm export, or a quantized checkpoint",
+    )  # fmt: skip
+    sub.add_argument(
+        "--source", metavar="CHECKPOINT",
+        help="also quantize this checkpoint again and compare it with the quantized checkpoint",
+    )  # fmt: skip
+    sub.add_argument(
+        "--quick", action="store_true",
+        help="do not derive the artifacts again: compare hashes, manifests, integers and logits",
     )  # fmt: skip
     _text_argument(sub)
 

@@ -90,9 +90,11 @@ def export(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Verify a bundle or a quantized checkpoint."""
     from exporter import pipeline
+    from exporter.model.checkpoint import open_checkpoint
 
+    source = open_checkpoint(args.source) if args.source else None
     with display.progress() as progress:
-        checks = pipeline.verify(args.bundle, progress, args.text)
+        checks = pipeline.verify(args.bundle, progress, args.text, source=source, quick=args.quick)
     passed = all(check.passed for check in checks)
     display_models.print_verification(checks, passed, args.json)
     return SUCCESS if passed else CHECK_FAILED

@@ -167,7 +167,7 @@ def finished_quantized(out: Path, identity: Mapping[str, Any]) -> QuantizedCheck
 
 
 def quantized_identity(
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint | QuantizedCheckpoint",
     plan: QuantizationPlan,
     source: Mapping[str, str],
     calibration: Mapping[str, Any] | None = None,

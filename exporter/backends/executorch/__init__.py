@@ -4,9 +4,10 @@
 
 The program consists of the embedding, the attentions, and one XNNPACK call between two attentions
 for everything else. `segments` decides which operations are in each call, `graph` serializes a
-call, `program` is the program around the calls, `file` reads and writes the bytes of a .pte, and
-`lowering` makes the artifact. With ``delegate=coreml`` the program is one call: see
-`coreml_delegate`.
+call, `program` is the program around the calls, `file` stores the embedding once, and `lowering`
+makes the artifact. `contents` reads a .pte, by its schemas alone: `decoding` decodes the weights
+that it finds there, and `comparison` compares two programs. With ``delegate=coreml`` the program is
+one call: see `coreml_delegate`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -154,3 +155,14 @@ def weights(
     from exporter.backends.executorch import lowering
 
     return lowering.weights(artifact, quantized)
+
+
+def differences(found: Artifact, expected: Artifact) -> "Iterator[tuple[str, str]]":
+    """How the program in `found` differs from the one in `expected`: (place, what differs).
+
+    Left out are the order and the places of data in the file, and the version numbers of the
+    program and of XNNPACK's graphs.
+    """
+    from exporter.backends.executorch import lowering
+
+    return lowering.differences(found, expected)

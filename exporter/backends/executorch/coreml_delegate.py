@@ -41,7 +41,7 @@ from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 
 #: An upper bound for the file list at the end of a payload, in bytes. It lists four files.
 _LONGEST_LIST = 1 << 16
-_FOLDER, _PACKAGE = "lowered_module", "model.mlpackage"
+_FOLDER, _PACKAGE, METADATA = "lowered_module", "model.mlpackage", "metadata.json"
 _FILE, _DIRECTORY = 0, 1
 
 
@@ -97,16 +97,21 @@ def _payload(quantized: QuantizedCheckpoint, target: Target) -> bytes:
         specification = write_package(build_step(quantized, target), quantized, target, root)
         paths = sorted(path for path in root.rglob("*") if path.is_file())
         files = {f"{_PACKAGE}/{path.relative_to(root)}": path.read_bytes() for path in paths}
-    digest = hashlib.sha256()
-    for content in files.values():
-        digest.update(content)
     described = specification.description
     metadata = {
         "inputNames": [given.name for given in described.input],
         "outputNames": [output.name for output in described.output],
-        "identifier": f"executorch_{digest.hexdigest()}",
+        "identifier": identifier(files),
     }
-    return flatten({"metadata.json": json.dumps(metadata).encode(), **files})
+    return flatten({METADATA: json.dumps(metadata).encode(), **files})
+
+
+def identifier(files: Mapping[str, bytes | memoryview]) -> str:
+    """The name under which a phone caches the compiled model: a hash of the files of a package."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(files[name])
+    return f"executorch_{digest.hexdigest()}"
 
 
 def flatten(files: Mapping[str, bytes]) -> bytes:
@@ -144,10 +149,19 @@ def unflatten(payload: memoryview) -> dict[str, memoryview]:
     """The inverse of `flatten`. Raises InputError for damaged lists and unsafe file names."""
     try:
         listed = bytes(payload[-_LONGEST_LIST:])[::-1].lstrip(b"\0").decode("latin-1")
-        nodes = json.JSONDecoder().raw_decode(listed)[0]["nodes"]
-        return dict(_files_of(nodes, len(nodes) - 1, payload))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        decoder = json.JSONDecoder(object_pairs_hook=_entries)
+        nodes = decoder.raw_decode(listed)[0]["nodes"]
+        return _entries(list(_files_of(nodes, len(nodes) - 1, payload)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError("Core ML payload", f"has no list of files ({error})") from error
+
+
+def _entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary. A name that occurs twice is refused: the runtime may read the other one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
 
 
 def _files_of(
@@ -167,10 +181,15 @@ def _files_of(
             yield name, payload[start : start + size]
 
 
+def payload_files(program: Path) -> dict[str, memoryview]:
+    """The files of the payload in a .pte: its metadata and the package. Raises InputError."""
+    return unflatten(delegate_payload(program, CoreMLBackend.__name__))
+
+
 @contextmanager
 def embedded_package(program: Path) -> Iterator[Package]:
     """The package inside a .pte, extracted to a temporary folder. Raises InputError."""
-    files = unflatten(delegate_payload(program, CoreMLBackend.__name__))
+    files = payload_files(program)
     with tempfile.TemporaryDirectory() as scratch:
         for name, content in files.items():
             path = Path(scratch) / name

@@ -22,7 +22,10 @@ with warnings.catch_warnings():
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.extension.pybindings import portable_lib
 
-    from exporter.backends.executorch.file import read_weights, store_embedding_once
+    from exporter.backends.executorch import comparison
+    from exporter.backends.executorch.contents import open_contents
+    from exporter.backends.executorch.decoding import read_weights
+    from exporter.backends.executorch.file import store_embedding_once
     from exporter.backends.executorch.program import Program, delegate, export_program
     from exporter.backends.executorch.segments import Segments
 
@@ -88,12 +91,23 @@ def weights(
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
     """Every weight decoded from the .pte: name, place in the file, codes and scales or floats."""
     if _target_of(artifact).delegate == "xnnpack":
-        yield from read_weights(artifact.path / FILE_NAME, quantized)
+        yield from read_weights(open_contents(artifact.path / FILE_NAME), quantized)
         return
     with _coreml().embedded_package(artifact.path / FILE_NAME) as package:
         from exporter.backends.coreml.lowering import package_weights
 
         yield from package_weights(package, quantized)
+
+
+def differences(found: Artifact, expected: Artifact) -> Iterator[tuple[str, str]]:
+    """How `found` differs from `expected`, as (place, what differs). Raises InputError."""
+    files = [one.path / FILE_NAME for one in (found, expected)]
+    yield from comparison.differences(*map(open_contents, files))
+    if _target_of(expected).delegate == "coreml":
+        _coreml()
+        from exporter.backends.executorch.payload_comparison import payload_differences
+
+        yield from payload_differences(*files)
 
 
 class ExecuTorchRunner:
