@@ -3,12 +3,17 @@
 Their text may hold names and values of foreign files, so it is bounded and printable.
 """
 
+import re
 import reprlib
 
 #: The longest subject, problem or remedy of an error, in characters.
 _LONGEST = 1000
 #: The longest value in an error, in characters.
 _LONGEST_VALUE = 200
+#: Control characters, line separators, overrides of the direction of text, surrogates.
+_OTHERS = "\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_STEERING = re.compile(f"[\x00-\x1f{_OTHERS}]")
+_STEERING_BUT_LINES = re.compile(f"[\x00-\x08\x0b-\x1f{_OTHERS}]")
 
 
 class ExporterError(Exception):
@@ -44,12 +49,14 @@ def short(value: object) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
-def printable(text: str) -> str:
-    """The text with escapes such as ``\\x1b`` for what a terminal does not print: control
-    characters, characters that change the direction of text, and undecodable bytes."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, *, lines: bool = False) -> str:
+    """The text with escapes such as ``\\x1b`` for characters that steer a terminal, change the
+    direction of text, or stand for undecodable bytes. With `lines`, newlines and tabs are kept."""
+    return (_STEERING_BUT_LINES if lines else _STEERING).sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 def _shown(value: object) -> str:

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from devices.files import sha256
 from exporter.errors import InputError, printable, short
@@ -73,12 +73,21 @@ def present(path: Path, limit: int | None = None) -> bool:
     return True
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises InputError."""
+def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
+    """Open a regular file of at most `limit` bytes to read it. Raises InputError."""
     # Without O_NONBLOCK, a FIFO blocks until a writer opens it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         _check_kind(path, os.fstat(descriptor), limit)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises InputError."""
+    with open_regular(path, limit) as file:
         content = file.read(limit + 1)
     if len(content) > limit:  # the file grew, or its size is not known in advance
         raise _too_large(path, limit)
@@ -96,10 +105,10 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, subject: object, remedy: str = "Get the file again") -> Any:
-    """Parse JSON (RFC 8259) in UTF-8.
+    """Parse JSON in UTF-8; NaN and infinity are accepted, which the caller refuses with their key.
 
-    Raises InputError for a duplicate key, nesting deeper than `DEPTH`, a number longer than
-    `DIGITS`, NaN and infinity, and for text that is not Unicode (half of a surrogate pair).
+    Raises InputError for a duplicate key, nesting deeper than `DEPTH`, a number of more than
+    `DIGITS` digits, and for text that is not Unicode, such as half of a surrogate pair.
     """
     try:
         parsed = json.loads(
@@ -107,14 +116,15 @@ def parse_json(content: bytes, subject: object, remedy: str = "Get the file agai
             object_pairs_hook=_object,
             parse_int=_integer,
             parse_float=_float,
-            parse_constant=_constant,
         )
         _check_values(parsed)
     except _LimitError as error:
         raise InputError(subject, str(error), remedy) from error
     except RecursionError as error:
         raise InputError(subject, _too_deep(), remedy) from error
-    except ValueError as error:
+    except UnicodeError as error:
+        raise InputError(subject, f"is not valid JSON in UTF-8 ({error})", remedy) from error
+    except json.JSONDecodeError as error:
         raise InputError(subject, f"is not valid JSON ({error})", remedy) from error
     return parsed
 
@@ -191,14 +201,7 @@ def _integer(text: str) -> int:
 
 def _float(text: str) -> float:
     check_digits(text)
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise _LimitError(f"has the number {text}, which is too large for a float")
-    return value
-
-
-def _constant(name: str) -> float:
-    raise _LimitError(f"is not valid JSON: it has the number {name}, which JSON does not have")
+    return float(text)
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

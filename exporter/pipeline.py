@@ -48,7 +48,7 @@ from exporter.derivation import (
     check_source,
 )
 from exporter.errors import InputError
-from exporter.files import check_folder, claim_folder, made_from, may_be_made_from
+from exporter.files import check_apart, check_folder, claim_folder, made_from, may_be_made_from
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress, TensorCounter, no_progress
 from exporter.quantization.plan import QuantizationPlan
@@ -98,6 +98,8 @@ def quantize(
     With ``torchrun`` all processes take part in the distillation, the first one writes, and the
     others return None. Raises InputError.
     """
+    for written in (out, *([dequantized.path] if dequantized else [])):
+        check_apart(written, checkpoint.path)
     plan = quantization_plan(recipe.quantization, checkpoint)
     source = source_hashes(checkpoint)
     identity = quantized_identity(checkpoint, plan, source)
@@ -130,8 +132,6 @@ def _write_quantized(
 ) -> QuantizedCheckpoint:
     same = made_from(out / QUANTIZED_MANIFEST, inputs.identity)
     if dequantized:
-        if dequantized.path.resolve() == checkpoint.path.resolve():
-            raise InputError(dequantized.path, "is the checkpoint itself", "Give another folder")
         check_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite)
     with claim_folder(out, QUANTIZED_OUTPUT, same, overwrite):
         quantized = quantize_checkpoint(checkpoint, inputs, out, progress)
@@ -150,6 +150,7 @@ def lower(
     overwrite: bool = False,
 ) -> FinishedArtifact:
     """Quantized checkpoint → one artifact in `out`. Raises InputError."""
+    check_apart(out, quantized.path)
     backend(target.target).check(quantized.config, quantized.schemes, target)
     require_whole(quantized)
     identity = artifact_identity(quantized, target)
@@ -195,6 +196,7 @@ def export(
 
     `text` is a file to verify on, by default the built-in sample text. Raises InputError.
     """
+    check_apart(out, checkpoint.path)
     plan = quantization_plan(recipe.quantization, checkpoint)
     _check_targets(recipe, checkpoint, plan)
     texts: dict[str, Text] = {

@@ -13,15 +13,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 
 from exporter.backends import Target, front, names
 from exporter.backends._target import Context, target_from
 from exporter.calibration.settings import Calibration
-from exporter.errors import InputError
+from exporter.errors import InputError, short
+from exporter.foreign import read_bytes
 from exporter.quantization.settings import Quantization
 from exporter.settings import Section, list_of, overridden, parse_section, refusal, within
+from exporter.yaml_reader import YAML_BYTES, parse_yaml
 
 _Positive = Annotated[int, within(1)]
 _Count = Annotated[int, within(0)]
@@ -52,7 +53,7 @@ class Profile(Section):
 def _targets(value: object, info: ValidationInfo) -> object:
     """Parse each target as the type of its format; `info.context` has the subject of errors."""
     if not isinstance(value, (list, tuple)):
-        raise refusal(f"{value!r} is not a list of targets")
+        raise refusal(f"{short(value)} is not a list of targets")
     if not value:
         raise refusal("is empty", f"Name one of {', '.join(names())}")
     subject = (info.context or {}).get("subject", "recipe")
@@ -133,11 +134,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         path = recipe_folder() / f"{source}.yaml"
     if not path.is_file():
         raise InputError(source, *_no_such_recipe(str(source)))
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an invalid date
-        reason = " ".join(str(error).split())
-        raise InputError(path, f"is not valid YAML ({reason})", "Correct the file") from error
+    raw = parse_yaml(read_bytes(path, YAML_BYTES), path, "Correct the file")
     if not isinstance(raw, dict):
         raise InputError(path, "does not hold a mapping of keys", "See recipes/ for examples")
     return parse_recipe(overridden({"name": path.stem, **raw}, overrides), str(path))

@@ -22,7 +22,9 @@ DEVICES = ROOT / "devices"
 #: below it, and nowhere in a circle.
 LAYERS = (
     {"errors"},
-    {"child_process", "files", "foreign", "progress", "settings"},
+    {
+        "child_process", "files", "foreign", "progress", "settings", "tensors", "yaml_reader",
+    },
     {"model", "text"},
     {"quantization"},
     {"backends"},

@@ -191,10 +191,6 @@ NOT_READ: dict[str, tuple[bytes, str]] = {
     "a negative one": (b"-" + b"1" * 5001, "has a number of 5,002 digits"),
     "a fraction of 5,001 digits": (b"0." + b"1" * 5001, "has a number of 5,003 digits"),
     "10**400": (b"1" + b"0" * 400, "has a number of 401 digits"),
-    "1e400": (b"1e400", "has the number 1e400, which is too large"),
-    "-1e400": (b"-1e400", "has the number -1e400, which is too large"),
-    "NaN": (b"NaN", "has the number NaN, which JSON does not have"),
-    "-Infinity": (b"[-Infinity]", "has the number -Infinity"),
     "a key twice": (b'{"a": 1, "b": 2, "a": 1}', "has the key 'a' twice"),
     "a key twice, inside": (
         b'[{"x": {"a\\u001b": 1, "a\\u001b": 2}}]',
@@ -202,9 +198,15 @@ NOT_READ: dict[str, tuple[bytes, str]] = {
     ),
     "a byte order mark": (b"\xef\xbb\xbf{}", "is not valid JSON"),
     "UTF-16": ("{}".encode("utf-16"), "is not valid JSON"),
-    "Latin-1": (b'{"a": "\xfc"}', "is not valid JSON ('utf-8' codec can't decode"),
-    "half of a surrogate pair": (b'{"a": "\\ud800"}', "is not valid JSON ('utf-8' codec can't"),
-    "half of one as a key": (b'{"\\ud800": 1}', "is not valid JSON ('utf-8' codec can't encode"),
+    "Latin-1": (b'{"a": "\xfc"}', "is not valid JSON in UTF-8 ('utf-8' codec can't decode"),
+    "half of a surrogate pair": (
+        b'{"a": "\\ud800"}',
+        "is not valid JSON in UTF-8 ('utf-8' codec can't",
+    ),
+    "half of one as a key": (
+        b'{"\\ud800": 1}',
+        "is not valid JSON in UTF-8 ('utf-8' codec can't encode",
+    ),
     "two values": (b"{} {}", "is not valid JSON (Extra data"),
     "nothing": (b"", "is not valid JSON"),
 }

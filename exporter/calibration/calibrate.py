@@ -35,7 +35,7 @@ from exporter.calibration.settings import Calibration
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher, open_teacher
 from exporter.errors import InputError
-from exporter.files import read_json, replacing, write_json, write_tensors
+from exporter.files import read_json, replacing, write_json
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress
 from exporter.quantization.activations import round_rows_to_int8
@@ -51,6 +51,7 @@ from exporter.quantization.schemes import (
     unpack_entry,
 )
 from exporter.quantization.settings import Quantization
+from exporter.tensors import write_tensors
 
 START, IDENTITY = "start.safetensors", "identity.json"
 #: Entry of `START`, next to the parts of the scheme: the float weight that was rounded.

@@ -27,9 +27,9 @@ from exporter.calibration.settings import Calibration
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher
 from exporter.errors import InputError
-from exporter.files import write_tensors
 from exporter.progress import OnStep
 from exporter.quantization.schemes import QuantizedTensor, Scheme, pack_entries, unpack_entry
+from exporter.tensors import write_tensors
 
 STATE, BEST = "state.safetensors", "best.safetensors"
 

@@ -12,9 +12,10 @@ from exporter.calibration.data import hash_of
 from exporter.calibration.loss import TeacherLogits, teacher_logits
 from exporter.calibration.settings import Calibration
 from exporter.errors import InputError
-from exporter.files import sha256, write_tensors
+from exporter.files import sha256
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
 from exporter.model.decoder import FloatWeights, attend_causal, load_decoder
+from exporter.tensors import write_tensors
 
 
 def open_teacher(calibration: Calibration, student: Checkpoint) -> Checkpoint:

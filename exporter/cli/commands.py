@@ -10,6 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from exporter.cli import display, display_models
+from exporter.errors import InputError
+
+#: The longest prompt on standard input, in bytes.
+PROMPT_BYTES = 1 << 24
 
 SUCCESS, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -114,9 +118,20 @@ def generate(args: argparse.Namespace) -> int:
     from exporter.inference.generation import Sampling
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _standard_input() if args.prompt == "-" else args.prompt
     answer = begin_answer(args.path, args.target, prompt, sampling, args.raw, args.system)
     return display_models.print_answer(answer, args.json)
+
+
+def _standard_input() -> str:
+    """The prompt from standard input. Raises InputError for text that is too long or not UTF-8."""
+    content = sys.stdin.buffer.read(PROMPT_BYTES + 1)
+    if len(content) > PROMPT_BYTES:
+        raise InputError("prompt", f"is longer than the limit of {PROMPT_BYTES:,} bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("prompt", f"is not UTF-8 ({error})", "Give UTF-8") from error
 
 
 def profile(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from exporter.cli import display
 from exporter.cli.display import Clock, figure, megabytes, out, print_facts, table, wide
+from exporter.errors import printable
 
 if TYPE_CHECKING:  # they load torch
     from devices.catalogue import KnownDevice
@@ -181,7 +182,7 @@ def print_answer(answer: "Answer", as_json: bool) -> int:
     for piece in answer:
         pieces.append(piece)
         if not as_json:
-            print(piece, end="", flush=True)
+            print(printable(piece, lines=True), end="", flush=True)
     generation, seconds = answer.generation, answer.seconds
     if as_json:
         return display.print_json(
