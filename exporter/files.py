@@ -16,8 +16,10 @@ import torch
 
 from devices.files import replacing, sha256, sync, write_json
 from exporter.errors import InputError
+from exporter.foreign import differing_files, read_json
 
-#: Four of them come from `devices`, which needs them too and imports nothing from `exporter`.
+#: Four come from `devices`, which needs them too and imports nothing from `exporter`; two come from
+#: `exporter.foreign`.
 __all__ = (
     "SAFETENSORS_NAMES",
     "Output",
@@ -66,35 +68,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises InputError."""
-    if not path.is_file():
-        raise InputError(path, "no such file", "Give the whole folder that it belongs to")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(path, f"is not valid JSON ({error})", "Get the file again") from error
-    if not isinstance(content, dict):
-        raise InputError(path, f"holds a {type(content).__name__}, not an object")
-    return content
-
-
 def copy_file(source: Path, target: Path) -> None:
     """Copy the content of `source`; `target` is replaced atomically."""
     with replacing(target) as out, source.open("rb") as file:
         shutil.copyfileobj(file, out)
-
-
-def differing_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
-    """Files of `folder` that are missing or whose SHA-256 differs: name → what is wrong."""
-    problems = dict[str, str]()
-    for name, expected in hashes.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            problems[name] = "is missing"
-        elif (found := sha256(path)) != expected:
-            problems[name] = f"has sha256 {found[:12]}…, not {expected[:12]}…"
-    return problems
 
 
 def made_from(manifest: Path, identity: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ DEVICES = ROOT / "devices"
 #: below it, and nowhere in a circle.
 LAYERS = (
     {"errors"},
-    {"child_process", "files", "progress", "settings"},
+    {"child_process", "files", "foreign", "progress", "settings"},
     {"model", "text"},
     {"quantization"},
     {"backends"},

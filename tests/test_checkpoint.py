@@ -271,11 +271,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "negative width": ({"hidden_size": -64}, ["hidden_size", "-64", "greater than zero"]),
     "width as text": ({"hidden_size": "64"}, ["hidden_size", "'64'", "a number"]),
     "half a head": ({"num_attention_heads": 2.5}, ["num_attention_heads", "2.5", "whole number"]),
-    "width NaN": ({"hidden_size": float("nan")}, ["hidden_size", "nan"]),
-    "context infinite": (
-        {"max_position_embeddings": float("inf")},
-        ["max_position_embeddings", "inf"],
-    ),
+    "width NaN": ({"hidden_size": float("nan")}, ["number NaN"]),
+    "context infinite": ({"max_position_embeddings": float("inf")}, ["number Infinity"]),
     "heads that do not divide": (
         {"num_attention_heads": 3, "num_key_value_heads": 2},
         ["num_key_value_heads", "2", "divisor of 3"],
