@@ -10,7 +10,7 @@ import pytest
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
 from exporter import pipeline
-from exporter.backends.executorch import lowering as executorch
+from exporter.backends.executorch import runtime as executorch
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import Bundle
 from exporter.files import sha256
