@@ -62,7 +62,7 @@ class Official:
 
     def text(self, tokens: list[int]) -> str:
         """With special tokens, which the runner prints too."""
-        return str(self.tokenizer.tokenizer.decode(tokens, skip_special_tokens=False))
+        return self.tokenizer.decode_whole(tokens)
 
 
 def official(artifact: FinishedArtifact, folder: Path) -> Official:
