@@ -30,7 +30,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputError
+from exporter.errors import InputError, printable
 
 #: Seconds to start Python and import a service: code of ours, on a machine that may be busy.
 START_SECONDS = 300.0
@@ -155,9 +155,8 @@ class ChildProcess:
         if "result" in header:
             return header["result"], data
         if "refused" in header:
-            subject, problem, remedy = map(str, header["refused"])
-            raise InputError(plain(subject), plain(problem), plain(remedy))
-        raise self._fail(f"failed ({plain(str(header.get('raised')))}){self._memory_note(header)}")
+            raise InputError(*map(str, header["refused"]))
+        raise self._fail(f"failed ({_line(str(header.get('raised')))}){self._memory_note(header)}")
 
     def _receive(self, seconds: float, most: int) -> tuple[dict[str, Any], bytearray]:
         """One frame of the child, with `most` bytes of data at most."""
@@ -205,7 +204,7 @@ class ChildProcess:
             self._selector.unregister(self._error)
         self._errors = (self._errors + part)[-_ERRORS_KEPT:]
         for line in part.splitlines():
-            _LOG.debug("%s: %s", self._actor, plain(os.fsdecode(line)))
+            _LOG.debug("%s: %s", self._actor, printable(_line(os.fsdecode(line))))
         return bool(part)
 
     def _take_frame(self, most: int) -> tuple[dict[str, Any], bytearray] | None:
@@ -240,7 +239,7 @@ class ChildProcess:
         if code == -signal.SIGALRM:
             return f"did not finish within {self._limits.seconds:g} s, its limit"
         words = os.fsdecode(self._errors).strip().rpartition("\n")[2]
-        said = f"; its last words: {plain(words)}" if words else ""
+        said = f"; its last words: {_line(words)}" if words else ""
         return f"{_exit_of(code)}{said}{self._memory_note({'raised': words})}"
 
     def _memory_note(self, header: Mapping[str, object]) -> str:
@@ -257,11 +256,10 @@ class ChildProcess:
         return self._failure
 
 
-def plain(text: str) -> str:
-    """One line of `text`, without control characters, shortened."""
+def _line(text: str) -> str:
+    """`text` on one line, shortened. An InputError escapes control characters."""
     line = " ".join(text[: 4 * _SHOWN].split())
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
-    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
 
 
 def _exit_of(code: int) -> str:

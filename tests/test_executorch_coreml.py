@@ -22,7 +22,7 @@ from exporter.backends.coreml.graph import mil_name
 from exporter.backends.coreml.package import place_of
 from exporter.backends.executorch.coreml_delegate import embedded_package, flatten, unflatten
 from exporter.backends.executorch.file import delegate_payload
-from exporter.backends.executorch.lowering import ExecuTorchRunner
+from exporter.backends.executorch.runtime import ExecuTorchRunner
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
