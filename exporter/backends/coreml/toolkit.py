@@ -6,6 +6,7 @@ for an export. Other modules take its names from here.
 
 import logging
 import warnings
+from typing import Any
 
 _level = logging.root.manager.disable
 logging.disable(logging.WARNING)
@@ -20,4 +21,16 @@ try:
 finally:
     logging.disable(_level)
 
-__all__ = ["Function", "MIL_pb2", "Model_pb2", "Program", "coremltools", "load", "mb", "types"]
+Var = Any  # a value of a program; coremltools has no annotations
+
+__all__ = [
+    "Function",
+    "MIL_pb2",
+    "Model_pb2",
+    "Program",
+    "Var",
+    "coremltools",
+    "load",
+    "mb",
+    "types",
+]

@@ -135,21 +135,24 @@ def load(artifact: Artifact, variant: str = "") -> Runner:
     if _target_of(artifact).delegate == "xnnpack":
         return ExecuTorchRunner(artifact.path / FILE_NAME)
     if variant or sys.platform != "darwin":
-        return _interpret(artifact)
+        return _interpret(artifact, variant)
     program = ExecuTorchRunner(artifact.path / FILE_NAME)
     runner: Runner = _coreml().StepRunner(program.run, program.context, program.vocab_size)
     return runner
 
 
 def cross_checks(artifact: Artifact) -> tuple[str, ...]:
-    """The reference interpreter, if `load` runs the Core ML delegate. None for XNNPACK."""
-    on_mac = _target_of(artifact).delegate == "coreml" and sys.platform == "darwin"
-    return ("interpreter",) if on_mac else ()
+    """Those of Core ML for its delegate. None for XNNPACK."""
+    target = _target_of(artifact)
+    if target.delegate == "xnnpack":
+        return ()
+    others: tuple[str, ...] = _coreml().cross_checks(embedded(target))
+    return others
 
 
-def _interpret(artifact: Artifact) -> Runner:
+def _interpret(artifact: Artifact, variant: str) -> Runner:
     path, context = artifact.path / FILE_NAME, artifact.target.max_context
-    runner: Runner = _coreml().interpret_step(path, context)
+    runner: Runner = _coreml().interpret_step(path, context, variant)
     return runner
 
 
