@@ -25,12 +25,15 @@ from exporter.backends.coreml.interpreter import Interpreter, State
 from exporter.backends.coreml.package import (
     MANIFEST,
     MODEL,
+    TYPES,
     WEIGHTS,
     Package,
     Value,
     open_package,
     place_of,
+    type_of,
 )
+from exporter.backends.coreml.palette import make_palettes, read_palettes
 from exporter.backends.coreml.program import DECODE, PREFILL
 from exporter.backends.coreml.toolkit import coremltools, mb
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
@@ -41,7 +44,7 @@ from exporter.inference.reference import ReferenceRunner, score
 from exporter.model.config import EMBEDDING
 from exporter.quantization.activations import LARGEST_HALF
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.quantization.schemes import Scheme
+from exporter.quantization.schemes import QuantizedTensor, Scheme
 from exporter.text.tokenizer import load_tokenizer
 from exporter.verification import (
     check_integers,
@@ -250,6 +253,132 @@ def test_the_likeliest_token_can_be_found_inside_the_program(lower: Lower) -> No
     assert errors(quantized, lowered).max() < 5e-3  # the runner looks at the logits all the same
 
 
+# The form for the Neural Engine.
+
+NEURAL_ENGINE = {"compute": "neural_engine"}
+
+
+@pytest.mark.parametrize(
+    ("model", "tied", "linear", "embedding"),
+    [
+        ("llama4_text", True, "int4", "int4"),
+        ("llama4_text", False, "int4", "int8"),
+        ("llama4_text", True, "int8", "float"),
+    ],
+)
+def test_the_form_for_the_neural_engine_gives_the_references_logits_and_the_same_integers(
+    model: str, tied: bool, linear: str, embedding: str, lower: Lower
+) -> None:
+    quantized, lowered = lower(model, linear, embedding, NEURAL_ENGINE, tie_word_embeddings=tied)
+    assert errors(quantized, lowered).max() < 5e-3
+    checks = check_integers(quantized, lowered, lambda name: None)
+    assert [check for check in checks if not check.passed] == []
+    assert len(checks) == 2 * len(quantized.schemes)
+    checks = check_logits(quantized, lowered, verification_text(quantized, CONTEXT, None))
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_the_form_for_the_neural_engine_has_no_operation_that_is_reported_to_fail_there(
+    lower: Lower,
+) -> None:
+    _, lowered = lower("llama4_text", "int4", "int4", NEURAL_ENGINE)
+    package = open_package(package_of(lowered))
+    kinds = {kind for kind, _, _ in TYPES.values()} - {"fp32"}
+    for name in package.functions:
+        operations = package.block(name).operations
+        constants = {one.outputs[0].name for one in operations if one.type == "const"}
+        used = {one.type for one in operations}
+        assert used.isdisjoint({"silu", "exp", "scaled_dot_product_attention"})
+        assert "constexpr_blockwise_shift_scale" not in used
+        for one in operations:
+            declared = {type_of(output.type.tensorType)[0] for output in one.outputs}
+            assert declared <= kinds, one
+            if one.type == "slice_update":
+                bounds = {one.inputs[part].arguments[0].name for part in ("begin", "end")}
+                assert bounds <= constants
+    facts = package.spec.description.metadata.userDefined
+    assert (facts["compute"], facts["tested"]) == (
+        "neural_engine", "in a reference interpreter, not run on hardware",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 3, CHUNK])
+def test_masked_writes_touch_only_the_positions_of_the_text(length: int, lower: Lower) -> None:
+    _, lowered = lower("llama4_text", "int4", "int4", NEURAL_ENGINE)
+    interpreter = Interpreter(open_package(package_of(lowered)))
+    state, before = filled(interpreter), filled(interpreter)
+    chunk = tokens(length) + [5] * (CHUNK - length)
+    interpreter.run(PREFILL, told(chunk, 10, length), state)
+    for name in (KEYS, VALUES):
+        changed = (state[name].data != before[name].data).any(-1)
+        written = torch.zeros(CONTEXT, dtype=torch.bool)
+        written[10 : 10 + length] = True
+        assert torch.equal(changed, written.expand_as(changed))
+
+
+@pytest.mark.parametrize(
+    ("schemes", "target", "changes", "said"),
+    {
+        "groups": (
+            ("int4-g32", "int4"), {}, {},
+            "q_proj.weight: int4-g32: the Neural Engine computes codes in groups wrongly.*Use int4",
+        ),
+        "an embedding in groups": (
+            ("int4", "int8-g32"), {}, {}, "embed_tokens.weight: int8-g32: .*Use int8 or",
+        ),
+        "float32": (
+            ("int4", "int4"), {"activations": "float32"}, {},
+            "activations: the Neural Engine computes in float16 only",
+        ),
+        "a long prefill": (
+            ("int4", "int4"), {"prefill": 33}, {}, "prefill: 33 tokens are more than the 32",
+        ),
+        "odd heads": (
+            ("int4", "int4"), {}, {"head_dim": 16, "hidden_size": 64},
+            "head_dim: 16 is not a multiple of 32",
+        ),
+    }.values(),
+    ids=["groups", "an embedding in groups", "float32", "a long prefill", "odd heads"],
+)  # fmt: skip
+def test_what_the_neural_engine_cannot_have_is_refused(
+    schemes: tuple[str, str], target: dict[str, Any], changes: dict[str, Any], said: str,
+    lower: Lower,
+) -> None:  # fmt: skip
+    with pytest.raises(InputError, match=said):
+        lower("llama4_text", *schemes, {**NEURAL_ENGINE, **target}, **changes)
+
+
+def palettes_of(scales: list[float]) -> QuantizedTensor:
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(len(scales), 2)
+    return QuantizedTensor(codes, torch.tensor(scales).unsqueeze(1), Scheme(4))
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0**-24, 2.0**-14, 0.0123291015625, 1.0, 255 * 2.0**5])
+def test_codes_and_scales_come_back_from_palettes_bit_for_bit(scale: float) -> None:
+    stored = palettes_of([scale, 1.0])
+    indices, palettes = make_palettes(stored, "w")
+    assert palettes.shape == (2, 1, 16, 1)
+    found = read_palettes(
+        torch.from_numpy(indices), torch.from_numpy(palettes).float(), stored.scheme, "w"
+    )
+    assert torch.equal(found.codes, stored.codes)
+    assert torch.equal(found.scales, stored.scales)
+
+
+def test_a_scale_that_float16_cannot_multiply_is_refused() -> None:
+    with pytest.raises(InputError, match="w: has a scale of which float16 does not hold every"):
+        make_palettes(palettes_of([60000.0]), "w")
+
+
+@pytest.mark.parametrize("place", [0, 7, 8, 9, 15])
+def test_a_palette_that_is_no_scale_times_codes_is_an_error(place: int) -> None:
+    indices, palettes = make_palettes(palettes_of([1.0, 0.5]), "w")
+    changed = torch.from_numpy(palettes).float()
+    changed[1, 0, place, 0] += 0.25
+    with pytest.raises(InputError, match=r"no multiple of a scale \(row 1\)"):
+        read_palettes(torch.from_numpy(indices), changed, Scheme(4), "w")
+
+
 # The package.
 
 
@@ -338,8 +467,13 @@ def test_nothing_but_the_package_is_left_in_the_artifacts_folder(lower: Lower) -
         "prefill of one": ({"prefill": 1}, "prefill: 1 tokens are not between 2 and max_context"),
         "prefill beyond": ({"prefill": 65}, r"prefill: 65 tokens .* max_context \(64\)"),
         "context beyond": ({"max_context": 512}, "max_context: 512 is more than the model's 256"),
+        "odd context": (
+            {"max_context": 100},
+            "max_context: 100 is not a multiple of 32, as Core ML's .* Set it to 96 or 128",
+        ),
+        "small context": ({"max_context": 10}, "max_context: 10 is not .* Set it to 32"),
     }.values(),
-    ids=["prefill of one", "prefill beyond", "context beyond"],
+    ids=["prefill of one", "prefill beyond", "context beyond", "odd context", "small context"],
 )
 def test_what_the_program_cannot_be_is_refused(
     target: dict[str, Any], said: str, lower: Lower

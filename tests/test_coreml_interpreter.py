@@ -357,6 +357,24 @@ def test_blocks_of_codes_are_scaled_as_they_are_defined(
     assert np.array_equal(found.data.T, (wide * np.kron(scales, spread)).astype(np.float16))
 
 
+@pytest.mark.parametrize("blocks", [(8, 1), (1, 4), (1, 1), (4, 2)])
+def test_palettes_give_their_entries(blocks: tuple[int, int], tmp_path: Path) -> None:
+    """A palette for each row, for columns, for all, and for blocks."""
+    generator = np.random.default_rng(5)
+    indices = generator.integers(0, 16, (8, 20))
+    palettes = generator.standard_normal((*blocks, 16, 1)).astype(np.float16)
+
+    def build(x: Any) -> Any:
+        weight = mb.constexpr_lut_to_dense(indices=indices.astype(UINT4), lut=palettes)
+        return mb.linear(x=x, weight=weight)
+
+    package = write(tmp_path, main=function(build, x=((20, 20), "fp16")))
+    (found,) = run(package, x=value(np.eye(20), "fp16"))
+    rows, columns = np.indices((8, 20))
+    wanted = palettes[rows * blocks[0] // 8, columns * blocks[1] // 20, indices, 0]
+    assert np.array_equal(found.data.T, wanted)
+
+
 @pytest.mark.parametrize(
     ("kind", "bits"),
     [(kind, bits) for kind, _, bits in TYPES.values() if kind.startswith("uint") and bits < 8],

@@ -111,8 +111,8 @@ def _check_neural_engine(config: "ModelConfig", target: Target) -> None:
     if config.head_dim % STATE_MULTIPLE:
         raise InputError(
             "head_dim",
-            f"the model's {config.head_dim} is not a multiple of {STATE_MULTIPLE}, as the states on "
-            "the Neural Engine need",
+            f"{config.head_dim} is not a multiple of {STATE_MULTIPLE}, as states need on the Neural "
+            "Engine",
             "Set compute to cpu_and_gpu",
         )
 
@@ -190,6 +190,19 @@ def weights(
     from exporter.backends.coreml import lowering
 
     return lowering.weights(artifact, quantized)
+
+
+def differences(found: Artifact, expected: Artifact) -> Iterator[tuple[str, str]]:
+    """How the package of `found` differs from that of `expected`: place, and what differs there.
+
+    See `comparison.package_differences` for what is left out. Raises InputError for a package that
+    cannot be read.
+    """
+    from exporter.backends.coreml.comparison import package_differences
+    from exporter.backends.coreml.package import open_package
+
+    packages = (open_package(artifact.path / FILE_NAME) for artifact in (found, expected))
+    return package_differences(*packages)
 
 
 def inspect(path: Path) -> Inspection:

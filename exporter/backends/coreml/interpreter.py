@@ -18,12 +18,12 @@ import torch
 from exporter.backends.coreml.operators import OPERATORS, Operator, overwrite
 from exporter.backends.coreml.package import (
     FLOATS,
-    TYPES,
     Package,
     Value,
     open_shape_of,
     place_of,
     rounded,
+    type_of,
 )
 from exporter.errors import InputError
 
@@ -298,7 +298,7 @@ def _step(operation: Any, constants: dict[str, Any], constant: Any) -> _Step:
 
 def _declared(name: str, declared: Any) -> Declared:
     tensor = declared.tensorType
-    return Declared(name, TYPES[tensor.dataType][0], tuple(open_shape_of(tensor)))
+    return Declared(name, type_of(tensor)[0], tuple(open_shape_of(tensor)))
 
 
 def _with_last_uses(steps: Sequence[_Step]) -> list[_Step]:

@@ -316,8 +316,8 @@ OPERATORS: dict[str, Operator] = {
         for operator in (
             cast, concat, constexpr_blockwise_shift_scale, constexpr_lut_to_dense, expand_dims,
             gather, linear, matmul, range_1d, reduce_argmax, reduce_max, reduce_mean, reduce_sum,
-            reshape, rsqrt, scaled_dot_product_attention, select, shape, slice_by_index, slice_by_size,
-            slice_update, softmax, split, squeeze, transpose,
+            reshape, rsqrt, scaled_dot_product_attention, select, shape, slice_by_index,
+            slice_by_size, slice_update, softmax, split, squeeze, transpose,
         )
     },
 }  # fmt: skip
