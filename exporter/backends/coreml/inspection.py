@@ -15,12 +15,12 @@ from exporter.backends import InspectedTable
 from exporter.backends.coreml.interpreter import STATEFUL
 from exporter.backends.coreml.operators import OPERATORS
 from exporter.backends.coreml.package import (
-    TYPES,
     Package,
     open_package,
     open_shape_of,
     place_of,
     shape_of,
+    type_of,
 )
 
 
@@ -176,7 +176,7 @@ def _feature(name: str, declared: Any, allowed: Any = None) -> Feature:
         return Feature(name, declared.WhichOneof("type"), ())
     tensor = declared.tensorType
     shape = tuple("?" if size is None else size for size in open_shape_of(tensor))
-    return Feature(name, TYPES[tensor.dataType][0], _flexible(allowed) or shape)
+    return Feature(name, type_of(tensor)[0], _flexible(allowed) or shape)
 
 
 def _flexible(allowed: Any) -> tuple[int | str, ...]:
@@ -235,11 +235,11 @@ def _constants_of(operation: Any, constants: Mapping[str, Any]) -> dict[str, Any
 
 def _stored_bytes(value: Any) -> int:
     declared = value.type.tensorType
-    return -(-math.prod(shape_of(declared)) * TYPES[declared.dataType][2] // 8)
+    return -(-math.prod(shape_of(declared)) * type_of(declared)[2] // 8)
 
 
 def _kind(value: Any) -> str:
-    return TYPES[value.type.tensorType.dataType][0]
+    return type_of(value.type.tensorType)[0]
 
 
 def _format(operator: str, given: Mapping[str, Any]) -> str:

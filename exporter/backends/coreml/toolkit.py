@@ -8,6 +8,7 @@ takes most of its time. Other modules take its names from here.
 import logging
 import sys
 import warnings
+from typing import Any
 
 #: What its import looks for. Those that are already imported stay visible.
 _hidden = {"executorch", "sklearn", "torchao"} - sys.modules.keys()
@@ -28,4 +29,16 @@ finally:
     for _name in _hidden:
         del sys.modules[_name]
 
-__all__ = ["Function", "MIL_pb2", "Model_pb2", "Program", "coremltools", "load", "mb", "types"]
+Var = Any  # a value of a program; coremltools has no annotations
+
+__all__ = [
+    "Function",
+    "MIL_pb2",
+    "Model_pb2",
+    "Program",
+    "Var",
+    "coremltools",
+    "load",
+    "mb",
+    "types",
+]

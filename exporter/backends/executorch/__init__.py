@@ -70,6 +70,7 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
                 "Leave it out",
             )
         backend("coreml")
+        coreml.check_cache(config, target)
         check_stored(config, schemes, stored_by_coreml)
         return
     if target.activations != "float32":
@@ -142,7 +143,7 @@ def load(artifact: Artifact, variant: str = "") -> Runner:
 
 
 def cross_checks(artifact: Artifact) -> tuple[str, ...]:
-    """The reference interpreter, if `load` runs the Core ML delegate. None for XNNPACK."""
+    """Those of Core ML for its delegate. None for XNNPACK."""
     from exporter.backends.executorch import runtime
 
     return runtime.cross_checks(artifact)

@@ -19,7 +19,7 @@ from executorch.extension.pybindings import _C
 from torch import Tensor
 
 from exporter.backends import Artifact, Runner, backend
-from exporter.backends.executorch import FILE_NAME, Target
+from exporter.backends.executorch import FILE_NAME, Target, embedded
 
 
 class ExecuTorchRunner:
@@ -62,21 +62,24 @@ def load(artifact: Artifact, variant: str = "") -> Runner:
     if options_of(artifact).delegate == "xnnpack":
         return ExecuTorchRunner(artifact.path / FILE_NAME)
     if variant or sys.platform != "darwin":
-        return _interpret(artifact)
+        return _interpret(artifact, variant)
     program = ExecuTorchRunner(artifact.path / FILE_NAME)
     runner: Runner = coreml_delegate().StepRunner(program.run, program.context, program.vocab_size)
     return runner
 
 
 def cross_checks(artifact: Artifact) -> tuple[str, ...]:
-    """The reference interpreter, if `load` runs the Core ML delegate. None for XNNPACK."""
-    on_mac = options_of(artifact).delegate == "coreml" and sys.platform == "darwin"
-    return ("interpreter",) if on_mac else ()
+    """Those of Core ML for its delegate. None for XNNPACK."""
+    target = options_of(artifact)
+    if target.delegate == "xnnpack":
+        return ()
+    others: tuple[str, ...] = coreml_delegate().cross_checks(embedded(target))
+    return others
 
 
-def _interpret(artifact: Artifact) -> Runner:
+def _interpret(artifact: Artifact, variant: str) -> Runner:
     path, context = artifact.path / FILE_NAME, artifact.target.max_context
-    runner: Runner = coreml_delegate().interpret_step(path, context)
+    runner: Runner = coreml_delegate().interpret_step(path, context, variant)
     return runner
 
 
