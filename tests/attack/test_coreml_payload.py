@@ -42,7 +42,7 @@ def change_a_weight(files: Files) -> None:
         (with_metadata(identifier="executorch_0"), [f"payload.{METADATA}.identifier"]),
         (with_metadata(outputNames=["position"]), [f"payload.{METADATA}.outputNames[0]"]),
         (
-            lambda files: files.update({"model.mlmodelc/model.mil": b""}),
+            lambda files: files.update({"model.mlmodelc/model.mil": b"x"}),
             ["payload.model.mlmodelc/model.mil", f"payload.{METADATA}.identifier"],
         ),
         (change_a_weight, [f"payload.{METADATA}.identifier", "main: "]),
