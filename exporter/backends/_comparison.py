@@ -19,9 +19,9 @@ _LONGEST = 60
 def differences(found: Any, expected: Any, place: str = "") -> Iterator[tuple[str, str]]:
     """How `found` differs from `expected`, as (place, what differs).
 
-    Entries of lists that have names are matched by name, others by position. Floats are compared
-    as bits, and a value never equals one of another type. At most one difference is given for each
-    part of `expected`, and one for each entry that only `found` has.
+    Entries of lists that have names are matched by name, others by position: of lists of unequal
+    length, only the first entries that differ are given. Floats are compared as bits, and a value
+    never equals one of another type.
     """
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         yield from _of_entries(found, expected, place, ".")
@@ -82,10 +82,14 @@ def _of_lists(
         if first := next((pair for pair in common if pair[0] != pair[1]), None):
             yield place, f"is in another order: {first[0]} stands where {first[1]} should"
         return
-    for index, pair in enumerate(zip(found, expected, strict=False)):
-        yield from differences(*pair, f"{place}[{index}]{_label(pair[1])}")
-    if len(found) != len(expected):
+    same_length = len(found) == len(expected)
+    if not same_length:
         yield place, f"has {len(found)} entries, not {len(expected)}"
+    for index, pair in enumerate(zip(found, expected, strict=False)):
+        different = list(differences(*pair, f"{place}[{index}]{_label(pair[1])}"))
+        yield from different
+        if different and not same_length:
+            return  # an entry was added or left out here: all that follow have moved
 
 
 def _of_entries(

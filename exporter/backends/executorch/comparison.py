@@ -50,7 +50,7 @@ def differences(found: Contents, expected: Contents) -> Iterator[tuple[str, str]
 def _methods(contents: Contents) -> dict[str, Any]:
     """Every method by its name."""
     plans = contents.program["execution_plan"] or []
-    return {plan["name"]: _method(contents, contents.plan(plan["name"])) for plan in plans}
+    return {str(plan["name"]): _method(contents, contents.plan(plan["name"])) for plan in plans}
 
 
 def _method(contents: Contents, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _method(contents: Contents, plan: Mapping[str, Any]) -> dict[str, Any]:
         for one in chain["instructions"]:
             if "KernelCall" in one and one["KernelCall"]["args"] is not None:
                 for index in one["KernelCall"]["args"].tolist():
-                    readers.setdefault(index, one["name"])
+                    readers.setdefault(index, one.get("name", ""))
     values = [
         _value(contents, one["val"], readers.get(index))
         for index, one in enumerate(plan["values"] or [])
