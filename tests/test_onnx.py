@@ -14,9 +14,8 @@ from commands import run
 from lowering import MODELS, SCHEMES, Lower, Lowered, tokens
 
 from exporter import pipeline
+from exporter.backends import executorch, parse_target
 from exporter.backends import onnx as backend
-from exporter.backends import parse_target
-from exporter.backends import executorch
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
