@@ -19,6 +19,8 @@ from exporter.errors import InputError, printable, short
 JSON_BYTES = 16 << 20
 #: The largest companion file of a model, in bytes: the tokenizers of 2025 have up to 35 MB.
 COMPANION_BYTES = 256 << 20
+#: The largest file that a manifest lists, in bytes; a sparse file of any size is free to make.
+FILE_BYTES = 8 << 30
 #: The deepest nesting of JSON and YAML.
 DEPTH = 64
 #: The longest number in JSON and YAML, in digits; every such integer can become a float.
@@ -132,19 +134,19 @@ def parse_json(content: bytes, subject: object, remedy: str = "Get the file agai
 def differing_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
     """Files of `folder` that are missing or whose SHA-256 differs: name → what is wrong.
 
-    A link, and a name that leads out of the folder, is not followed.
+    A link, and a name that leads out of the folder, is not followed; a special file and a file of
+    more than `FILE_BYTES` is not read.
     """
     problems = dict[str, str]()
     for name, expected in hashes.items():
         try:
             path = inside(folder, name, links=False)
+            if not present(path, FILE_BYTES):
+                problems[name] = "is missing"
+            elif (found := sha256(path)) != expected:
+                problems[name] = f"has sha256 {found[:12]}…, not {printable(expected[:12])}…"
         except InputError as error:
             problems[name] = error.problem
-            continue
-        if not path.is_file():
-            problems[name] = "is missing"
-        elif (found := sha256(path)) != expected:
-            problems[name] = f"has sha256 {found[:12]}…, not {printable(expected[:12])}…"
     return problems
 
 

@@ -181,7 +181,9 @@ def _each_with(shared: Mapping[str, Any], targets: object) -> object:
     return [{**shared, **target} if isinstance(target, dict) else target for target in targets]
 
 
-def parse_profile(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Profile:
+def parse_profile(raw: object, subject: str, overrides: Sequence[str] = ()) -> Profile:
     """Validate plain data as a profile section, with overrides such as ``depths=[0,512]``. Raises
     InputError."""
+    if not isinstance(raw, Mapping):  # a section of a bundle's manifest may hold anything
+        raise InputError(subject, f"{short(raw)} is not a mapping of keys")
     return parse_section(Profile, overridden(raw, overrides), subject)

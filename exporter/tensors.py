@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def read_header(
         raise broken(error) from error
     parse_json(header, f"{file}: header", remedy)  # the library accepts a name that is there twice
     return found
+
+
+@contextmanager
+def open_own(path: Path) -> Iterator[Any]:
+    """Open a safetensors file of the cache or of a resumed run, as `safe_open` does. Raises
+    InputError for one that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        remedy = "Delete it, and run the same command again"
+        raise InputError(path, f"is damaged ({error})", remedy) from error
 
 
 def write_safetensors(

@@ -27,12 +27,14 @@ from exporter.bundle.bundle import (
 from exporter.errors import InputError
 from exporter.evaluation.agreement import Agreement, compare_logits
 from exporter.files import differing_files
+from exporter.foreign import read_bytes
 from exporter.inference.artifact_runner import ArtifactRunner
 from exporter.inference.reference import score_each
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress, TensorCounter
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, damaged_tensors
 from exporter.quantization.schemes import QuantizedTensor
+from exporter.text.documents import DATA_BYTES
 from exporter.text.tokenizer import load_tokenizer
 
 SAMPLE_TEXT = Path(__file__).parent / "evaluation" / "sample.txt"
@@ -181,7 +183,7 @@ def verification_text(
         return Text(tuple(ids.tolist()), "seeded random tokens (there is no tokenizer)", False)
     path = file or SAMPLE_TEXT
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_bytes(path, DATA_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"cannot be read as text ({error})", "Give a UTF-8 file") from error
     bos = [] if model.bos_token_id is None else [model.bos_token_id]

@@ -158,7 +158,7 @@ def test_files_that_differ_are_named_with_what_is_wrong(tmp_path: Path) -> None:
     changed = found.pop("changed")
     assert changed == f"has sha256 {sha256(tmp_path / 'changed')[:12]}…, not {hashes['same'][:12]}…"
     assert found.pop("link") == "is a link, or lies below one"
-    assert found == dict.fromkeys(("folder", "missing"), "is missing")
+    assert found == {"folder": "is a folder, not a regular file", "missing": "is missing"}
 
 
 @pytest.mark.parametrize(

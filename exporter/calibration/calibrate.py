@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from devices.files import cache_folder
@@ -51,7 +50,7 @@ from exporter.quantization.schemes import (
     unpack_entry,
 )
 from exporter.quantization.settings import Quantization
-from exporter.tensors import write_tensors
+from exporter.tensors import open_own, write_tensors
 
 START, IDENTITY = "start.safetensors", "identity.json"
 #: Entry of `START`, next to the parts of the scheme: the float weight that was rounded.
@@ -326,7 +325,7 @@ def _save(path: Path, initial: Mapping[str, GptqResult]) -> None:
 
 
 def _load(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, GptqResult]:
-    with safe_open(path, framework="pt") as file:
+    with open_own(path) as file:
         return {
             name: GptqResult(
                 unpack_entry(name, scheme, file.get_tensor),
