@@ -4,6 +4,7 @@ Packages run in the reference interpreter, which `test_coreml_interpreter` tries
 """
 
 import hashlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +16,15 @@ import numpy as np
 import pytest
 import torch
 from commands import contents, flip, run
+from conftest import ROOT
 from lowering import MODELS, SCHEMES, SHAPES, Change, Lower, Lowered, Weights, tokens
 from mil import function, write
 
 from exporter.backends import coreml as backend
+from exporter.backends.coreml import package as package_module
 from exporter.backends.coreml.constants import Constants, mil_name
 from exporter.backends.coreml.graph import KEYS, TOKEN, VALUES, Decoder
+from exporter.backends.coreml.inspection import inspect_package
 from exporter.backends.coreml.interpreter import Interpreter, State
 from exporter.backends.coreml.package import (
     MANIFEST,
@@ -438,6 +442,29 @@ def test_the_package_says_what_it_is(finished_bundle: Bundle) -> None:
         "bos_token_id": "0",
         "eos_token_ids": "[1, 2, 3]",
     }
+
+
+def test_the_swift_sample_looks_up_what_a_package_says(finished_bundle: Bundle) -> None:
+    facts = open_package(
+        finished_bundle.path / "coreml" / "model.mlpackage"
+    ).spec.description.metadata
+    keys = re.findall(r'facts\["(\w+)"\]', (ROOT / "examples/ios/Decoder.swift").read_text())
+    assert len(keys) == 5
+    assert set(keys) <= set(facts.userDefined)
+
+
+def test_a_weight_file_that_ios_may_refuse_is_warned_of_and_shown(
+    lower: Lower, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, lowered = lower(fresh=True)
+    assert caplog.messages == []
+    assert inspect_package(package_of(lowered)).notes == ()
+    monkeypatch.setattr(package_module, "LARGEST_WEIGHTS", 20_000)
+    _, lowered = lower(fresh=True)
+    said = "weight.bin has 0.0 GB; apps on iOS are reported to fail with more than 0.0 GB"
+    assert [message for message in caplog.messages if message.startswith(said)] != []
+    assert inspect_package(package_of(lowered)).notes[0].startswith(said)
+    assert backend.inspect(package_of(lowered)).notes[0].startswith(said)
 
 
 def test_a_model_without_a_tokenizer_names_none(lower: Lower) -> None:

@@ -128,6 +128,11 @@ def another_offset(spec: Any) -> None:
     operation(spec, weight).inputs["data"].CopyFrom(place)
 
 
+def another_file_name(spec: Any) -> None:
+    value = operation(spec, "rope_cos").attributes["val"].blobFileValue
+    value.fileName = "@model_path/weights/../weights/weight.bin"
+
+
 def another_state(spec: Any) -> None:
     state = spec.description.functions[0].state[0].type.stateType.arrayType
     state.shape[2] = 96
@@ -243,6 +248,9 @@ CHANGES: dict[str, tuple[Damage, str, str]] = {
         changed(another_offset),
         "prefill: model_layers_0_self_attn_q_proj_weight",
         "of 6144 values differ, first at [0, ",
+    ),
+    "file name": (
+        changed(another_file_name), "prefill: rope_cos", "is in the file '@model_path/weights/../",
     ),
     "state": (
         changed(another_state),

@@ -111,8 +111,8 @@ def _check_neural_engine(config: "ModelConfig", target: Target) -> None:
     if config.head_dim % STATE_MULTIPLE:
         raise InputError(
             "head_dim",
-            f"{config.head_dim} is not a multiple of {STATE_MULTIPLE}, as states need on the Neural "
-            "Engine",
+            f"{config.head_dim} is not a multiple of {STATE_MULTIPLE}, which states need on the "
+            "Neural Engine",
             "Set compute to cpu_and_gpu",
         )
 

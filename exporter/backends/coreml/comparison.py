@@ -161,10 +161,10 @@ class _Comparison:
             if key not in found or key not in expected:
                 yield place, _at(where, "is missing" if key in expected else "is extra")
             elif hasattr(expected[key], "DESCRIPTOR"):
-                # A function is a place of its own.
-                inside = place == "mlProgram" and not path
-                where = (key, "") if inside else (place, where)
-                yield from self._message(found[key], expected[key], *where)
+                if place == "mlProgram" and not path:  # a function is a place of its own
+                    yield from self._message(found[key], expected[key], key, "")
+                else:
+                    yield from self._message(found[key], expected[key], place, where)
             elif found[key] != expected[key]:
                 yield place, _at(where, f"is {_short(found[key])}, not {_short(expected[key])}")
 
@@ -206,8 +206,11 @@ class _Comparison:
                 return
 
     def _value(self, found: Any, expected: Any, place: str, path: str) -> Iterator[Difference]:
-        """Compare two constants by type and content."""
+        """Compare two constants by type, file and content."""
         path = "" if path == "val" else path
+        files = found.blobFileValue.fileName, expected.blobFileValue.fileName
+        if all(files) and files[0] != files[1]:
+            yield place, _at(path, f"is in the file {_short(files[0])}, not {_short(files[1])}")
         for name in ("docString", "type"):
             field = expected.DESCRIPTOR.fields_by_name[name]
             yield from self.field(field, found, expected, place, _deeper(path, name))
@@ -240,8 +243,8 @@ class _Comparison:
             package.blob(value)
             for package, value in zip(self._packages, (found, expected), strict=True)
         )
-        for used, blob, place in zip(self._used, (one, other), places, strict=True):
-            used.setdefault(blob.path, {})[place[1]] = blob.content.size
+        for used, blob, value in zip(self._used, (one, other), (found, expected), strict=True):
+            used.setdefault(blob.path, {})[value.blobFileValue.offset] = blob.content.size
         same = (one.kind, one.padding) == (other.kind, other.padding) and np.array_equal(
             one.content, other.content
         )

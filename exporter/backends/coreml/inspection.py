@@ -5,7 +5,7 @@ mobilellm inspect build/nano/coreml/model.mlpackage
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from exporter.backends.coreml.package import (
     place_of,
     shape_of,
     type_of,
+    weights_warning,
 )
 
 
@@ -70,12 +71,14 @@ class Inspection:
     metadata: Mapping[str, str]
     functions: tuple[Function, ...]
     weights: tuple[WeightFormat, ...]
+    notes: tuple[str, ...]
 
 
 def inspect_package(path: Path) -> Inspection:
     """Read a .mlpackage without running it. Raises InputError."""
     package = open_package(path)
     described = package.spec.description
+    functions = tuple(_function(package, name) for name in package.functions)
     known = {
         "author": described.metadata.author,
         "license": described.metadata.license,
@@ -89,8 +92,9 @@ def inspect_package(path: Path) -> Inspection:
             **{name: text for name, text in known.items() if text},
             **dict(sorted(described.metadata.userDefined.items())),
         },
-        functions=tuple(_function(package, name) for name in package.functions),
+        functions=functions,
         weights=tuple(_weights(package)),
+        notes=tuple(_notes(path, functions)),
     )
 
 
@@ -120,7 +124,6 @@ def describe(package: Inspection) -> backends.Inspection:
         for weight in package.weights
     ]
     functions = tuple(function.name for function in package.functions)
-    unknown = sorted({name for function in package.functions for name in function.unknown})
     return backends.Inspection(
         content=asdict(package),
         title=package.path,
@@ -130,10 +133,17 @@ def describe(package: Inspection) -> backends.Inspection:
             InspectedTable(("operator", *functions), operators, numbers=True),
             InspectedTable(("weights", "tensors", "size"), weights, numbers=True),
         ),
-        notes=[f"The reference interpreter does not support: {', '.join(unknown)}"]
-        if unknown
-        else [],
+        notes=package.notes,
     )
+
+
+def _notes(path: Path, functions: Sequence[Function]) -> Iterator[str]:
+    """What a user should know of the package."""
+    if warning := weights_warning(path):
+        yield warning
+    unknown = sorted({name for function in functions for name in function.unknown})
+    if unknown:
+        yield f"The reference interpreter does not support: {', '.join(unknown)}"
 
 
 def _function(package: Package, name: str) -> Function:

@@ -1,6 +1,7 @@
 """Write the package of a Core ML artifact, read its weights back, and run it."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version as metadata_version
@@ -16,7 +17,13 @@ from exporter.backends.coreml import FILE_NAME, FILES, MODEL, WEIGHTS, Target
 from exporter.backends.coreml.constants import mil_name
 from exporter.backends.coreml.graph import LOGITS
 from exporter.backends.coreml.interpreter import Interpreter, State, readers_of
-from exporter.backends.coreml.package import Package, Value, open_package, write_manifest
+from exporter.backends.coreml.package import (
+    Package,
+    Value,
+    open_package,
+    weights_warning,
+    write_manifest,
+)
 from exporter.backends.coreml.palette import read_palettes
 from exporter.backends.coreml.program import DECODE, PREFILL, build_program
 from exporter.backends.coreml.schemes import CODE_KINDS
@@ -55,6 +62,8 @@ def write_package(
     _describe(specification.description.metadata, quantized, target)
     (folder / MODEL).write_bytes(specification.SerializeToString(deterministic=True))
     write_manifest(folder)
+    if warning := weights_warning(folder):
+        logging.getLogger(__name__).warning(warning)
     return specification
 
 

@@ -27,6 +27,9 @@ _AUTHOR, _SENTINEL = "com.apple.CoreML", 0xDEADBEEF
 _RECORD, _ALIGNMENT = struct.Struct("<IIQQQ"), 64
 
 _LARGEST_MODEL = 2**31 - 1
+#: Bytes of a weight file that apps on iOS are reported to load (Anemll/Anemll 28). The Neural
+#: Engine of a Mac takes 2 GB (apple/coremltools 2593).
+LARGEST_WEIGHTS = 1_000_000_000
 
 #: Declared type → its name in ML Programs, its NumPy dtype (if any), and the bits of a value.
 _Kind = MIL_pb2.DataType
@@ -189,6 +192,18 @@ def open_package(path: Path) -> Package:
     if spec.WhichOneof("Type") != "mlProgram":
         raise InputError(file, f"is a {spec.WhichOneof('Type')}, not an ML Program")
     return Package(path, spec, file.parent)
+
+
+def weights_warning(folder: Path) -> str:
+    """A warning of a weight file that iOS may refuse; empty for any other package."""
+    path = folder / WEIGHTS
+    size = path.stat().st_size if path.is_file() else 0
+    if size <= LARGEST_WEIGHTS:
+        return ""
+    return (
+        f"{path.name} has {size / 1e9:.1f} GB; apps on iOS are reported to fail with more than "
+        f"{LARGEST_WEIGHTS / 1e9:.1f} GB: use a scheme of fewer bits, or a smaller model"
+    )
 
 
 def write_manifest(folder: Path) -> None:
