@@ -87,7 +87,7 @@ class ChildProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": folder},
+            env={**os.environ, "TMPDIR": folder, "RUST_BACKTRACE": "0"},
         )
         self._selector = selectors.DefaultSelector()
         self._input, self._output, self._error = (
@@ -156,7 +156,8 @@ class ChildProcess:
             return header["result"], data
         if "refused" in header:
             raise InputError(*map(str, header["refused"]))
-        raise self._fail(f"failed ({_line(str(header.get('raised')))}){self._memory_note(header)}")
+        said = str(header.get("raised"))
+        raise self._fail(f"failed ({_line(said)}){self._memory_note(said)}")
 
     def _receive(self, seconds: float, most: int) -> tuple[dict[str, Any], bytearray]:
         """One frame of the child, with `most` bytes of data at most."""
@@ -167,7 +168,7 @@ class ChildProcess:
                 return frame
             left = deadline - time.monotonic()
             if left <= 0:
-                raise self._fail(f"did not finish within {seconds:g} s, its limit")
+                raise self._fail(f"did not finish within {seconds:.3g} s, its limit")
             for key, _ in self._selector.select(left):
                 if key.fd == self._input:
                     self._send()
@@ -237,15 +238,15 @@ class ChildProcess:
             while self._keep_errors():
                 continue
         if code == -signal.SIGALRM:
-            return f"did not finish within {self._limits.seconds:g} s, its limit"
-        words = os.fsdecode(self._errors).strip().rpartition("\n")[2]
-        said = f"; its last words: {_line(words)}" if words else ""
-        return f"{_exit_of(code)}{said}{self._memory_note({'raised': words})}"
+            return f"did not finish within {self._limits.seconds:.3g} s, its limit"
+        words = os.fsdecode(self._errors).strip()
+        last = _line(words.rpartition("\n")[2])
+        said = f"; its last words: {last}" if last else ""
+        return f"{_exit_of(code)}{said}{self._memory_note(words)}"
 
-    def _memory_note(self, header: Mapping[str, object]) -> str:
+    def _memory_note(self, said: str) -> str:
         """The limit of memory, where a failure speaks of memory."""
-        said = str(header.get("raised")).lower()
-        if self._limits.memory and ("memory" in said or "alloc" in said):
+        if self._limits.memory and ("memory" in said.lower() or "alloc" in said.lower()):
             return f"; its memory is limited to {self._limits.memory / 2**20:,.0f} MiB"
         return ""
 
