@@ -30,8 +30,7 @@ ZONES = "/sys/class/thermal"
 #: Prints the temperatures once; $1 is the folder of the zones.
 READ_TEMPERATURES = _READ + '\ntemperatures "$1"'
 #: Runs a command ($4 and its arguments) and prints the temperatures on standard error as long as it
-#: runs: $1 the marker of a sample, $2 the seconds between two, $3 the folder of the zones. It leaves
-#: no process behind.
+#: runs: $1 the marker of a sample, $2 the seconds between two, $3 the folder of the zones.
 LOG_TEMPERATURES = (
     _READ
     + r"""
