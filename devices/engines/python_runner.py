@@ -319,11 +319,11 @@ def measure_decode(
         print_phase("decode", ms, depth=depth)
 
 
-def measure_sustained(model: "Model", tokens: list[int], seconds: int) -> None:
-    """Decode for some seconds; from position 0 again whenever the context is full."""
+def measure_sustained(model: "Model", tokens: list[int], seconds: int, steps: int) -> None:
+    """Decode for so many seconds and steps; from position 0 again where the context is full."""
     token, position, ms = tokens[0], 0, list[float]()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while time.perf_counter() < end or len(ms) < steps:
         if position == model.engine.context:
             position = 0
         token, took = model.step([token], position)
@@ -366,6 +366,7 @@ def main() -> None:
     for name, default in (("threads", 1), ("warmup", 0), ("steps", 32), ("sustained", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--chunk", type=int, default=DEFAULT_CHUNK)
+    parser.add_argument("--sustained-steps", type=int, default=0)
     parser.add_argument("--generate", type=int, default=0)
     parser.add_argument("--prompt-length", type=int, default=0)
     parser.add_argument("--logits", default="")
@@ -392,8 +393,8 @@ def main() -> None:
         _, took = model.prefill(repeat_to(tokens, length), 0, args.chunk)
         print_phase("prefill", [took], tokens=length)
     measure_decode(model, tokens, args.depths, args.steps, args.chunk)
-    if args.sustained:
-        measure_sustained(model, tokens, args.sustained)
+    if args.sustained or args.sustained_steps:
+        measure_sustained(model, tokens, args.sustained, args.sustained_steps)
     if args.generate:
         prompt = repeat_to(tokens, args.prompt_length or len(tokens))
         generate(model, prompt, args.generate, args.logits)
