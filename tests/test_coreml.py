@@ -822,7 +822,8 @@ def test_without_float32_a_norm_that_needs_it_fails_and_the_square_is_named(
     with pytest.raises(InputError, match=said):
         runner.prefill(tokens(3))
     checks = check_logits(quantized, lowered, verification_text(quantized, CONTEXT, None))
-    assert any("square_0 (square)" in check.note for check in checks if not check.passed)
+    failed_checks = [f"{check.subject}: {check.note}" for check in checks if not check.passed]
+    assert any("square_0 (square)" in said for said in failed_checks)
 
 
 def test_with_float32_activations_nothing_runs_without_float32(lower: Lower) -> None:

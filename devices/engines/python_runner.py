@@ -197,11 +197,15 @@ class CoreML:
     def __init__(self, path: str, threads: int, trace: str) -> None:
         self.numpy, self.tools = map(importlib.import_module, self.MODULES)
         self.path = path
+        facts = self.tools.models.MLModel(path, skip_model_load=True).user_defined_metadata
+        # The Neural Engine computes int4 in blocks wrongly (apple/coreai-models 279).
+        own_form = facts.get("compute") == "neural_engine"
+        kinds = self.tools.ComputeUnit
+        self.units = kinds.CPU_AND_NE if own_form else kinds.CPU_AND_GPU
         self.functions = {
-            name: self.tools.models.MLModel(path, function_name=name)
+            name: self.tools.models.MLModel(path, compute_units=self.units, function_name=name)
             for name in ("prefill", "decode")
         }
-        facts = self.functions["decode"].user_defined_metadata
         self.context, self.chunk = int(facts["max_context"]), int(facts["prefill"])
         self.state = self.functions["decode"].make_state()
         self.output = facts["output"]
@@ -235,7 +239,7 @@ class CoreML:
         """Write the compute plan of `decode`: the device and estimated cost of each operation."""
         plans = importlib.import_module("coremltools.models.compute_plan")
         compiled = self.tools.models.utils.compile_model(self.path)
-        plan = plans.MLComputePlan.load_from_path(compiled)
+        plan = plans.MLComputePlan.load_from_path(compiled, compute_units=self.units)
         rows = []
         for operation in plan.model_structure.program.functions["decode"].block.operations:
             usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
