@@ -16,7 +16,7 @@ from devices.files import sha256
 from exporter.errors import InputError, printable, short
 
 #: The largest JSON file, in bytes. As Python objects, JSON needs up to 25 times its size.
-JSON_BYTES = 16 << 20
+JSON_BYTES = 8 << 20
 #: The largest companion file of a model, in bytes: the tokenizers of 2025 have up to 35 MB.
 COMPANION_BYTES = 256 << 20
 #: The largest file that a manifest lists, in bytes; a sparse file of any size is free to make.
