@@ -15,7 +15,7 @@ from conftest import NANO
 
 #: Seconds of a call that does not end, in these tests; the product allows more.
 SECONDS = 1.0
-#: Seconds of a whole command, and what the process of the command line may take more than before, in bytes.
+#: Seconds of a whole command, and the bytes of memory that its process may take more than before.
 WHOLE_SECONDS, MEMORY = 20, 100 << 20
 GIGA = 10**9
 TOKENIZER = json.loads((NANO / "tokenizer.json").read_text())
