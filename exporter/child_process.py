@@ -99,6 +99,7 @@ class ChildProcess:
             os.set_blocking(descriptor, False)
         for descriptor in (self._output, self._error):
             self._selector.register(descriptor, selectors.EVENT_READ)
+        #: Ends the child; called, too, when this object is no longer used and when Python exits.
         self.close = weakref.finalize(self, _end, self._process, self._selector, folder)
 
     @property
@@ -185,7 +186,8 @@ class ChildProcess:
             sent = 0
         except BrokenPipeError:  # the child is gone, which `_receive` finds
             sent = len(self._unsent)
-        self._unsent = self._unsent[sent:]
+        left = self._unsent[sent:]
+        self._unsent = left if left else memoryview(b"")  # an empty part would keep the whole
         waiting = self._input in self._selector.get_map()
         if self._unsent and not waiting:
             self._selector.register(self._input, selectors.EVENT_WRITE)

@@ -17,6 +17,7 @@ from exporter.backends import Artifact, Runner, backend, parse_target
 from exporter.child_process import ChildProcess, Limits
 from exporter.errors import InputError
 
+#: docs/formats.md has the limits.
 #: Seconds to load any artifact, imports of the toolkit included, and for each MB of its files.
 LOAD_SECONDS, LOAD_SECONDS_PER_MB = 60.0, 1.0
 #: Seconds of any call, and for each MB and each 128 tokens. The slowest way to run an artifact, the

@@ -53,6 +53,11 @@ class TextTokenizer:
     special_tokens: Mapping[str, str]
     child: ChildProcess
 
+    @property
+    def failed(self) -> bool:
+        """Whether one of its processes is gone."""
+        return self.child.failed or ("_renderer" in vars(self) and self._renderer.failed)
+
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
         """The token ids of the text; `special_tokens` adds those that the tokenizer adds."""
         data = _unicode(text)
@@ -152,7 +157,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     template, special = _template_of(folder)
     key = sha256(content + repr((folder, template, sorted(special.items()))).encode()).hexdigest()
     tokenizer = _open.pop(key, None)
-    if tokenizer is None or tokenizer.child.failed:
+    if tokenizer is None or tokenizer.failed:
         service = "exporter.text.tokenizer_service:TokenizerService"
         child = ChildProcess(service, path, "the tokenizer", "Get the file again")
         limits = _limits(len(content), _MEMORY_PER_TOKENIZER_BYTE)

@@ -45,19 +45,20 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def flip_some(path: Path, share: float, seed: int, count: int) -> None:
+def flip_some(path: Path, share: float, count: int) -> None:
     """Flip bits at random places of the first part of a file."""
-    chance = random.Random(seed)
+    chance = random.Random(count)
     for _ in range(count):
         flip(path, chance.randrange(int(path.stat().st_size * share)), chance.randrange(8))
 
 
-@pytest.mark.parametrize("name", PARSED)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("name", "count"), [(name, 40) for name in PARSED] + [("executorch/model.pte", 1)]
+)
 def test_a_damaged_artifact_ends_no_command(
-    name: str, seed: int, bundle_copy: Path, capsys: pytest.CaptureFixture[str]
+    name: str, count: int, bundle_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flip_some(bundle_copy / name, PARSED[name], seed, 1 + 40 * seed)
+    flip_some(bundle_copy / name, PARSED[name], count)
     reseal(bundle_copy)
     target = name.partition("/")[0]
     outcome = run(
