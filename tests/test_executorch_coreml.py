@@ -273,7 +273,7 @@ def test_a_short_file_fails_the_check(copy: Lowered) -> None:
     quantized, lowered = copy
     path = program_of(lowered)
     path.write_bytes(path.read_bytes()[:-5000])
-    assert any("of its delegate" in note for _, note in failed(quantized, lowered))
+    assert any("the end of segment" in note for _, note in failed(quantized, lowered))
 
 
 def test_a_program_without_the_delegate_is_refused(finished_bundle: Bundle) -> None:

@@ -6,8 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flatbuffers
 import numpy as np
 import pytest
+from executorch.exir._serialize import _program as pte
+from executorch.exir._serialize.generated.executorch_flatbuffer import (
+    EValue,
+    ExecutionPlan,
+    KernelTypes,
+    Null,
+)
+from executorch.exir._serialize.generated.executorch_flatbuffer import Program as FlatProgram
 from executorch.exir.schema import Buffer, Int, KernelCall, Tensor
 from lowering import MODELS, Lowered, lowered_in
 from programs import Parts, read_parts, write_parts
@@ -164,8 +173,8 @@ def rename_filter(graph: dict[str, Any]) -> None:
 
 TAMPERINGS: dict[str, tuple[Change, str]] = {
     "RoPE table": (zero_the_rope_table, "(RoPE table).Tensor.content: "),
-    "epsilon": (double_epsilon, "data norm.eps: 1 of 1 values differ, first at [0]: 2e-05, not "),
-    "segments": (exchange_segments, "data model.layers.0.self_attn.k_proj.weight: "),
+    "epsilon": (double_epsilon, "norm.eps.data: 1 of 1 values differ, first at [0]: 2e-05, not "),
+    "segments": (exchange_segments, "model.layers.0.self_attn.k_proj.weight.data: "),
     "argument": (change_argument, "(llama::custom_sdpa::out).KernelCall.args: 1 of 10 values "),
     "operator": (change_operator, "executorch_prim::sub::Scalar"),
     "end of text": (change_end, "get_eos_ids.values[0].Int.int_val: is 2, not 1"),
@@ -365,3 +374,35 @@ def test_the_difference_of_floats_is_their_bits() -> None:
     assert _comparison.array_difference(np.array([np.nan]), np.array([np.nan])) is None
     assert _comparison.array_difference(np.array([0.0]), np.array([-0.0])) is not None
     assert list(_comparison.differences({"a": 1}, {"a": 1.0})) == [("a", "is 1, not 1.0")]
+
+
+def test_a_table_that_is_listed_many_times_is_refused(lowered: Lowered, tmp_path: Path) -> None:
+    """20,000 values that are one table take four bytes each; as objects they take a kilobyte."""
+    builder = flatbuffers.Builder()
+    Null.NullStart(builder)
+    null = Null.NullEnd(builder)
+    EValue.EValueStart(builder)
+    EValue.EValueAddValType(builder, KernelTypes.KernelTypes.Null)
+    EValue.EValueAddVal(builder, null)
+    value = EValue.EValueEnd(builder)
+    values = _vector(builder, [value] * 20_000)
+    ExecutionPlan.ExecutionPlanStart(builder)
+    ExecutionPlan.ExecutionPlanAddValues(builder, values)
+    plans = _vector(builder, [ExecutionPlan.ExecutionPlanEnd(builder)])
+    FlatProgram.ProgramStart(builder)
+    FlatProgram.ProgramAddExecutionPlan(builder, plans)
+    builder.Finish(FlatProgram.ProgramEnd(builder), b"ET12")
+    program = bytes(builder.Output())
+    header = pte._ExtendedHeader(len(program) + 32, 0, 0).to_bytes()
+    (tmp_path / "model.pte").write_bytes(
+        pte._insert_flatbuffer_header(program, r"ET..", pte.pad_to(header, 32))
+    )
+    with pytest.raises(InputError, match="more entries than its bytes can hold"):
+        differences(lowered, tmp_path / "model.pte")
+
+
+def _vector(builder: Any, tables: list[int]) -> Any:
+    builder.StartVector(4, len(tables), 4)
+    for table in tables:
+        builder.PrependUOffsetTRelative(table)
+    return builder.EndVector()

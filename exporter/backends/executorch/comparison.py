@@ -31,26 +31,29 @@ def differences(found: Contents, expected: Contents) -> Iterator[tuple[str, str]
     The payloads of other delegates than XNNPACK are not compared.
     """
     graphs = [
-        {
-            f"{plan['name']}.delegates[{index}]": graph
-            for plan in contents.program["execution_plan"] or []
-            for index, graph in read_graphs(contents, plan)
-        }
-        for contents in (found, expected)
+        {f"{method}.delegates[{index}]": graph for method, index, graph in read_graphs(one, *plans)}
+        for one, plans in ((one, _plans(one).values()) for one in (found, expected))
     ]
     types = dict[str, _Type]()
     for graph in graphs[1].values():
         types.update(_types(graph))
     yield from _comparison.differences(_methods(found), _methods(expected))
-    yield from _comparison.differences(_named_data(found, types), _named_data(expected, types))
+    yield from _data_differences(found.named(), expected.named(), types)
     one, other = ({place: _graph(graph) for place, graph in own.items()} for own in graphs)
     yield from _comparison.differences(one, other)
 
 
-def _methods(contents: Contents) -> dict[str, Any]:
+def _plans(contents: Contents) -> dict[str, Mapping[str, Any]]:
     """Every method by its name."""
     plans = contents.program["execution_plan"] or []
-    return {str(plan["name"]): _method(contents, contents.plan(plan["name"])) for plan in plans}
+    named = {str(plan["name"]): plan for plan in plans}
+    if len(named) < len(plans):
+        raise contents.problem("has two methods of one name")
+    return named
+
+
+def _methods(contents: Contents) -> dict[str, Any]:
+    return {name: _method(contents, plan) for name, plan in _plans(contents).items()}
 
 
 def _method(contents: Contents, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,8 +103,19 @@ def _value(contents: Contents, value: Mapping[str, Any] | None, reader: str | No
     return {"name": _ROLES.get(operator or "", f"constant of {operator}"), **found}
 
 
-def _named_data(contents: Contents, types: Mapping[str, _Type]) -> dict[str, Any]:
-    return {f"data {name}": _typed(raw, types.get(name)) for name, raw in contents.named().items()}
+def _data_differences(
+    found: Mapping[str, memoryview], expected: Mapping[str, memoryview], types: Mapping[str, _Type]
+) -> Iterator[tuple[str, str]]:
+    """How data under names differ: in values of their type, if they have the expected size."""
+    for name, raw in expected.items():
+        same_size = len(found.get(name, b"")) == len(raw)
+        if same_size and np.array_equal(np.frombuffer(found[name], "u1"), np.frombuffer(raw, "u1")):
+            continue
+        known = types.get(name) if same_size else None
+        one = {"data": _typed(found[name], known)} if name in found else {}
+        yield from _comparison.differences(one, {"data": _typed(raw, known)}, name)
+    for name in sorted(found.keys() - expected.keys()):
+        yield f"{name}.data", "is not in the derived model"
 
 
 def _types(graph: Graph) -> Iterator[tuple[str, _Type]]:

@@ -189,17 +189,18 @@ class Graph:
         return self.constants[start : start + size]
 
 
-def read_graphs(contents: Contents, plan: Mapping[str, Any]) -> Iterator[tuple[int, Graph]]:
-    """The XNNPACK graphs that a method may call, with their indices. Raises InputError."""
+def read_graphs(contents: Contents, *plans: Mapping[str, Any]) -> Iterator[tuple[str, int, Graph]]:
+    """The XNNPACK graphs that these methods may call: method, index, graph. Raises InputError."""
     total = 0
-    for index, delegate in enumerate(plan["delegates"] or []):
-        if delegate["id"] == XNNPACK:
-            subject = f"{contents.path}: {plan['name']}.delegates[{index}]"
-            graph, size = _read_graph(contents.payload(delegate), subject)
-            total += size
-            if total > _LARGEST_GRAPHS:
-                raise contents.problem(f"has graphs of more than {_LARGEST_GRAPHS} bytes")
-            yield index, graph
+    for plan in plans:
+        for index, delegate in enumerate(plan["delegates"] or []):
+            if delegate["id"] == XNNPACK:
+                subject = f"{contents.path}: {plan['name']}.delegates[{index}]"
+                graph, size = _read_graph(contents.payload(delegate), subject)
+                total += size
+                if total > _LARGEST_GRAPHS:
+                    raise contents.problem(f"has graphs of more than {_LARGEST_GRAPHS} bytes")
+                yield plan["name"], index, graph
 
 
 def _read_graph(payload: memoryview, subject: str) -> tuple[Graph, int]:

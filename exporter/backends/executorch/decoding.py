@@ -87,7 +87,7 @@ def read_weights(
 
 def _called_graphs(contents: Contents, plan: Mapping[str, Any]) -> Iterator[Graph]:
     """The graph of each delegate that an instruction calls."""
-    graphs = dict(read_graphs(contents, plan))
+    graphs = {index: graph for _, index, graph in read_graphs(contents, plan)}
     called = dict.fromkeys(
         call["DelegateCall"]["delegate_index"]
         for call in _instructions(plan)
@@ -163,7 +163,8 @@ def _decode(name: str, place: _Place, named: Mapping[str, memoryview]) -> Weight
     index = place.tensor["constant_buffer_idx"]
     if kind == _FLOAT and place.quantization is None:
         return torch.from_numpy(data(index, "<f4", math.prod(dims)).reshape(dims))
-    if kind not in _BITS or len(dims) != 2 or not place.quantization or not place.is_filter:
+    matrix = len(dims) == 2 and min(dims) > 0
+    if kind not in _BITS or not matrix or not place.quantization or not place.is_filter:
         raise InputError(name, f"is read as {kind}{list(dims)}, which is no weight's form")
     [(parameters, fields)] = place.quantization.items()
     grouped = parameters == "PerChannelGroupQuant"

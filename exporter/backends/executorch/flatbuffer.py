@@ -27,7 +27,8 @@ _BLOCK = re.compile(r"\b(table|enum|union)\s+(\w+)\s*(?::\s*(\w+)\s*)?(?:\([^)]*
 _FIELD = re.compile(r"(\w+)\s*:\s*(\[?)\s*(\w+)\s*\]?\s*(?:=\s*([\w.+-]+)\s*)?(?:\(([^)]*)\)\s*)?;")
 
 
-#: The most tables and texts that a buffer may have. A model of 100 layers has some 50,000.
+#: The most entries that a buffer may have: tables, vectors and texts. A model of 100 layers has
+#: some 100,000.
 _MOST = 200_000
 
 
@@ -196,6 +197,8 @@ class _Reader:
 
     def _array(self, kind: str, at: int, count: int) -> np.ndarray:
         layout = np.dtype(f"<{_SCALARS[kind]}")
+        if layout.itemsize > 1:  # not bytes of data, of which no copy is made
+            self.spend(1 + count // 16)
         if at + count * layout.itemsize > len(self.data):
             raise self.problem(f"has a vector of {count} values that ends beyond its bytes")
         return np.frombuffer(self.data, layout, count, at)
