@@ -226,7 +226,7 @@ def test_what_logs_temperatures_ends_with_its_command(adb_device: Daemon, zones:
     device = adb_device.device
     done = transport_of(device).run(device, [*log, *command], 60)
     samples, rest = thermal.parse_log(done.stderr, "@@mark")
-    assert (done.code, done.text, rest) == (7, "out\n", b"err\n")
+    assert (done.code, done.text, rest.split()) == (7, "out\n", [b"err"])
     assert [sample.temperatures for sample in samples] == [{"cpu big": 41.5}]
     assert is_gone(f"sleep {every}")
 
