@@ -40,7 +40,8 @@ from exporter.quantization.quantized_checkpoint import (
 from exporter.quantization.rounding import ROUNDINGS
 from exporter.quantization.schemes import FLOAT
 from exporter.recipe import Recipe, parse_recipe
-from exporter.verification import Check, differences
+from exporter.verification.checks import Check
+from exporter.verification.integers import differences
 
 #: Differences of one artifact that are listed; the rest is not read.
 _MOST_LISTED = 20

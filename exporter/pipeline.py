@@ -64,17 +64,14 @@ from exporter.quantization.quantized_checkpoint import (
 )
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.recipe import Recipe
-from exporter.verification import (
+from exporter.verification.checks import (
     Check,
-    Text,
     check_bundle_files,
-    check_models,
     check_quantized,
     check_quantized_files,
-    run_artifact,
-    running,
-    verification_text,
 )
+from exporter.verification.models import check_models
+from exporter.verification.runs import Text, run_artifact, running, verification_text
 
 
 @dataclass(frozen=True)

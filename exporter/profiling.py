@@ -27,7 +27,7 @@ from exporter.progress import Progress
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.recipe import Profile, parse_profile
 from exporter.text.tokenizer import load_tokenizer
-from exporter.verification import verification_text
+from exporter.verification.runs import verification_text
 
 _MOST_THREADS = 1024
 #: Seconds: ten days.

@@ -28,7 +28,7 @@ from exporter.progress import no_step
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.text.sequences import cut_sequences
 from exporter.text.tokenizer import TextTokenizer, load_tokenizer
-from exporter.verification import SAMPLE_TEXT
+from exporter.verification.runs import SAMPLE_TEXT
 
 Capture = pytest.CaptureFixture[str]
 FIGURES = {"perplexity", "kl", "top1_agreement", "accuracy", "tokens"}

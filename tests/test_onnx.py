@@ -30,7 +30,8 @@ from exporter.quantization.activations import round_blocks_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 from exporter.text.tokenizer import load_tokenizer
-from exporter.verification import check_integers, run_teacher_forced
+from exporter.verification.integers import check_integers
+from exporter.verification.runs import run_teacher_forced
 
 CONTEXT = 64
 FLOAT_FORMS = [

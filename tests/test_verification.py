@@ -23,14 +23,10 @@ from exporter.pipeline import no_progress
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import load_recipe
-from exporter.verification import (
-    Check,
-    check_bundle_files,
-    check_integers,
-    check_logits,
-    failures,
-    verification_text,
-)
+from exporter.verification.checks import Check, check_bundle_files, failures
+from exporter.verification.integers import check_integers
+from exporter.verification.logits import check_logits
+from exporter.verification.runs import verification_text
 
 Q_PROJ = "model.layers.2.self_attn.q_proj.weight"
 DOWN_PROJ = "model.layers.5.feed_forward.down_proj.weight"

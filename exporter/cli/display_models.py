@@ -219,7 +219,7 @@ def print_recipes(recipes: "Sequence[Recipe]", as_json: bool) -> int:
 
 def print_checks(checks: Sequence[Any]) -> None:
     """Print one line per kind of passed checks, and one line per failed check."""
-    from exporter.verification import failures
+    from exporter.verification.checks import failures
 
     kinds = dict[tuple[str, str | None], list[Any]]()
     for check in checks:

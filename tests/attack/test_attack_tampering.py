@@ -40,7 +40,7 @@ from exporter.model.rope import paired_rope_tables, rope_tables
 from exporter.pipeline import no_progress
 from exporter.quantization.quantized_checkpoint import open_quantized
 from exporter.recipe import parse_recipe
-from exporter.verification import Check, check_bundle_files, failures
+from exporter.verification.checks import Check, check_bundle_files, failures
 
 #: The number of random changes of each bundle.
 ATTACKS = int(os.environ.get("MOBILELLM_ATTACKS", "40"))

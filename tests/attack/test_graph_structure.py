@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from exporter.backends import onnx as backend
 from exporter.errors import InputError
-from exporter.verification import check_integers
+from exporter.verification.integers import check_integers
 
 Q_PROJ = "model.layers.1.self_attn.o_proj.weight"
 NORM = "model.norm.weight"

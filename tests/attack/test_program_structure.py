@@ -24,7 +24,7 @@ from programs import Parts, read_parts, write_parts
 from exporter.backends import _comparison, executorch
 from exporter.backends.executorch.contents import open_contents, read_graphs
 from exporter.errors import InputError
-from exporter.verification import check_integers
+from exporter.verification.integers import check_integers
 
 CONTEXT = 48
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -21,7 +21,7 @@ from exporter.backends.coreml.lowering import interpreted
 from exporter.bundle.bundle import open_bundle
 from exporter.inference.reference import score
 from exporter.text.tokenizer import load_tokenizer
-from exporter.verification import DECODE_STEPS
+from exporter.verification.runs import DECODE_STEPS
 
 LARGEST_ERROR, LEAST_AGREEMENT = 5e-3, 0.99
 

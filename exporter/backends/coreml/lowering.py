@@ -225,16 +225,17 @@ def load(artifact: Artifact, variant: str = "") -> CoreMLRunner:
 
 
 def cross_checks(artifact: Artifact) -> tuple[str, ...]:
-    """The reference interpreter, if `load` runs Core ML itself; and, if activations are float16,
-    the interpreter without float32."""
+    """The reference interpreter, if `load` runs Core ML itself; and, if activations are float16
+    but something else is float32, the interpreter without float32."""
     assert isinstance(artifact.target, Target)
     interpreter = (AS_IT_IS,) if _runs_here(artifact) else ()
-    return interpreter + without_float32(artifact.target)
+    return interpreter + without_float32(artifact.target, open_package(artifact.path / FILE_NAME))
 
 
-def without_float32(target: Target) -> tuple[str, ...]:
-    """The run without float32, for a package whose activations are not float32."""
-    return (WITHOUT_FLOAT32,) if target.activations == "float16" else ()
+def without_float32(target: Target, package: Package) -> tuple[str, ...]:
+    """The run without float32, for a package that has any but whose activations are float16."""
+    float16 = target.activations == "float16"
+    return (WITHOUT_FLOAT32,) if float16 and package.has_float32 else ()
 
 
 def _runs_here(artifact: Artifact) -> bool:
@@ -245,7 +246,9 @@ def _runs_here(artifact: Artifact) -> bool:
 
 def interpreted(artifact: Artifact, half: bool = False) -> CoreMLRunner:
     """The artifact in the reference interpreter, on any machine; `half` as in `Interpreter`."""
-    interpreter = Interpreter(open_package(artifact.path / FILE_NAME), half)
+    package = open_package(artifact.path / FILE_NAME)
+    # Where nothing is float32, this run is the one without float32, which finds overflows.
+    interpreter = Interpreter(package, half or not package.has_float32)
 
     def execute(function: str, inputs: Mapping[str, Tensor], state: State) -> Tensor:
         values = {name: Value(tensor, "int32") for name, tensor in inputs.items()}

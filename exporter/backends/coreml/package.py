@@ -104,6 +104,16 @@ class Package:
         declared = self.spec.mlProgram.functions[function]
         return declared.block_specializations[declared.opset]
 
+    @property
+    def has_float32(self) -> bool:
+        """Whether an operation of any function has a float32 result."""
+        return any(
+            output.type.tensorType.dataType == _Kind.Value("FLOAT32")
+            for function in self.functions
+            for operation in self.block(function).operations
+            for output in operation.outputs
+        )
+
     def value(self, value: Any) -> Any:
         """A constant: a `Value`, a string, or a list of these. Raises InputError if damaged."""
         if place_of(value) is not None:

@@ -229,17 +229,19 @@ class StepRunner:
         return logits
 
 
-def cross_checks(target: Target) -> tuple[str, ...]:
-    """The reference interpreter, if the runtime runs the delegate; and, if activations are float16,
-    the interpreter without float32."""
+def cross_checks(program: Path, target: Target) -> tuple[str, ...]:
+    """The reference interpreter, if the runtime runs the delegate; and, if activations are float16
+    but something else is float32, the interpreter without float32."""
     interpreter = (AS_IT_IS,) if sys.platform == "darwin" else ()
-    return interpreter + without_float32(target)
+    with embedded_package(program) as package:
+        return interpreter + without_float32(target, package)
 
 
 def interpret_step(program: Path, context: int, variant: str) -> StepRunner:
     """The embedded package in the reference interpreter, on any machine. Raises InputError."""
     with embedded_package(program) as package:
-        interpreter = Interpreter(package, half=variant == WITHOUT_FLOAT32)
+        half = variant == WITHOUT_FLOAT32 or not package.has_float32
+        interpreter = Interpreter(package, half)
         vocab_size = int(package.spec.description.metadata.userDefined["vocab_size"])
     state = interpreter.new_state()
 

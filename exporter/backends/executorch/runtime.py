@@ -73,7 +73,9 @@ def cross_checks(artifact: Artifact) -> tuple[str, ...]:
     target = options_of(artifact)
     if target.delegate == "xnnpack":
         return ()
-    others: tuple[str, ...] = coreml_delegate().cross_checks(embedded(target))
+    others: tuple[str, ...] = coreml_delegate().cross_checks(
+        artifact.path / FILE_NAME, embedded(target)
+    )
     return others
 
 
