@@ -40,7 +40,7 @@ def reference_logits(
     artifacts: Mapping[str, FinishedArtifact],
     texts: Mapping[str, Text],
 ) -> dict[str, Reference]:
-    """The reference of each artifact. Artifacts with the same text share a pass over the weights."""
+    """The reference of each artifact. Those with the same text share a pass over the weights."""
     found = dict[str, Reference]()
     for text in dict.fromkeys(texts[target] for target in artifacts):
         targets = [target for target in artifacts if texts[target] == text]
