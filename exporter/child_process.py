@@ -30,7 +30,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import InputError
+from exporter.errors import InputError, printable
 
 #: Seconds to start Python and import a service: code of ours, on a machine that may be busy.
 START_SECONDS = 300.0
@@ -87,7 +87,7 @@ class ChildProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "TMPDIR": folder},
+            env={**os.environ, "TMPDIR": folder, "RUST_BACKTRACE": "0"},
         )
         self._selector = selectors.DefaultSelector()
         self._input, self._output, self._error = (
@@ -99,6 +99,7 @@ class ChildProcess:
             os.set_blocking(descriptor, False)
         for descriptor in (self._output, self._error):
             self._selector.register(descriptor, selectors.EVENT_READ)
+        #: Ends the child; called, too, when this object is no longer used and when Python exits.
         self.close = weakref.finalize(self, _end, self._process, self._selector, folder)
 
     @property
@@ -155,9 +156,9 @@ class ChildProcess:
         if "result" in header:
             return header["result"], data
         if "refused" in header:
-            subject, problem, remedy = map(str, header["refused"])
-            raise InputError(plain(subject), plain(problem), plain(remedy))
-        raise self._fail(f"failed ({plain(str(header.get('raised')))}){self._memory_note(header)}")
+            raise InputError(*map(str, header["refused"]))
+        said = str(header.get("raised"))
+        raise self._fail(f"failed ({_line(said)}){self._memory_note(said)}")
 
     def _receive(self, seconds: float, most: int) -> tuple[dict[str, Any], bytearray]:
         """One frame of the child, with `most` bytes of data at most."""
@@ -168,7 +169,7 @@ class ChildProcess:
                 return frame
             left = deadline - time.monotonic()
             if left <= 0:
-                raise self._fail(f"did not finish within {seconds:g} s, its limit")
+                raise self._fail(f"did not finish within {seconds:.3g} s, its limit")
             for key, _ in self._selector.select(left):
                 if key.fd == self._input:
                     self._send()
@@ -185,7 +186,8 @@ class ChildProcess:
             sent = 0
         except BrokenPipeError:  # the child is gone, which `_receive` finds
             sent = len(self._unsent)
-        self._unsent = self._unsent[sent:]
+        left = self._unsent[sent:]
+        self._unsent = left if left else memoryview(b"")  # an empty part would keep the whole
         waiting = self._input in self._selector.get_map()
         if self._unsent and not waiting:
             self._selector.register(self._input, selectors.EVENT_WRITE)
@@ -205,7 +207,7 @@ class ChildProcess:
             self._selector.unregister(self._error)
         self._errors = (self._errors + part)[-_ERRORS_KEPT:]
         for line in part.splitlines():
-            _LOG.debug("%s: %s", self._actor, plain(os.fsdecode(line)))
+            _LOG.debug("%s: %s", self._actor, printable(_line(os.fsdecode(line))))
         return bool(part)
 
     def _take_frame(self, most: int) -> tuple[dict[str, Any], bytearray] | None:
@@ -238,15 +240,15 @@ class ChildProcess:
             while self._keep_errors():
                 continue
         if code == -signal.SIGALRM:
-            return f"did not finish within {self._limits.seconds:g} s, its limit"
-        words = os.fsdecode(self._errors).strip().rpartition("\n")[2]
-        said = f"; its last words: {plain(words)}" if words else ""
-        return f"{_exit_of(code)}{said}{self._memory_note({'raised': words})}"
+            return f"did not finish within {self._limits.seconds:.3g} s, its limit"
+        words = os.fsdecode(self._errors).strip()
+        last = _line(words.rpartition("\n")[2])
+        said = f"; its last words: {last}" if last else ""
+        return f"{_exit_of(code)}{said}{self._memory_note(words)}"
 
-    def _memory_note(self, header: Mapping[str, object]) -> str:
+    def _memory_note(self, said: str) -> str:
         """The limit of memory, where a failure speaks of memory."""
-        said = str(header.get("raised")).lower()
-        if self._limits.memory and ("memory" in said or "alloc" in said):
+        if self._limits.memory and ("memory" in said.lower() or "alloc" in said.lower()):
             return f"; its memory is limited to {self._limits.memory / 2**20:,.0f} MiB"
         return ""
 
@@ -257,11 +259,10 @@ class ChildProcess:
         return self._failure
 
 
-def plain(text: str) -> str:
-    """One line of `text`, without control characters, shortened."""
+def _line(text: str) -> str:
+    """`text` on one line, shortened. An InputError escapes control characters."""
     line = " ".join(text[: 4 * _SHOWN].split())
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
-    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 1]}…"
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
 
 
 def _exit_of(code: int) -> str:

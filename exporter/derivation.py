@@ -37,6 +37,7 @@ from exporter.quantization.quantized_checkpoint import (
     source_hashes,
     write_quantized,
 )
+from exporter.quantization.rounding import ROUNDINGS
 from exporter.quantization.schemes import FLOAT
 from exporter.recipe import Recipe, parse_recipe
 from exporter.verification import Check, differences
@@ -298,6 +299,8 @@ def _quantize_again(
     calibration = quantized.manifest.get("calibration")
     if calibration is None:
         plan = _manifest_plan(quantized)
+        if plan.method not in ROUNDINGS:
+            raise InputError("method", f"{short(plan.method)} is not {' or '.join(ROUNDINGS)}")
         counter = TensorCounter(progress, "quantize again", len(plan.schemes))
         identity = quantized_identity(checkpoint, plan, quantized.manifest["source"])
         return write_quantized(checkpoint, plan, identity, out, counter)

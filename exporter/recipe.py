@@ -33,15 +33,18 @@ class Profile(Section):
 
     `prompt_lengths` and `depths` (of the KV cache) are in tokens. A measurement is repeated until
     the confidence interval of its median is within ± `precision` (relative), or `max_repeats`
-    times.
+    times. The sustained run lasts until both `sustained_seconds` are over and `sustained_tokens`
+    are decoded; the device rests for `cooldown_seconds` before it.
     """
 
     prompt_lengths: Annotated[tuple[_Positive, ...], list_of("whole numbers")] = (64, 512)
     depths: Annotated[tuple[_Count, ...], list_of("whole numbers")] = (0, 512, 2048)
-    decode_steps: _Positive = 32
-    sustained_seconds: _Count = 20
+    decode_steps: Annotated[int, within(1, 1_000_000)] = 32
+    sustained_seconds: Annotated[int, within(0, 86_400)] = 20
+    sustained_tokens: Annotated[int, within(0, 10_000_000)] = 0
+    cooldown_seconds: Annotated[int, within(0, 86_400)] = 0
     precision: Annotated[float, within(1e-9)] = 0.05
-    max_repeats: _Positive = 20
+    max_repeats: Annotated[int, within(1, 100_000)] = 20
 
     @model_validator(mode="after")
     def _measures_something(self) -> "Profile":

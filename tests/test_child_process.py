@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from exporter.child_process import ChildProcess, Limits, plain
+from exporter.child_process import ChildProcess, Limits
 from exporter.errors import InputError
 
 LIMITS = Limits(20, 256 << 20, 1 << 20)
@@ -186,11 +186,3 @@ def test_a_child_ends_when_its_parent_is_killed(method: str) -> None:
     while is_running(process) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(process)
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [("a\n\tb", "a b"), ("\x1b[2J", r"\x1b[2J"), ("é🙂", "é🙂"), ("x" * 501, "x" * 499 + "…")],
-)
-def test_a_message_is_one_line_without_control_characters(text: str, shown: str) -> None:
-    assert plain(text) == shown

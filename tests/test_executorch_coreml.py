@@ -18,11 +18,11 @@ from executorch.extension.pybindings import portable_lib
 from lowering import Lowered, lowered_in, tokens
 
 from exporter.backends import executorch as backend
-from exporter.backends.coreml.graph import mil_name
+from exporter.backends.coreml.constants import mil_name
 from exporter.backends.coreml.package import place_of
 from exporter.backends.executorch.coreml_delegate import embedded_package, flatten, unflatten
 from exporter.backends.executorch.file import delegate_payload
-from exporter.backends.executorch.lowering import ExecuTorchRunner
+from exporter.backends.executorch.runtime import ExecuTorchRunner
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
@@ -32,7 +32,7 @@ from exporter.quantization.activations import LARGEST_HALF
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.verification import check_integers, run_teacher_forced
 
-CONTEXT = 24
+CONTEXT = 32
 MODELS: dict[str, dict[str, Any]] = {"llama4_text": LLAMA4, "llama": LLAMA}
 DELEGATE = "CoreMLBackend"
 
@@ -148,7 +148,7 @@ def test_a_new_text_starts_without_the_old_one_and_the_cache_can_be_filled(small
     runner.prefill(tokens(CONTEXT)[9:])
     assert torch.equal(runner.prefill(tokens(9)), first)
     runner.prefill(tokens(CONTEXT))
-    with pytest.raises(InputError, match="context: 25 tokens are not between 1 and 24"):
+    with pytest.raises(InputError, match="context: 33 tokens are not between 1 and 32"):
         runner.decode(0)
     with pytest.raises(InputError, match="context: 0 tokens"):
         runner.prefill([])
@@ -168,6 +168,7 @@ def test_export_verify_and_generate_know_the_delegate(
     assert verified.code == 0
     checks = {check["check"]: check["value"] for check in verified.json["checks"]}
     assert 0 < checks["logits.kl"] < 1e-4
+    assert checks["logits.float32_casts_ignored"] == 0
     assert 0 < checks["range"] < LARGEST_HALF
     said = run(
         capsys, "generate", bundle, "--prompt", "Ada has 12 eggs.", "--max-new-tokens", 4, "--json"
@@ -325,7 +326,7 @@ def test_on_a_mac_the_runtime_reads_token_by_token(
     """What the runtime does with a call cannot be tried here; which calls it gets can."""
     _, lowered = small
     elsewhere = backend.load(lowered.artifact)
-    assert backend.cross_checks(lowered.artifact) == ()
+    assert backend.cross_checks(lowered.artifact) == ("float32_casts_ignored",)
     monkeypatch.setattr(sys, "platform", "darwin")
     calls = []
 
@@ -339,6 +340,6 @@ def test_on_a_mac_the_runtime_reads_token_by_token(
     runner.prefill([4, 5])
     runner.decode(6)
     assert calls == [([4], 0), ([5], 1), ([6], 2)]
-    assert backend.cross_checks(lowered.artifact) == ("interpreter",)
+    assert backend.cross_checks(lowered.artifact) == ("interpreter", "float32_casts_ignored")
     interpreter = backend.load(lowered.artifact, "interpreter")
     assert torch.equal(interpreter.prefill([4, 5]), elsewhere.prefill([4, 5]))

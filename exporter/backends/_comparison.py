@@ -19,9 +19,9 @@ _LONGEST = 60
 def differences(found: Any, expected: Any, place: str = "") -> Iterator[tuple[str, str]]:
     """How `found` differs from `expected`, as (place, what differs).
 
-    Entries of lists that have names are matched by name, others by position. Floats are compared
-    as bits, and a value never equals one of another type. At most one difference is given for each
-    part of `expected`, and one for each entry that only `found` has.
+    Entries of lists that have names are matched by name, others by position: of lists of unequal
+    length, only the first entries that differ are given. Floats are compared as bits, and a value
+    never equals one of another type.
     """
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
         yield from _of_entries(found, expected, place, ".")
@@ -60,7 +60,8 @@ def shown(value: Any) -> str:
     if value is None:
         return "absent"
     if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        short = np.float32(value)  # a float32 as a double has 17 digits
+        return str(short) if float(short) == value else repr(value)
     if isinstance(value, Mapping):
         return f"{{{', '.join(map(str, list(value)[:3]))}…}}"
     if isinstance(value, np.ndarray):
@@ -74,18 +75,21 @@ def shown(value: Any) -> str:
 def _of_lists(
     found: Sequence[Any], expected: Sequence[Any], place: str
 ) -> Iterator[tuple[str, str]]:
-    named = _by_name(found), _by_name(expected)
-    if named[0] is not None and named[1] is not None:
-        yield from _of_entries(named[0], named[1], place, " ")
-        orders = [[name for name in one if name in other] for one, other in (named, named[::-1])]
-        if orders[0] != orders[1]:
-            first = next(pair for pair in zip(*orders, strict=True) if pair[0] != pair[1])
+    one, other = _by_name(found), _by_name(expected)
+    if one is not None and other is not None:
+        yield from _of_entries(one, other, place, " ")
+        common = zip(filter(other.get, one), filter(one.get, other), strict=True)
+        if first := next((pair for pair in common if pair[0] != pair[1]), None):
             yield place, f"is in another order: {first[0]} stands where {first[1]} should"
         return
-    for index, pair in enumerate(zip(found, expected, strict=False)):
-        yield from differences(*pair, f"{place}[{index}]{_label(pair[1])}")
-    if len(found) != len(expected):
+    same_length = len(found) == len(expected)
+    if not same_length:
         yield place, f"has {len(found)} entries, not {len(expected)}"
+    for index, pair in enumerate(zip(found, expected, strict=False)):
+        different = list(differences(*pair, f"{place}[{index}]{_label(pair[1])}"))
+        yield from different
+        if different and not same_length:
+            return  # an entry was added or left out here: all that follow have moved
 
 
 def _of_entries(
@@ -104,8 +108,8 @@ def _of_entries(
 
 def _by_name(entries: Sequence[Any]) -> dict[str, Any] | None:
     """The entries by their names, or None if one has no name or two have the same."""
-    named = {_name(entry): entry for entry in entries}
-    return None if None in named or len(named) < len(entries) else named
+    named = {name: entry for entry in entries if (name := _name(entry))}
+    return named if len(named) == len(entries) else None
 
 
 def _name(entry: Any) -> str | None:

@@ -143,7 +143,7 @@ def profile(args: argparse.Namespace) -> int:
         display_profile.check_plot(args.plot)
     request = profiling.Request(
         args.device, args.target, args.overrides, args.runner, args.threads, args.timeout,
-        args.output, args.baseline,
+        args.output, args.baseline, args.cores, args.mmap,
     )  # fmt: skip
     with display.progress() as progress:
         result = profiling.profile(args.bundle, request, progress)
@@ -154,10 +154,17 @@ def profile(args: argparse.Namespace) -> int:
 
 
 def devices(args: argparse.Namespace) -> int:
-    """List the connected devices and the catalogue."""
+    """List the connected devices and the catalogue, or remove our files from devices."""
     from exporter.cli import display_profile
 
-    return display_profile.print_devices(args.json)
+    if args.clean is None:
+        return display_profile.print_devices(args.json)
+    from exporter import profiling
+
+    with display.progress() as progress:
+        cleaned = profiling.clean(args.clean, progress)
+    display_profile.print_cleaned(cleaned, args.json)
+    return SUCCESS if all(one.problem is None for one in cleaned) else CHECK_FAILED
 
 
 def recipes(args: argparse.Namespace) -> int:

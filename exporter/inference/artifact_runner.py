@@ -17,6 +17,7 @@ from exporter.backends import Artifact, Runner, backend, parse_target
 from exporter.child_process import ChildProcess, Limits
 from exporter.errors import InputError
 
+#: docs/formats.md has the limits.
 #: Seconds to load any artifact, imports of the toolkit included, and for each MB of its files.
 LOAD_SECONDS, LOAD_SECONDS_PER_MB = 60.0, 1.0
 #: Seconds of any call, and for each MB and each 128 tokens. The slowest way to run an artifact, the
@@ -29,6 +30,7 @@ CACHE_PER_BYTE = 1 / 32
 #: The largest context that counts, and the largest vocabulary; known ones have 262,144 tokens.
 _CONTEXT, _VOCABULARY = 1 << 17, 1 << 22
 _REMEDY = "Get the file again, or lower the model again"
+_SERVICE = f"{__name__}:Service"
 
 
 class ArtifactRunner:
@@ -51,7 +53,7 @@ class ArtifactRunner:
             + math.ceil(size * context * CACHE_PER_BYTE)
             + torch.get_num_threads() * MEMORY_PER_THREAD
         )
-        self._child = ChildProcess(f"{__name__}:Service", artifact.path, "the runtime", _REMEDY)
+        self._child = ChildProcess(_SERVICE, artifact.path, "the runtime", _REMEDY)
         self._sizes: tuple[int, int] | None = None
         seconds = LOAD_SECONDS + LOAD_SECONDS_PER_MB * self._megabytes
         arguments = {

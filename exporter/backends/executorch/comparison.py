@@ -41,18 +41,16 @@ def differences(found: Contents, expected: Contents) -> Iterator[tuple[str, str]
     types = dict[str, _Type]()
     for graph in graphs[1].values():
         types.update(_types(graph))
-    for part in (
-        [_methods(one) for one in (found, expected)],
-        [_named_data(one, types) for one in (found, expected)],
-        [{place: _graph(graph) for place, graph in own.items()} for own in graphs],
-    ):
-        yield from _comparison.differences(*part)
+    yield from _comparison.differences(_methods(found), _methods(expected))
+    yield from _comparison.differences(_named_data(found, types), _named_data(expected, types))
+    one, other = ({place: _graph(graph) for place, graph in own.items()} for own in graphs)
+    yield from _comparison.differences(one, other)
 
 
 def _methods(contents: Contents) -> dict[str, Any]:
     """Every method by its name."""
     plans = contents.program["execution_plan"] or []
-    return {plan["name"]: _method(contents, contents.plan(plan["name"])) for plan in plans}
+    return {str(plan["name"]): _method(contents, contents.plan(plan["name"])) for plan in plans}
 
 
 def _method(contents: Contents, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def _method(contents: Contents, plan: Mapping[str, Any]) -> dict[str, Any]:
         for one in chain["instructions"]:
             if "KernelCall" in one and one["KernelCall"]["args"] is not None:
                 for index in one["KernelCall"]["args"].tolist():
-                    readers.setdefault(index, one["name"])
+                    readers.setdefault(index, one.get("name", ""))
     values = [
         _value(contents, one["val"], readers.get(index))
         for index, one in enumerate(plan["values"] or [])

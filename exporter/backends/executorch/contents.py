@@ -18,6 +18,7 @@ from executorch.exir._serialize import _program as pte
 
 from exporter.backends.executorch import flatbuffer
 from exporter.errors import InputError
+from exporter.foreign import present
 
 #: The name of XNNPACK's delegate in a program.
 XNNPACK = "XnnpackBackend"
@@ -28,8 +29,8 @@ _TYPES = {
 }  # fmt: skip
 #: The header of an XNNPACK payload: its mark, and the least size.
 _PAYLOAD_MARK, _PAYLOAD_HEADER = b"XH00", 30
-#: The most bytes that all graphs of a program may have, without constants. One has some 15 kB.
-_LARGEST_GRAPHS = 8 << 20
+#: The most bytes that all graphs of a program may have, without constants. One has some 8 kB.
+_LARGEST_GRAPHS = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Contents:
         if place["location"] == "SEGMENT":
             return self.segment(place["index"])
         inline = self.entry(self.program["backend_delegate_data"], place["index"], "delegate data")
-        return memoryview(np.asarray(inline["data"] if inline["data"] is not None else b""))
+        data: np.ndarray | None = inline["data"]
+        return memoryview(b"") if data is None else data.data
 
     def content(self, tensor: Mapping[str, Any]) -> np.ndarray | None:
         """The values of a tensor that are in the file: a constant, or an initial state."""
@@ -123,11 +125,13 @@ class Contents:
 
 def open_contents(path: Path) -> Contents:
     """Map a .pte and read its program. Raises InputError."""
+    if not present(path):
+        raise InputError(path, "no such file", "Give the whole folder that it belongs to")
     try:
         with path.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:  # ValueError: the file is empty
-        raise InputError(path, f"cannot be read ({error})", "Get the file again") from error
+    except ValueError as error:
+        raise InputError(path, "is empty", "Get the file again") from error
     header = pte._get_extended_header(bytes(data[:64]))
     if header is None or header.program_size > len(data):
         raise InputError(path, "is not a whole ExecuTorch program with segments")

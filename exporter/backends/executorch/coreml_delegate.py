@@ -15,6 +15,7 @@ later positions are masked.
 
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,10 +32,17 @@ from executorch.backends.apple.coreml.compiler import CoreMLBackend
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 
 from exporter.backends.coreml import Target
-from exporter.backends.coreml.graph import LOGITS, MAIN, build_step
+from exporter.backends.coreml.graph import LOGITS
 from exporter.backends.coreml.interpreter import Interpreter
-from exporter.backends.coreml.lowering import check_room, write_package
+from exporter.backends.coreml.lowering import (
+    AS_IT_IS,
+    WITHOUT_FLOAT32,
+    check_room,
+    without_float32,
+    write_package,
+)
 from exporter.backends.coreml.package import Package, Value, open_package
+from exporter.backends.coreml.program import MAIN, build_step
 from exporter.backends.executorch.file import delegate_payload
 from exporter.errors import InputError
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
@@ -82,6 +90,8 @@ def export_step(quantized: QuantizedCheckpoint, target: Target) -> torch.export.
         CoreMLBackend.generate_compile_specs(
             minimum_deployment_target=coremltools.target.iOS18,
             compute_precision=coremltools.precision(target.activations),
+            # The Neural Engine computes int4 in blocks wrongly (apple/coreai-models 279).
+            compute_unit=coremltools.ComputeUnit.CPU_AND_GPU,
         ),
     )
     return torch.export.export(_Call(delegate), example, strict=False)
@@ -219,10 +229,17 @@ class StepRunner:
         return logits
 
 
-def interpret_step(program: Path, context: int) -> StepRunner:
+def cross_checks(target: Target) -> tuple[str, ...]:
+    """The reference interpreter, if the runtime runs the delegate; and, if activations are float16,
+    the interpreter without float32."""
+    interpreter = (AS_IT_IS,) if sys.platform == "darwin" else ()
+    return interpreter + without_float32(target)
+
+
+def interpret_step(program: Path, context: int, variant: str) -> StepRunner:
     """The embedded package in the reference interpreter, on any machine. Raises InputError."""
     with embedded_package(program) as package:
-        interpreter = Interpreter(package)
+        interpreter = Interpreter(package, half=variant == WITHOUT_FLOAT32)
         vocab_size = int(package.spec.description.metadata.userDefined["vocab_size"])
     state = interpreter.new_state()
 

@@ -53,17 +53,21 @@ def read_weights(
     """Every weight: name, place (filter, constant or table), and its codes and scales or floats.
 
     A tied embedding is given as the lookup table and as the output layer's filter. Raises
-    InputError for a weight that cannot be decoded, and at the end for a constant under a name that
-    neither the checkpoint nor the lowering has.
+    InputError, at the end, for the first weight that cannot be decoded, or for a filter under a
+    name that the checkpoint does not have.
     """
-    named, plan = contents.named(), contents.plan("forward")
+    named, plan, problems = contents.named(), contents.plan("forward"), list[InputError]()
     places = dict[str, list[_Place]]()
     for graph in _called_graphs(contents, plan):
         for name, place in _constants(graph):
             places.setdefault(name, []).append(place)
     for name in quantized.schemes:
         for place in places.pop(name, []):
-            weight = _decode(name, place, named)
+            try:
+                weight = _decode(name, place, named)
+            except InputError as error:
+                problems.append(error)
+                continue
             if not isinstance(weight, QuantizedTensor):
                 yield name, "constant", weight
                 continue
@@ -75,7 +79,10 @@ def read_weights(
             yield EMBEDDING, "table", _embedding_table(contents, plan, quantized.schemes[EMBEDDING])
     for name, (place, *_) in places.items():
         if place.tensor["datatype"] != _FLOAT:
-            raise contents.problem(f"multiplies by {name!r}, which is no weight of the checkpoint")
+            text = f"multiplies by {name!r}, which is no weight of the checkpoint"
+            problems.append(contents.problem(text))
+    if problems:
+        raise problems[0]
 
 
 def _called_graphs(contents: Contents, plan: Mapping[str, Any]) -> Iterator[Graph]:
@@ -150,7 +157,8 @@ def _decode(name: str, place: _Place, named: Mapping[str, memoryview]) -> Weight
             raise InputError(
                 name, f"{entry['named_key']} {stored}; {kind}{list(dims)} needs {size}"
             )
-        return np.frombuffer(content, dtype, count).copy()
+        values: np.ndarray = np.frombuffer(content, dtype, count).copy()
+        return values
 
     index = place.tensor["constant_buffer_idx"]
     if kind == _FLOAT and place.quantization is None:
@@ -217,12 +225,13 @@ def _embedding_table(contents: Contents, plan: Mapping[str, Any], like: Scheme) 
             f"is looked up with codes from {limits[0]} to {limits[1]}, or with zero points",
         )
     scales = torch.from_numpy(_constant(contents, value(1), "FLOAT").copy())
-    rows, columns = table.shape[0], table.shape[1] * 8 // bits
-    if table.ndim != 2 or scales.shape[:1] != (rows,) or columns % (scales.numel() // rows):
+    rows, columns = len(table), table.size // max(1, len(table)) * 8 // bits
+    groups = scales.numel() // max(1, rows)
+    if table.ndim != 2 or scales.shape[:1] != (rows,) or not groups or columns % groups:
         raise InputError(
-            EMBEDDING, f"has scales {list(scales.shape)} for codes [{rows}, {columns}]"
+            EMBEDDING, f"has {list(scales.shape)} scales for codes [{rows}, {columns}]"
         )
-    group = columns // (scales.numel() // rows)
+    group = columns // groups
     scheme = Scheme(bits, group if group < columns or like.group_size == columns else None)
     return _unpacked(table.copy(), scales, scheme, TABLE)
 

@@ -28,7 +28,7 @@ _FIELD = re.compile(r"(\w+)\s*:\s*(\[?)\s*(\w+)\s*\]?\s*(?:=\s*([\w.+-]+)\s*)?(?
 
 
 #: The most tables and texts that a buffer may have. A model of 100 layers has some 50,000.
-_MOST = 500_000
+_MOST = 200_000
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class _Reader:
         """The place that the offset at `at` refers to."""
         return at + int(self.scalar("uint", at))
 
-    def spend(self) -> None:
-        self.budget -= 1
+    def spend(self, entries: int = 1) -> None:
+        self.budget -= entries
         if self.budget < 0:
             raise self.problem("has more entries than its bytes can hold")
 
@@ -181,8 +181,9 @@ class _Reader:
             return names.get(number, number)
         if at is not None:
             return self.scalar(one.kind, at)
-        kind = {"?": bool, "f": float, "d": float}.get(_SCALARS[one.kind], int)
-        return kind(one.default or 0)
+        if _SCALARS[one.kind] in "fd":
+            return float(one.default or 0)
+        return bool(one.default == "true") if one.kind == "bool" else int(one.default or 0)
 
     def _member(self, one: _Field, number: int | None, value: int | None) -> Any:
         kind = 0 if number is None else int(self.scalar("ubyte", number))
@@ -200,8 +201,8 @@ class _Reader:
         return np.frombuffer(self.data, layout, count, at)
 
     def text(self, at: int) -> str:
-        self.spend()
         size = int(self.scalar("uint", at))
+        self.spend(1 + size // 4)
         end = at + 4 + size
         if end >= len(self.data):
             raise self.problem("has a text that ends beyond its bytes")

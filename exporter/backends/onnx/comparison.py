@@ -6,7 +6,8 @@ stored. Left out is what has no effect: the places of tensors in the data file, 
 initializers, attributes, metadata and operator sets, and ``producer_version``.
 """
 
-from collections.abc import Iterator
+import filecmp
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,30 @@ from exporter.backends import _comparison
 from exporter.backends.onnx import GENAI_CONFIG, OPERATORS_NAME, ORT_NAME, ort
 from exporter.backends.onnx.contents import Contents, open_contents
 from exporter.errors import InputError
-from exporter.files import read_json
+from exporter.foreign import present, read_bytes, read_json
 
 #: Entries that record a version and have no effect.
 _VERSIONS = ("producer_version",)
+#: The most bytes of a list of operators.
+_LONGEST = 1 << 20
 
 
 def differences(found: Path, expected: Path, files: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """How the files in the folder `found` differ from those in `expected`. Raises InputError."""
-    contents = [open_contents(folder) for folder in (found, expected)]
-    yield from _comparison.differences(*(_model(one) for one in contents))
-    yield from _unused(contents[0].model.graph)
+    contents = open_contents(found)
+    yield from _comparison.differences(_model(contents), _model(open_contents(expected)))
+    yield from _unused(contents.model.graph)
     for name, read in _COMPANIONS.items():
-        if name in files:
-            one, other = (read(folder / name) for folder in (found, expected))
-            yield from ((f"{name}: {at}", what) for at, what in _comparison.differences(one, other))
+        if name in files and not _equal(found / name, expected / name):
+            yield from _comparison.differences(read(found / name), read(expected / name), name)
+
+
+def _equal(one: Path, other: Path) -> bool:
+    """Whether the files have the same bytes; False if one of them cannot be read."""
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
 
 
 def _model(contents: Contents) -> dict[str, Any]:
@@ -57,10 +67,13 @@ def reads(graph: GraphProto) -> Iterator[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_bytes().decode("utf-8", "backslashreplace").splitlines()
-    except OSError as error:
-        raise InputError(path, f"cannot be read ({error})", "Get the file again") from error
+    if not present(path, _LONGEST):
+        raise InputError(path, "no such file", "Give the whole folder that it belongs to")
+    return read_bytes(path, _LONGEST).decode("utf-8", "backslashreplace").splitlines()
 
 
-_COMPANIONS = {GENAI_CONFIG: read_json, OPERATORS_NAME: _lines, ORT_NAME: ort.read}
+_COMPANIONS: dict[str, Callable[[Path], Any]] = {
+    GENAI_CONFIG: read_json,
+    OPERATORS_NAME: _lines,
+    ORT_NAME: ort.read,
+}

@@ -6,8 +6,9 @@ files give an InputError.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 from exporter.backends.onnx import DATA_NAME, FILE_NAME
 from exporter.errors import InputError
+from exporter.foreign import present, read_bytes
 
-#: The largest graph that is read. Most of a message may be parsed into 80 times its size.
-_LARGEST = 8 << 20
+#: The largest graph that is read, in bytes, and the most entries of any kind that it may have. An
+#: empty entry of two bytes takes 160 bytes in memory.
+_LARGEST, _MOST = 6 << 20, 200_000
 #: Element type → numpy's type, and the field for values that are not stored as bytes. Two values
 #: of a 4-bit type are in one byte.
 _TYPES: dict[int, tuple[str, str]] = {
@@ -57,6 +60,9 @@ class Contents:
     model: onnx.ModelProto
     data: np.ndarray
 
+    def _too_many(self) -> InputError:
+        return _problem(self.path, f"has more than {_MOST} entries")
+
     def values(self, tensor: TensorProto) -> np.ndarray:
         """The values of a tensor, wherever they are stored, in its shape.
 
@@ -67,9 +73,9 @@ class Contents:
         kind, _ = _TYPES[tensor.data_type]
         if min(tensor.dims, default=0) < 0:
             raise _problem(tensor.name, f"has shape {list(tensor.dims)}")
-        count = math.prod(tensor.dims)
+        elements = math.prod(tensor.dims)
         packed = tensor.data_type in _HALF_BYTES
-        size = (count + 1) // 2 if packed else count * np.dtype(kind).itemsize
+        size = (elements + 1) // 2 if packed else elements * np.dtype(kind).itemsize
         raw = self._bytes(tensor, kind)
         if len(raw) != size:
             shape = f"its shape {list(tensor.dims)} needs {size}"
@@ -115,21 +121,27 @@ class Contents:
         Initializers and attributes are dictionaries by their names, which must be unique. Tensors
         have their values instead of the place of these.
         """
+        return self._plain(message, count())
+
+    def _plain(self, message: Message, number: Iterator[int]) -> Any:
+        """As `plain`; `number` counts the messages."""
+        if next(number) > _MOST:
+            raise self._too_many()
         found = dict[str, Any]()
         for field, value in message.ListFields():
             if isinstance(message, TensorProto) and field.name in _STORAGE:
                 continue
             if field.message_type is None:
+                if field.is_repeated and len(value) > _MOST:
+                    raise self._too_many()
                 found[field.name] = list(value) if field.is_repeated else value
-            elif (type(message), field.name) in _BY_NAME:
-                entries = (
-                    (_BY_NAME[type(message), field.name](one), self.plain(one)) for one in value
-                )
+            elif not field.is_repeated:
+                found[field.name] = self._plain(value, number)
+            elif name := _BY_NAME.get((type(message), field.name)):
+                entries = ((name(one), self._plain(one, number)) for one in value)
                 found[field.name] = unique(entries, field.name)
             else:
-                found[field.name] = (
-                    [self.plain(one) for one in value] if field.is_repeated else self.plain(value)
-                )
+                found[field.name] = [self._plain(one, number) for one in value]
         for unknown in UnknownFieldSet(message):
             found[f"unknown field {unknown.field_number}"] = True
         if isinstance(message, TensorProto):
@@ -166,16 +178,19 @@ def unique(entries: Iterable[tuple[str, Any]], subject: str) -> dict[str, Any]:
 
 def open_contents(folder: Path) -> Contents:
     """Read the model in a folder, and map its data file. Raises InputError."""
-    path = folder / FILE_NAME
+    path, data = folder / FILE_NAME, folder / DATA_NAME
+    for one, limit in ((path, _LARGEST), (data, None)):
+        if not present(one, limit):
+            raise InputError(one, "no such file", "Give the whole folder that it belongs to")
     try:
-        if path.stat().st_size > _LARGEST:
-            raise _problem(path, f"is a graph of more than {_LARGEST} bytes")
-        model = onnx.ModelProto.FromString(path.read_bytes())
-        data = folder / DATA_NAME
-        mapped = np.memmap(data, np.uint8, "r") if data.stat().st_size else np.zeros(0, np.uint8)
-    except (OSError, DecodeError) as error:
-        raise _problem(path, f"cannot be read ({error})") from error
-    return Contents(path, model, mapped)
+        model = onnx.ModelProto.FromString(read_bytes(path, _LARGEST))
+    except DecodeError as error:
+        raise _problem(path, f"is no ONNX model ({error})") from error
+    mapped = np.memmap(data, np.uint8, "r") if data.stat().st_size else np.zeros(0, np.uint8)
+    contents = Contents(path, model, mapped)
+    if len(model.graph.node) + len(model.graph.initializer) > _MOST:
+        raise contents._too_many()
+    return contents
 
 
 def _problem(subject: object, text: str) -> InputError:

@@ -28,7 +28,7 @@ _TABLE, _TRANSPOSED, _SCALES = ".table", ".transposed", ".scales"
 _ONES = "ones"
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 #: Element types of codes in standard ONNX → their bits. A lookup table of int4 is one of bytes.
-_BITS = {TensorProto.INT4: 4, TensorProto.UINT8: 4, TensorProto.INT8: 8}
+_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.UINT8: 4, TensorProto.INT8: 8}
 #: Nodes that may also read other values than constants.
 _MAY_READ_OTHERS = (("", "MatMul"), ("", "Gather"))
 
@@ -66,30 +66,35 @@ def read_weights(
     """Every weight: name, place (filter, float or table), and its codes and scales or floats.
 
     Merged weights are split again. A tied embedding is given as the output layer's filter and as
-    the lookup table. Raises InputError for a weight that cannot be decoded, and at the end for a
-    tensor that is read as a weight and has another name.
+    the lookup table. Raises InputError, at the end, for the first weight that cannot be decoded, or
+    for a tensor that is read as a weight and has another name.
     """
-    shapes = quantized.config.parameter_shapes()
-    reads, foreign = dict[str, list[Callable[[], _Stored]]](), list[str]()
+    shapes, problems = quantized.config.parameter_shapes(), list[InputError]()
+    reads = dict[str, list[Callable[[], _Stored]]]()
     for name, node, read in _weights_read(contents):
         if all(one in shapes for one in name.split("+")):
             reads.setdefault(name, []).append(read)
         elif name != _ONES:
-            foreign.append(f"{node} reads {name!r}, which is no weight of the checkpoint")
+            text = f"{node} reads {name!r}, which is no weight of the checkpoint"
+            problems.append(InputError(contents.path, text, "Lower the model again"))
     order = {name: index for index, name in enumerate(shapes)}
     for merged in sorted(reads, key=lambda merged: order[merged.split("+")[0]]):
         names = merged.split("+")
         for read in reads[merged]:
-            stored, start = read(), 0
-            shape = list(stored.values.shape)
-            if shape[:1] != [sum(shapes[name][0] for name in names)]:
-                raise InputError(merged, f"is read as a weight of shape {shape}")
+            try:
+                stored, start = read(), 0
+                shape = list(stored.values.shape)
+                if shape[:1] != [sum(shapes[name][0] for name in names)]:
+                    raise InputError(merged, f"is read as a weight of shape {shape}")
+            except InputError as error:
+                problems.append(error)
+                continue
             for name in names:
                 rows = slice(start, start + shapes[name][0])
                 start = rows.stop
                 yield name, stored.place, stored.part(rows, quantized.schemes[name])
-    if foreign:
-        raise InputError(contents.path, foreign[0], "Lower the model again")
+    if problems:
+        raise problems[0]
 
 
 def needed(graph: GraphProto) -> list[NodeProto]:

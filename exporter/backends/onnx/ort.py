@@ -18,6 +18,7 @@ from flatbuffers.table import Table
 from ort_flatbuffers_py import fbs
 
 from exporter.errors import InputError
+from exporter.foreign import present
 
 _IDENTIFIER = b"ORTM"
 _InferenceSession = fbs.InferenceSession.InferenceSession
@@ -27,8 +28,8 @@ _UNION = {
     fbs.TypeInfoValue.TypeInfoValue.sequence_type: fbs.SequenceType.SequenceType,
     fbs.TypeInfoValue.TypeInfoValue.map_type: fbs.MapType.MapType,
 }
-#: The most tables that a file may have, and how deep they may be nested.
-_MOST, _DEEPEST = 500_000, 40
+#: The most tables and texts that a file may have, and how deep tables may be nested.
+_MOST, _DEEPEST = 200_000, 40
 #: Entries that record a version and have no effect.
 _VERSIONS = ("OrtVersion", "ProducerVersion")
 
@@ -101,12 +102,14 @@ def _entries(table: Any, name: str) -> Iterator[Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """The content of an .ort file as plain data, without recorded versions. Raises InputError."""
+    if not present(path):
+        raise InputError(path, "no such file", "Give the whole folder that it belongs to")
     try:
-        data = path.read_bytes()
+        data = np.memmap(path, np.uint8, "r").data
         if not _InferenceSession.InferenceSessionBufferHasIdentifier(data, 0):
             raise InputError(path, "is not an .ort file", "Lower the model again")
         return _Reader(path).plain(_InferenceSession.GetRootAs(data, 0), 0)
-    except (OSError, ValueError, TypeError, IndexError, OverflowError, struct.error) as error:
+    except (ValueError, TypeError, IndexError, OverflowError, struct.error) as error:
         raise InputError(path, f"cannot be read ({error})", "Lower the model again") from error
 
 
@@ -117,11 +120,12 @@ class _Reader:
         self._path, self._budget = path, _MOST
 
     def plain(self, table: Any, depth: int) -> dict[str, Any]:
-        self._budget -= 1
-        if self._budget < 0 or depth > _DEEPEST:
-            raise InputError(self._path, f"has over {_MOST} tables, or {_DEEPEST} in each other")
+        self._spend(1)
+        if depth > _DEEPEST:
+            raise InputError(self._path, f"has tables nested deeper than {_DEEPEST} levels")
         found = dict[str, Any]()
-        for name, vector in _accessors(type(table)):
+        kind: Any = type(table)
+        for name, vector in _accessors(kind):
             if name in _VERSIONS:
                 continue
             read = getattr(table, name)
@@ -133,6 +137,11 @@ class _Reader:
                 found[name] = self._value(table, read(), depth)
         return {"name": found.get("Name") or found.get("OpId"), **found}
 
+    def _spend(self, entries: int) -> None:
+        self._budget -= entries
+        if self._budget < 0:
+            raise InputError(self._path, f"has more than {_MOST} tables and texts")
+
     def _value(self, owner: Any, value: Any, depth: int) -> Any:
         if isinstance(value, Table):
             kind = _UNION.get(owner.ValueType())
@@ -142,12 +151,13 @@ class _Reader:
             member.Init(value.Bytes, value.Pos)
             return self.plain(member, depth + 1)
         if isinstance(value, bytes):
+            self._spend(1 + len(value) // 16)
             return value.decode("utf-8", "backslashreplace")
         return self.plain(value, depth + 1) if hasattr(value, "_tab") else value
 
 
 @cache
-def _accessors(kind: type) -> tuple[tuple[str, str], ...]:
+def _accessors(kind: Any) -> tuple[tuple[str, str], ...]:
     """The fields of a reader: name, and whether it is a vector of "values" or of "tables"."""
     functions = (name for name, value in vars(kind).items() if isinstance(value, FunctionType))
     names = [name for name in functions if name != "Init"]
