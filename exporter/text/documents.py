@@ -22,7 +22,9 @@ PAIRS = (("prompt", "completion"), ("question", "answer"))
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 #: The largest data file, and the longest line of JSONL, in bytes.
-DATA_BYTES, LINE_BYTES = 1 << 30, JSON_BYTES
+DATA_BYTES, LINE_BYTES = 256 << 20, JSON_BYTES
+#: How many rows of a parquet file are decoded at once; text that repeats stays compressed.
+_PARQUET_ROWS = 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Row = Mapping[str, object]
@@ -175,14 +177,28 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    number = 0
+    number, size = 0, 0
     try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
+        with open_regular(path, DATA_BYTES) as opened, ParquetFile(opened) as file:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                for index in range(batch.num_rows):
                     number += 1
+                    (row,) = batch.slice(index, 1).to_pylist()
+                    size += _characters(row)  # a file of kilobytes can hold gigabytes
+                    if size > DATA_BYTES:
+                        problem = f"exceeds the limit of {DATA_BYTES:,} characters in all rows"
+                        raise InputError(f"{path}: row {number}", problem, "Give a smaller file")
                     yield f"{path}: row {number}", row
     except (ArrowException, OSError) as error:
         raise InputError(
             path, f"cannot be read as parquet ({error})", "Get the file again"
         ) from error
+
+
+def _characters(value: object) -> int:
+    """The characters of all text in a row."""
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 0
