@@ -19,7 +19,7 @@ from exporter.errors import InputError
 
 #: docs/formats.md has the limits.
 #: Seconds to load any artifact, imports of the toolkit included, and for each MB of its files.
-LOAD_SECONDS, LOAD_SECONDS_PER_MB = 60.0, 1.0
+LOAD_SECONDS, LOAD_SECONDS_PER_MB = 60.0, 4.0
 #: Seconds of any call, and for each MB and each 128 tokens. The slowest way to run an artifact, the
 #: reference interpreter, takes a twentieth: 13 s for 128 tokens of an artifact of 80 MB.
 CALL_SECONDS, CALL_SECONDS_PER_MB = 15.0, 4.0

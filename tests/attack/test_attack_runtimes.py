@@ -16,6 +16,7 @@ from coremltools.proto import Model_pb2
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter.bundle.artifact import open_artifact
+from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
 from exporter.inference import artifact_runner
 from exporter.inference.artifact_runner import ArtifactRunner
@@ -73,7 +74,7 @@ def test_a_damaged_artifact_ends_no_command(
 def test_a_crash_of_a_runtime_is_named_with_its_signal(
     bundle_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact_runner, "_SERVICE", "crashing_runner:Crashing")
+    monkeypatch.setattr(artifact_runner, "_SERVICE", "misbehaving_runner:Crashing")
     crash = "the runtime was killed by signal 11 (SIGSEGV)"
     outcome = run(capsys, "generate", bundle_copy, "--prompt", "Hi", "--json")
     assert outcome.code == 2
@@ -81,6 +82,20 @@ def test_a_crash_of_a_runtime_is_named_with_its_signal(
     outcome = run(capsys, "verify", bundle_copy, "--json")
     notes = [check["note"] for check in outcome.json["checks"] if not check["passed"]]
     assert (outcome.code, notes) == (1, [crash] * 3)
+
+
+@pytest.mark.parametrize(
+    ("service", "problem"),
+    [("Lying", "gives 511 logits, not 512"),
+     ("Boasting", "has a vocabulary of 1000000000 tokens")],
+)  # fmt: skip
+def test_sizes_that_no_artifact_has_are_refused(
+    service: str, problem: str, finished_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact_runner, "_SERVICE", f"misbehaving_runner:{service}")
+    runner = ArtifactRunner(finished_bundle.artifacts["onnx"].artifact)
+    with pytest.raises(InputError, match=problem):
+        runner.prefill([1])
 
 
 # Programs that are valid, but do not end or allocate without end.
