@@ -21,7 +21,7 @@ class ResumeLog:
         self._path, self._lock = path, threading.Lock()
         self._steps: dict[tuple[str, str], dict[str, Any]] = {}
         self._ends_with_newline = True
-        if path is None or not path.is_file():
+        if path is None or path.is_symlink() or not path.is_file():
             return
         text = path.read_text(encoding="utf-8", errors="replace")
         self._ends_with_newline = text.endswith("\n")
@@ -50,7 +50,9 @@ class ResumeLog:
             if self._path is None:
                 return
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
+            # A link is not followed, and a pipe does not block.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            with os.fdopen(os.open(self._path, flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(line if self._ends_with_newline else "\n" + line)
                 self._ends_with_newline = True
                 file.flush()

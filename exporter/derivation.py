@@ -271,6 +271,9 @@ def check_source(
         same = source.get(name) == recorded.get(name)
         note = "" if same else f"has sha256 {source.get(name)}, the manifest {recorded.get(name)}"
         checks.append(Check("source", None, name, same, not same, 0, note))
+    if checkpoint.config != quantized.config:
+        note = f"is not the configuration of {checkpoint.path}: the weights are not compared"
+        return [*checks, Check("source", None, "config.json", False, 1, 0, note)]
     with tempfile.TemporaryDirectory(prefix="mobilellm-") as scratch:
         try:
             again = _quantize_again(quantized, checkpoint, recipe, Path(scratch), progress)

@@ -14,7 +14,7 @@ from devices.comparison import Comparison, compare
 from devices.cores import parse_cores, show_cores
 from devices.engines import FORMATS, Model
 from devices.errors import DeviceError
-from devices.files import write_json
+from devices.files import check_replaceable, write_json
 from devices.session_state import Job, Settings
 from devices.transports import connected_devices, parse_device, transport_of
 from exporter.backends import front
@@ -78,6 +78,7 @@ def profile(path: Path, request: Request, progress: Progress) -> Profiled:
             report.validate(baseline)
         resume_log = None
         if request.output is not None:
+            check_replaceable(request.output)
             resume_log = request.output.with_name(f"{request.output.name}.rounds")
         versions = package_versions("mobilellm-exporter")
         made = report.profile(devices, jobs, settings, progress, resume_log, versions)

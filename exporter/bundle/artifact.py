@@ -25,7 +25,7 @@ from exporter.files import (
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import FLOAT
-from exporter.settings import Section, parse_section
+from exporter.settings import FileHashes, Section, parse_section
 from exporter.text.tokenizer import TOKENIZER_FILES
 
 MANIFEST = "artifact.json"
@@ -45,7 +45,7 @@ class ArtifactManifest(Section):
     eos_token_ids: list[int]
     float_weights: dict[str, str]
     versions: dict[str, str]
-    files: dict[str, str]
+    files: FileHashes
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from exporter.files import (
 from exporter.foreign import is_plain_name, read_bytes
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
-from exporter.settings import Section, parse_section
+from exporter.settings import FileHashes, Section, parse_section
 
 MANIFEST, CHECKSUMS, QUANTIZED = "bundle.json", "SHA256SUMS", "quantized"
 FORMAT_VERSION = 1
@@ -43,7 +43,7 @@ class BundleManifest(Section):
 
     format_version: int
     recipe: dict[str, Any]
-    source: dict[str, str]
+    source: FileHashes
     targets: list[str]
     versions: dict[str, str]
 
@@ -121,7 +121,7 @@ def file_problems(folder: Path) -> dict[str, str]:
     """Files that are missing, changed or not listed, links, and empty folders: name → what is
     wrong. Raises InputError if ``SHA256SUMS`` is damaged."""
     hashes = read_checksums(folder)
-    files, foreign = _tree(folder)
+    files, foreign = tree(folder)
     listed = {name: digest for name, digest in hashes.items() if name not in foreign}
     problems = differing_files(folder, listed) | foreign
     for name in (*sorted(files), MANIFEST, f"{QUANTIZED}/{QUANTIZED_MANIFEST}"):
@@ -139,7 +139,7 @@ def open_bundle(folder: Path) -> Bundle:
             "is a bundle whose export did not finish" if unfinished else "is not a bundle",
             "Run the same mobilellm export again" if unfinished else "mobilellm export makes one",
         )
-    _, foreign = _tree(folder)
+    _, foreign = tree(folder)
     if foreign:
         name, problem = next(iter(foreign.items()))
         raise InputError(folder / name, problem, "Export the bundle again")
@@ -163,8 +163,8 @@ def open_bundle(folder: Path) -> Bundle:
     )
 
 
-def _tree(folder: Path) -> tuple[set[str], dict[str, str]]:
-    """The regular files below a bundle except ``SHA256SUMS``, and what does not belong there:
+def tree(folder: Path) -> tuple[set[str], dict[str, str]]:
+    """The regular files below a folder except ``SHA256SUMS``, and what may not be in a bundle:
     name → what is wrong.
 
     Names are relative paths with forward slashes. No link is followed.

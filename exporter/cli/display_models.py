@@ -218,14 +218,16 @@ def print_recipes(recipes: "Sequence[Recipe]", as_json: bool) -> int:
 
 
 def print_checks(checks: Sequence[Any]) -> None:
-    """Print one line per kind of passed checks, and one line per failed check."""
+    """Print one line per kind of passed checks, and one line per failed check. A check that only
+    reports something has a line of its own."""
     from exporter.verification.checks import failures
 
-    kinds = dict[tuple[str, str | None], list[Any]]()
+    kinds = dict[tuple[str, str | None, str], list[Any]]()
     for check in checks:
-        kinds.setdefault((check.check, check.target), []).append(check)
+        report = check.subject if check.limit is None and check.note else ""
+        kinds.setdefault((check.check, check.target, report), []).append(check)
     rows = table("", "check", "target", "value", "limit", "subject")
-    for (name, target), group in kinds.items():
+    for (name, target, _), group in kinds.items():
         failed = list(failures(group))
         for check in failed or group[:1]:
             single = len(group) == 1 or failed

@@ -14,9 +14,11 @@ from exporter.bundle.bundle import (
     is_bundle,
     open_bundle,
     read_checksums,
+    tree,
 )
 from exporter.errors import InputError
 from exporter.files import differing_files
+from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, damaged_tensors
 
 
@@ -39,9 +41,14 @@ def failures(checks: Sequence[Check]) -> Iterator[Check]:
 
 
 def check_quantized_files(quantized: QuantizedCheckpoint) -> list[Check]:
-    """The hash of every file of a quantized checkpoint; one check per file."""
+    """The hash of every file of a quantized checkpoint; one check per file. A file that the
+    manifest does not list fails."""
     hashes = quantized.manifest["files"]
-    return _file_checks(hashes, differing_files(quantized.path, hashes))
+    files, foreign = tree(quantized.path)
+    unlisted = files - hashes.keys() - {QUANTIZED_MANIFEST}
+    problems = differing_files(quantized.path, hashes) | foreign
+    problems |= dict.fromkeys(sorted(unlisted), f"is not listed in {QUANTIZED_MANIFEST}")
+    return _file_checks(hashes, problems)
 
 
 def check_bundle_files(path: Path) -> list[Check]:
