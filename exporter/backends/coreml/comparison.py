@@ -271,7 +271,7 @@ def _by_name(operations: Sequence[Any]) -> dict[tuple[str, int], Any]:
     """Operations by the name of the first output, or their own, counted where it is not unique."""
     named, seen = dict[tuple[str, int], Any](), Counter[str]()
     for operation in operations:
-        own = operation.attributes["name"] if "name" in operation.attributes else None
+        own = operation.attributes.get("name")
         texts = own.immediateValue.tensor.strings.values if own else []
         name = operation.outputs[0].name if operation.outputs else (texts or [operation.type])[0]
         named[name, seen[name]] = operation
