@@ -44,7 +44,7 @@ from exporter.verification.checks import Check, check_bundle_files, failures
 
 #: The number of random changes of each bundle.
 ATTACKS = int(os.environ.get("MOBILELLM_ATTACKS", "40"))
-#: Every target and form, each in one of three bundles.
+#: Every target and form, each in one of four bundles.
 FORMS: dict[str, list[dict[str, Any]]] = {
     "default": [
         {"target": "executorch"},
@@ -61,7 +61,14 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"target": "onnx", "activations": "float16", "products": "float"},
         {"target": "coreml", "prefill": 16, "activations": "float32"},
     ],
+    "rows": [
+        {"target": "executorch"},
+        {"target": "onnx"},
+        {"target": "coreml", "prefill": 16, "compute": "neural_engine"},
+    ],
 }
+#: The schemes of the bundle with one scale a row, which the form for the Neural Engine needs.
+ROWS = {"linear": "int4", "embedding": "int8"}
 #: Fields that decide no file: nothing in the bundle contradicts another value.
 FREE = ("recipe.name", "recipe.model", "recipe.profile", "recipe.calibration")
 
@@ -84,7 +91,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Original
         shutil.copy(NANO / name, source / name)
     made = {}
     for name, targets in FORMS.items():
-        raw = {"name": name, "quantization": {"method": "absmax"}, "targets": targets}
+        schemes = ROWS if name == "rows" else {}
+        raw = {"name": name, "quantization": {"method": "absmax", **schemes}, "targets": targets}
         recipe = parse_recipe({**raw, "max_context": 256}, name)
         out = root / name
         result = pipeline.export(recipe, open_checkpoint(source), out, no_progress)
