@@ -78,7 +78,10 @@ def present(path: Path, limit: int | None = None) -> bool:
 def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
     """Open a regular file of at most `limit` bytes to read it. Raises InputError."""
     # Without O_NONBLOCK, a FIFO blocks until a writer opens it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(path, f"cannot be opened ({error.strerror})", "Check the path") from error
     try:
         _check_kind(path, os.fstat(descriptor), limit)
         return os.fdopen(descriptor, "rb")

@@ -88,11 +88,13 @@ def parse_section(
     subject: str,
     key: str = "",
     more_keys: Sequence[str] = (),
+    remedy: str = "",
 ) -> AnySection:
     """Validate plain data as a section. Raises InputError.
 
     The error message starts with `subject` and the section's dotted `key`. `more_keys` are allowed
     keys that the caller has removed from `raw`; the remedy for an unknown key lists them too.
+    `remedy` is that of errors that have none of their own.
     """
     try:
         return model.model_validate(raw, context={"subject": subject})
@@ -100,7 +102,8 @@ def parse_section(
         details = error.errors(include_url=False)
         # An unknown key first: a misspelt key causes other errors, such as a missing one.
         first = next((d for d in details if d["type"] in _UNKNOWN_KEY), details[0])
-        raise _input_error(model, first, subject, key, more_keys) from error
+        found = _input_error(model, first, subject, key, more_keys)
+        raise InputError(found.subject, found.problem, found.remedy or remedy) from error
 
 
 def _input_error(

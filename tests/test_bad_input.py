@@ -699,7 +699,7 @@ GENERATING: dict[str, tuple[Row, list[str]]] = {
         lambda w: w.generate(
             w.edit(w.part("executorch") / "artifact.json", lambda m: m.pop("files"))
         ),
-        ["artifact.json", "manifest", "ower the model again"],
+        ["artifact.json: files", "is missing", "ower the model again"],
     ),
     "flipped quantized checkpoint to generate": (
         lambda w: w.generate(_flipped(w.part("quantized") / "quantized.safetensors")),

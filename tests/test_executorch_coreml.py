@@ -169,7 +169,6 @@ def test_export_verify_and_generate_know_the_delegate(
     assert verified.code == 0
     checks = {check["check"]: check["value"] for check in verified.json["checks"]}
     assert 0 < checks["logits.kl"] < 1e-4
-    assert checks["logits.float32_casts_ignored"] == 0
     assert 0 < checks["range"] < LARGEST_HALF
     said = run(
         capsys, "generate", bundle, "--prompt", "Ada has 12 eggs.", "--max-new-tokens", 4, "--json"

@@ -123,6 +123,8 @@ def open_artifact(path: Path) -> FinishedArtifact:
             f"{manifest.get('format_version')!r} is not known",
             f"This version reads {FORMAT_VERSION}; lower the model again",
         )
-    checked = parse_section(ArtifactManifest, manifest, str(subject))
+    checked = parse_section(
+        ArtifactManifest, manifest, str(subject), remedy="Lower the model again"
+    )
     target = parse_target(checked.target, str(subject))
     return FinishedArtifact(Artifact(folder, target, tuple(checked.files)), manifest)

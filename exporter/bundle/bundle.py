@@ -143,7 +143,12 @@ def open_bundle(folder: Path) -> Bundle:
     if foreign:
         name, problem = next(iter(foreign.items()))
         raise InputError(folder / name, problem, "Export the bundle again")
-    manifest = parse_section(BundleManifest, read_json(folder / MANIFEST), str(folder / MANIFEST))
+    manifest = parse_section(
+        BundleManifest,
+        read_json(folder / MANIFEST),
+        str(folder / MANIFEST),
+        remedy="Export the bundle again",
+    )
     if manifest.format_version != FORMAT_VERSION:
         raise InputError(
             f"{folder / MANIFEST}: format_version",

@@ -233,7 +233,9 @@ def open_quantized(folder: Path) -> QuantizedCheckpoint:
     bos, eos = special_tokens(folder, config.vocab_size)
     companions(folder)
     shapes = config.parameter_shapes()
-    tensors = parse_section(_Manifest, manifest, str(folder / MANIFEST)).tensors
+    tensors = parse_section(
+        _Manifest, manifest, str(folder / MANIFEST), remedy="Quantize again"
+    ).tensors
     if set(tensors) != set(shapes):
         raise InputError(
             f"{folder / MANIFEST}: tensors", "does not list the model's tensors", "Quantize again"
