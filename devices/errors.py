@@ -1,12 +1,22 @@
 """Errors of devices, each with the value, the reason and the remedy."""
 
+from devices.text import printable
+
+#: Characters of a problem, which may quote what a device printed.
+_LONGEST = 600
+
 
 class DeviceError(Exception):
-    """Base: the message reads ``subject: what is wrong. Remedy.``"""
+    """Base: the message reads ``subject: what is wrong. Remedy.``
+
+    It may quote a device, so it is made printable and is cut off where it is too long.
+    """
 
     def __init__(self, subject: object, problem: str, remedy: str = "") -> None:
-        self.subject, self.problem, self.remedy = str(subject), problem, remedy
-        super().__init__(f"{subject}: {problem}." + (f" {remedy}." if remedy else ""))
+        self.subject, self.problem = printable(str(subject)), printable(problem, _LONGEST)
+        self.remedy = printable(remedy, _LONGEST)
+        end = f" {self.remedy}." if remedy else ""
+        super().__init__(f"{self.subject}: {self.problem}.{end}")
 
 
 class BadDeviceError(DeviceError):

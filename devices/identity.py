@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from devices.answers import contained
 from devices.catalogue import core_name
+from devices.cores import parse_cores
 from devices.errors import DeviceError
+from devices.text import printable
+from devices.thermal import READ_TEMPERATURES, parse_temperatures
 
-#: One script for all systems: a section stays empty where the system lacks its source.
-IDENTIFY = r"""
+#: One script for all systems: a section stays empty where the system lacks its source. $1 is the
+#: folder of the thermal zones.
+IDENTIFY = (
+    r"""
 each() { for f in "$@"; do [ -r "$f" ] && printf '%s ' "$f" && cat "$f" && echo; done 2>/dev/null; }
 cpu=/sys/devices/system/cpu
 echo @@kernel; uname -srm
@@ -21,12 +27,17 @@ echo @@release; cat /etc/os-release 2>/dev/null
 echo @@getprop; getprop 2>/dev/null
 echo @@frequencies; each $cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq
 echo @@governors; each $cpu/cpu[0-9]*/cpufreq/scaling_governor
-echo @@thermal; for z in /sys/class/thermal/thermal_zone*; do
-  [ -r "$z/temp" ] && echo "$(cat "$z/type") $(cat "$z/temp")"; done 2>/dev/null
+echo @@usable; grep Cpus_allowed_list /proc/self/status
 echo @@board; cat /proc/device-tree/model 2>/dev/null | tr -d '\0'; echo
 cat /sys/class/dmi/id/sys_vendor /sys/class/dmi/id/product_name 2>/dev/null
-echo @@end
+echo @@thermal
 """
+    + READ_TEMPERATURES
+    + "\necho @@end\n"
+)
+#: Every section of its output, and characters of the whole and of a line.
+_SECTIONS = tuple(re.findall(r"echo @@(\w+)", IDENTIFY))
+_MOST_TEXT, _MOST_LINE = 4 << 20, 1 << 14
 
 Kind = Literal["real", "virtual", "emulated"]
 
@@ -54,7 +65,8 @@ class Identity:
 
     `kind` is emulated where the instructions of another architecture run in software, and virtual
     in a virtual machine; `kind_reason` is the evidence. `features` are those of the CPU,
-    `governors` those of its clock. `temperatures` are in degrees Celsius, by sensor.
+    `governors` those of its clock. `usable` are the numbers of the cores on which a process may
+    run. `temperatures` are in degrees Celsius, by sensor.
     """
 
     name: str
@@ -68,6 +80,7 @@ class Identity:
     cores: tuple[Core, ...] = ()
     features: tuple[str, ...] = ()
     governors: tuple[str, ...] = ()
+    usable: tuple[int, ...] = ()
     temperatures: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -76,13 +89,21 @@ class Identity:
         return sum(core.count for core in self.cores)
 
 
+@contained("device", "its identity")
 def parse_identity(text: str) -> Identity:
-    """Parse the output of `IDENTIFY`. Raises DeviceError where it is cut off."""
+    """Parse the output of `IDENTIFY`. Raises DeviceError where it is cut off or is something else.
+
+    The texts in it are printable, and no longer than names are.
+    """
+    if len(text) > _MOST_TEXT:
+        raise DeviceError("device", f"identifies itself with more than {_MOST_TEXT >> 20} MiB")
     sections = _sections(text)
-    if "end" not in sections:
-        raise DeviceError("device", "does not identify itself", "Its shell may be restricted")
-    properties = dict(re.findall(r"^\[(.+?)\]: \[(.*?)\]$", sections["getprop"], re.MULTILINE))
-    release = dict(re.findall(r'^(\w+)="?(.*?)"?$', sections["release"], re.MULTILINE))
+    missing = [name for name in _SECTIONS if name not in sections]
+    if missing:
+        problem = f"does not identify itself: {', '.join(missing)} is missing"
+        raise DeviceError("device", problem, "Its shell may be restricted")
+    properties = _properties(sections["getprop"])
+    release = dict(re.findall(r'^(\w{1,99})="?(.*?)"?$', sections["release"], re.MULTILINE))
     board = [line.strip() for line in sections["board"].splitlines() if line.strip()]
     kernel = sections["kernel"].split()
     kind, reason = _kind(sections, properties, board)
@@ -90,34 +111,64 @@ def parse_identity(text: str) -> Identity:
     maker, model = (properties.get(f"ro.product.{n}", "") for n in ("manufacturer", "model"))
     processor = re.search(r"^model name\s*: (.+)$", sections["cpuinfo"], re.MULTILINE)
     soc = properties.get("ro.soc.model") or properties.get("ro.board.platform") or ""
+    cores = _cores(sections["cpuinfo"], sections["frequencies"])
     return Identity(
-        name=f"{maker} {model}".strip() or " ".join(board) or "unknown",
-        soc=soc or (processor[1].strip() if processor else ""),
-        machine=kernel[-1] if kernel else "unknown",
-        system=f"Android {android}" if android else release.get("PRETTY_NAME", "Linux"),
-        kernel=" ".join(kernel[:-1]),
-        cores=_cores(sections["cpuinfo"], sections["frequencies"]),
+        name=_short(f"{maker} {model}".strip() or " ".join(board) or "unknown"),
+        soc=_short(soc or (processor[1].strip() if processor else "")),
+        machine=_short(kernel[-1] if kernel else "unknown"),
+        system=_short(f"Android {android}" if android else release.get("PRETTY_NAME", "Linux")),
+        kernel=_short(" ".join(kernel[:-1])),
+        cores=cores,
         features=_features(sections["cpuinfo"]),
         memory_bytes=parse_meminfo(sections["meminfo"]).total,
-        governors=tuple(sorted(set(re.findall(r"scaling_governor (\S+)", sections["governors"])))),
-        temperatures=_temperatures(sections["thermal"]),
+        governors=tuple(
+            sorted(set(map(_short, re.findall(r"governor (\S+)", sections["governors"]))))
+        ),
+        usable=_usable(sections["usable"], sum(core.count for core in cores)),
+        temperatures=parse_temperatures(sections["thermal"]),
         kind=kind,
-        kind_reason=reason,
+        kind_reason=_short(reason),
     )
 
 
+@contained("device", "/proc/meminfo")
 def parse_meminfo(text: str) -> Memory:
     """Parse /proc/meminfo. Raises DeviceError where it has no MemTotal."""
-    found = {key: int(value) * 1024 for key, value in re.findall(r"(\w+):\s+(\d+) kB", text)}
-    if "MemTotal" not in found:
+    lines = re.findall(r"^(\w{1,99}):[ \t]*(\d{1,15}) kB", text, re.MULTILINE)
+    found = {key: int(value) * 1024 for key, value in lines}
+    if not found.get("MemTotal"):
         raise DeviceError("/proc/meminfo", "has no MemTotal")
     return Memory(found["MemTotal"], found.get("MemAvailable", found.get("MemFree", 0)))
 
 
+def _short(text: str) -> str:
+    return printable(text, 120)
+
+
 def _sections(text: str) -> dict[str, str]:
-    """Name → content of each section of the output of `IDENTIFY`."""
-    parts = re.split(r"^@@(\w+)\r?\n", text.replace("\r\n", "\n"), flags=re.MULTILINE)
+    """Name → content of each section of the output of `IDENTIFY`, in printable lines."""
+    lines = (
+        printable(line.replace("\t", " "), _MOST_LINE)
+        for line in text.replace("\r\n", "\n").split("\n")
+    )
+    parts = re.split(r"^@@(\w{1,20})$\n?", "\n".join(lines), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _properties(text: str) -> dict[str, str]:
+    """The lines ``[name]: [value]`` of Android's getprop."""
+    found = {}
+    for line in text.splitlines():
+        name, mark, value = line.partition("]: [")
+        if mark and name.startswith("[") and value.endswith("]"):
+            found[name[1:]] = value[:-1]
+    return found
+
+
+def _usable(text: str, count: int) -> tuple[int, ...]:
+    """The cores of Cpus_allowed_list; all of them where it is not told."""
+    listed = re.search(r"Cpus_allowed_list: *([\d,-]{1,999})", text)
+    return parse_cores(listed[1], "Cpus_allowed_list") if listed else tuple(range(count))
 
 
 def _kind(
@@ -150,16 +201,19 @@ def _kind(
 
 def _cores(cpuinfo: str, frequencies: str) -> tuple[Core, ...]:
     """Groups of equal cores, the fastest first."""
-    speeds = {int(n): int(khz) for n, khz in re.findall(r"cpu(\d+)/\S+ (\d+)", frequencies)}
+    told = re.findall(
+        r"^\S{1,60}/cpu(\d{1,4})/cpufreq/\w{1,60} (\d{1,12})$", frequencies, re.MULTILINE
+    )
+    speeds = {int(n): int(khz) for n, khz in told}
     counted = Counter[tuple[str, int | None]]()
     for block in re.split(r"\n\s*\n", cpuinfo):
-        number = re.search(r"^processor\s*: (\d+)", block, re.MULTILINE)
+        number = re.search(r"^processor\s*: (\d{1,6})$", block, re.MULTILINE)
         if number is None:
             continue
-        implementer = re.search(r"^CPU implementer\s*: (0x[0-9a-f]+)", block, re.MULTILINE)
-        part = re.search(r"^CPU part\s*: (0x[0-9a-f]+)", block, re.MULTILINE)
+        implementer = re.search(r"^CPU implementer\s*: (0x[0-9a-f]{1,8})$", block, re.MULTILINE)
+        part = re.search(r"^CPU part\s*: (0x[0-9a-f]{1,8})$", block, re.MULTILINE)
         model = re.search(r"^model name\s*: (.+)$", block, re.MULTILINE)
-        name = model[1].strip() if model else "unknown"
+        name = _short(model[1].strip()) if model else "unknown"
         if implementer and part:
             name = core_name(int(implementer[1], 16), int(part[1], 16))
         counted[name, speeds.get(int(number[1]))] += 1
@@ -169,10 +223,4 @@ def _cores(cpuinfo: str, frequencies: str) -> tuple[Core, ...]:
 
 def _features(cpuinfo: str) -> tuple[str, ...]:
     found = re.search(r"^(?:Features|flags)\s*: (.+)$", cpuinfo, re.MULTILINE)
-    return tuple(sorted(found[1].split())) if found else ()
-
-
-def _temperatures(text: str) -> dict[str, float]:
-    """Degrees Celsius by sensor, from millidegrees. Values outside 1 to 150 °C are left out."""
-    found = re.findall(r"^(\S+) (-?\d+)$", text, re.MULTILINE)
-    return {name: int(value) / 1000 for name, value in found if 1000 <= int(value) <= 150_000}
+    return tuple(sorted(set(map(_short, found[1].split())))) if found else ()

@@ -6,18 +6,18 @@ counts only the time that no other row counts, so the shares add up to one.
 
 import contextlib
 import io
-import json
 import logging
 import re
-import subprocess
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from devices.answers import contained, is_number, is_whole, parse_json
 from devices.errors import DeviceError
+from devices.text import printable
 
 
 @dataclass(frozen=True)
@@ -68,22 +68,23 @@ _CALLS = frozenset({"OPERATOR_CALL", "DELEGATE_CALL"})
 _INTERPRETER = frozenset({"Method::execute", "JF_CALL", "MOVE_CALL", "FREE_CALL"})
 
 
-#: What readers raise on a file that is something else; ExecuTorch's runs flatc on it.
-_UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, subprocess.SubprocessError,
-)  # fmt: skip
-
-
 def read_trace(format: str, path: Path) -> list[Operator]:  # noqa: A002  # as in `Model`
     """The operators of a trace, the most expensive first. Raises DeviceError."""
     readers = {"executorch": _read_etdump, "onnx": _read_onnx, "coreml": _read_coreml}
-    try:
-        leaves = list(readers[format](path))
-    except _UNREADABLE as error:
-        raise DeviceError(path.name, f"is not a trace of {format} ({error})") from error
+    with contained(path.name, f"as a trace of {format}, it"):
+        leaves = list(map(_checked, readers[format](path)))
     if not leaves:
         raise DeviceError(path.name, "holds no operator")
     return _table(leaves)
+
+
+def _checked(leaf: _Leaf) -> _Leaf:
+    """The leaf with printable names. Raises DeviceError where its figures are no figures."""
+    if not is_number(leaf.milliseconds) or not is_whole(leaf.calls):
+        raise DeviceError("trace", f"gives no time of the operator {leaf.name}")
+    return replace(
+        leaf, name=printable(str(leaf.name), 120), delegate=printable(str(leaf.delegate), 60)
+    )
 
 
 def audit(operators: Iterable[Operator]) -> list[str]:
@@ -158,7 +159,7 @@ def _executed(events: Sequence[Any]) -> Iterator[_Leaf]:
 
 def _read_onnx(path: Path) -> Iterator[_Leaf]:
     """Kernels only. A product on the CPU counts as delegated where its kernel is an integer one."""
-    for event in json.loads(path.read_text(encoding="utf-8")):
+    for event in parse_json(path.read_text(encoding="utf-8"), path.name):
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
         name, provider = event["args"]["op_name"], event["args"].get("provider", "")
@@ -170,7 +171,7 @@ def _read_onnx(path: Path) -> Iterator[_Leaf]:
 
 def _read_coreml(path: Path) -> Iterator[_Leaf]:
     """A plan, not a measurement: the estimated share of the cost stands for milliseconds."""
-    for row in json.loads(path.read_text(encoding="utf-8")):
+    for row in parse_json(path.read_text(encoding="utf-8"), path.name):
         device = str(row["device"])
         delegate = "" if "CPU" in device.upper() else device
         yield _Leaf(str(row["operator"]).split(".")[-1], 1, float(row["cost"]), delegate)

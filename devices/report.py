@@ -8,9 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from devices.answers import contained
 from devices.catalogue import find
-from devices.engines import Record
-from devices.errors import BadDeviceError
+from devices.cores import show_cores
+from devices.engines.records import Record
+from devices.errors import BadDeviceError, DeviceError
 from devices.files import sha256
 from devices.operators import audit
 from devices.prediction import Speed, predict_on, predict_speed
@@ -19,6 +23,7 @@ from devices.resume_log import ResumeLog
 from devices.session import profile_device
 from devices.session_state import PHASE_NAMES, Job, SessionState, Settings, summaries
 from devices.statistics import Summary
+from devices.thermal import hottest
 from devices.transports import Device
 
 SCHEMA_VERSION = 1
@@ -46,7 +51,7 @@ def profile(
             pool.submit(profile_device, device, jobs, settings, progress, resume_log)
             for device in devices
         ]
-        sessions = [describe(session) for future in futures for session in future.result()]
+        sessions = [_described(session) for future in futures for session in future.result()]
     report = {
         "schema_version": SCHEMA_VERSION,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -58,9 +63,24 @@ def profile(
     return plain
 
 
-def finish(resume_path: Path | None) -> None:
-    """Delete the resume log, once the report is written."""
-    ResumeLog(resume_path).remove()
+def _described(session: SessionState) -> dict[str, Any]:
+    """One session, which follows the schema whatever its device answered."""
+    try:
+        with contained(session.device, "what it measured"):
+            made: dict[str, Any] = json.loads(json.dumps(describe(session), allow_nan=False))
+            _validate(made, {"$ref": "#/$defs/session", "$defs": schema()["$defs"]})
+            return made
+    except DeviceError as error:
+        nothing = SessionState(session.job, session.device, session.settings)
+        nothing.error = session.error or str(error)
+        return describe(nothing)
+
+
+def finish(report: Mapping[str, Any], resume_path: Path | None) -> None:
+    """Delete the resume log, once the report is written and has no failed session: what was lost
+    is then measured again, and nothing else."""
+    if all(session["status"] != "failed" for session in report["sessions"]):
+        ResumeLog(resume_path).remove()
 
 
 def schema() -> dict[str, Any]:
@@ -71,10 +91,14 @@ def schema() -> dict[str, Any]:
 
 def validate(report: Mapping[str, Any]) -> None:
     """Raise BadDeviceError, with the path in the report, where it does not follow the schema."""
+    _validate(report, schema())
+
+
+def _validate(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     import jsonschema
 
     try:
-        jsonschema.validate(report, schema(), format_checker=jsonschema.FormatChecker())
+        jsonschema.validate(content, wanted, format_checker=jsonschema.FormatChecker())
     except jsonschema.ValidationError as error:
         place = ".".join(map(str, error.absolute_path)) or "the report"
         raise BadDeviceError(place, f"does not follow the schema ({error.message})") from error
@@ -133,8 +157,15 @@ def describe(session: SessionState) -> dict[str, Any]:
 def _engine(session: SessionState) -> dict[str, Any] | None:
     if session.engine is None:
         return None
-    name, versions = session.engine.name, dict(session.engine.versions)
-    return {"name": name, "versions": versions, "threads": session.threads}
+    engine = session.engine
+    return {
+        "name": engine.name,
+        "versions": dict(engine.versions),
+        "threads": session.threads,
+        "cores": show_cores(session.cores) if session.cores else None,
+        "mmap": session.settings.mmap if "mmap" in engine.capabilities else None,
+        "note": engine.note,
+    }
 
 
 def _audited(session: SessionState) -> bool:
@@ -161,7 +192,8 @@ def _first_load(records: Sequence[Record]) -> float | None:
 
 
 def _sustained(session: SessionState) -> dict[str, Any] | None:
-    """The speed in equal windows of time, and the last one divided by the best."""
+    """The speed in equal windows of time, the last one divided by the best, and the temperatures
+    meanwhile."""
     times = [ms for record in session.sustained for ms in record["ms"]]
     if not times:
         return None
@@ -176,7 +208,15 @@ def _sustained(session: SessionState) -> dict[str, Any] | None:
         "tokens": len(times),
         "tokens_per_second": rates,
         "last_to_best": rates[-1] / max(rates),
+        "p90_ms": float(np.quantile(times, 0.9)),
+        "thermal": [asdict(sample) for sample in session.thermal],
+        "hottest": _hottest(session),
     }
+
+
+def _hottest(session: SessionState) -> dict[str, Any] | None:
+    found = hottest(session.thermal)
+    return found and dict(zip(("sensor", "first", "most", "last"), found, strict=True))
 
 
 def _energy(session: SessionState) -> dict[str, Any] | None:

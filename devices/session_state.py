@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from devices.energy import Energy
-from devices.engines import Engine, Model, Plan, Record
+from devices.engines import Engine, Model, Plan
+from devices.engines.records import Record
 from devices.identity import Identity
 from devices.operators import Operator
 from devices.prediction import Workload
 from devices.statistics import Summary, summarize
+from devices.thermal import ThermalSample
 from devices.transports import Device
 
 #: The phases that have a speed, and their names in `not_measured`.
@@ -23,17 +25,24 @@ class Settings:
     """What is measured, and how precisely. Lengths and depths are in tokens, times in seconds.
 
     A session repeats until both ends of each median's confidence interval are within `precision`
-    of the median, relative to it, or `max_repeats` are done. `threads` 0 stands for the number that
-    the catalogue recommends, or else the number of fast cores.
+    of the median, relative to it, or `max_repeats` are done. The sustained run lasts until both its
+    seconds are over and its tokens are decoded, `cooldown_seconds` after everything else.
+    `threads` 0 stands for the number that the catalogue recommends, or else the number of fast
+    cores; in any case it is at most the number of cores that may be used. `cores` lists those to
+    use (``4-7``, '' for all). `mmap` says whether the model is mapped or read.
     """
 
     prompt_lengths: tuple[int, ...] = (64, 512)
     depths: tuple[int, ...] = (0, 512, 2048)
     decode_steps: int = 32
     sustained_seconds: int = 20
+    sustained_tokens: int = 0
+    cooldown_seconds: int = 0
     precision: float = 0.05
     max_repeats: int = 20
     threads: int = 0
+    cores: str = ""
+    mmap: bool = True
     timeout: float = 1800.0
 
 
@@ -53,7 +62,8 @@ class SessionState:
     `error` is why it failed, `skipped` why this device cannot run it. Records are those of the
     runners: `first` has the warm-up, `rounds` has a list for each repeat. `probes` has what the
     memory probe saw of each repeat. `bandwidth` is in bytes/s, `available_memory` in bytes.
-    `temperatures` are in degrees Celsius, by sensor, before and after.
+    `temperatures` are in degrees Celsius, by sensor, before and after; `thermal` has those during
+    the sustained run. With `cores`, commands run on these only.
     """
 
     job: Job
@@ -61,6 +71,7 @@ class SessionState:
     settings: Settings
     identity: Identity | None = None
     engine: Engine | None = None
+    cores: tuple[int, ...] = ()
     threads: int = 0
     error: str | None = None
     skipped: str | None = None
@@ -73,6 +84,7 @@ class SessionState:
     bandwidth: float | None = None
     available_memory: int | None = None
     temperatures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    thermal: list[ThermalSample] = field(default_factory=list)
     not_measured: dict[str, str] = field(default_factory=dict)
 
 
@@ -92,7 +104,10 @@ def plan_of(session: SessionState) -> Plan:
     for depth in settings.depths:
         if depth not in depths:
             session.not_measured[PHASE_NAMES["decode"].format(depth)] = f"the context is {context}"
-    return Plan(prompts, depths, settings.decode_steps, warmup=3, threads=session.threads)
+    return Plan(
+        prompts, depths, settings.decode_steps, warmup=3, threads=session.threads,
+        mmap=settings.mmap,
+    )  # fmt: skip
 
 
 def summaries(rounds: Sequence[Sequence[Record]]) -> dict[tuple[str, int], Summary]:

@@ -1,30 +1,28 @@
-"""Atomic writes of files and folders, output folders, hashes, JSON and safetensors."""
+"""Atomic writes of files and folders, output folders, hashes and manifests."""
 
 import fcntl
-import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from devices.files import replacing, sha256, sync, write_json
+from devices.files import json_bytes, replacing, sha256, sync, write_json
 from exporter.errors import InputError
+from exporter.foreign import differing_files, open_regular, read_json
 
-#: Four of them come from `devices`, which needs them too and imports nothing from `exporter`.
+#: Five come from `devices`, which needs them too and imports nothing from `exporter`; two come from
+#: `exporter.foreign`.
 __all__ = (
-    "SAFETENSORS_NAMES",
     "Output",
     "check_folder",
     "claim_folder",
     "copy_file",
     "differing_files",
+    "json_bytes",
     "made_from",
     "may_be_made_from",
     "package_versions",
@@ -34,67 +32,42 @@ __all__ = (
     "sha256",
     "sync",
     "write_json",
-    "write_safetensors",
-    "write_tensors",
 )  # fmt: skip
-
-SAFETENSORS_NAMES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `path` when the block ends without an exception."""
+    """Yield a temporary folder that replaces `path` when the block ends without an exception.
+
+    No link is followed: one at `path` or at the temporary name is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     try:
         temporary.mkdir()
         yield temporary
         for written in (temporary, *temporary.rglob("*")):
             sync(written)
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
         temporary.replace(path)
         sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises InputError."""
-    if not path.is_file():
-        raise InputError(path, "no such file", "Give the whole folder that it belongs to")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(path, f"is not valid JSON ({error})", "Get the file again") from error
-    if not isinstance(content, dict):
-        raise InputError(path, f"holds a {type(content).__name__}, not an object")
-    return content
+def _remove(path: Path) -> None:
+    """Delete a file, a link itself, or a folder with all that it holds."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of `source`; `target` is replaced atomically."""
-    with replacing(target) as out, source.open("rb") as file:
+    """Copy the content of a regular file; `target` is replaced atomically."""
+    with replacing(target) as out, open_regular(source) as file:
         shutil.copyfileobj(file, out)
-
-
-def differing_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
-    """Files of `folder` that are missing or whose SHA-256 differs: name → what is wrong."""
-    problems = dict[str, str]()
-    for name, expected in hashes.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            problems[name] = "is missing"
-        elif (found := sha256(path)) != expected:
-            problems[name] = f"has sha256 {found[:12]}…, not {expected[:12]}…"
-    return problems
 
 
 def made_from(manifest: Path, identity: Mapping[str, Any]) -> bool:
@@ -150,7 +123,8 @@ class Output:
 def claim_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) -> Iterator[None]:
     """Create the output folder and lock it for one run.
 
-    A folder with other files in it is refused. A finished result of other inputs is refused too,
+    A folder with other files in it is refused, and so is one with a link or a special file, at any
+    depth; `out` itself may be a link to a folder. A finished result of other inputs is refused too,
     unless `overwrite`, which deletes it. The files of a killed run are kept. Raises InputError.
     """
     check_folder(out, output, same_inputs, overwrite)
@@ -187,6 +161,8 @@ def check_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
             f"holds other files ({(foreign or sorted(present))[0]})",
             "Give a new or an empty folder; nothing in this one was changed",
         )
+    if out.is_dir():
+        _refuse_links(out)
     if output.finished in present and not same_inputs and not overwrite:
         raise InputError(
             out,
@@ -195,17 +171,33 @@ def check_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
         )
 
 
+def _refuse_links(folder: Path) -> None:
+    """Raise InputError for a link, a device, a pipe or a socket below `folder`."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            _refuse_links(Path(entry.path))
+        elif not entry.is_file(follow_symlinks=False):
+            kind = "a link" if entry.is_symlink() else "a device, a pipe or a socket"
+            raise InputError(
+                entry.path,
+                f"is {kind}, in an output folder",
+                "Remove it, or give a new folder; nothing was changed",
+            )
+
+
+def check_apart(out: Path, source: Path) -> None:
+    """Raise InputError if the output folder is, or holds, the folder that is read."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise InputError(out, f"holds the model that is read ({source})", "Give another folder")
+
+
 def _clear(out: Path, output: Output) -> None:
     """Delete a finished result: `finished` first and `first` last, so that a kill leaves an
     unfinished run, which the next run accepts."""
     (out / output.finished).unlink()
     names = sorted(path.name for path in out.iterdir() if path.name != output.first)
     for name in (*names, output.first):
-        path = out / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(out / name)
 
 
 def _lock(descriptor: int, out: Path) -> None:
@@ -215,42 +207,3 @@ def _lock(descriptor: int, out: Path) -> None:
         raise InputError(
             out, "another run is writing this folder", "Wait for it, or choose another folder"
         ) from error
-
-
-def write_safetensors(
-    path: Path,
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    tensor: Callable[[str], torch.Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a safetensors file one tensor at a time, so at most one tensor is in memory.
-
-    `layout` gives the type and shape of every tensor in file order; `tensor` returns the tensor of
-    a name and is called in that order.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, (dtype, shape) in layout.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, (dtype, shape) in layout.items():
-            value = tensor(name)
-            assert value.dtype == dtype and tuple(value.shape) == shape, name
-            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def write_tensors(
-    path: Path, entries: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors that are all in memory as a safetensors file."""
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in entries.items()}
-    write_safetensors(path, layout, entries.__getitem__, {"format": "pt", **(metadata or {})})

@@ -1,8 +1,9 @@
 """The pipeline: checkpoint → quantized checkpoint → artifacts → verification → bundle."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from exporter.bundle.artifact import (
     artifact_versions,
     write_artifact,
 )
-from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
-from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
 from exporter.bundle.bundle import (
+    CHECKSUMS,
     Bundle,
     bundle_identity,
     bundle_output,
@@ -30,6 +30,8 @@ from exporter.bundle.bundle import (
     open_bundle,
     write_checksums,
 )
+from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
+from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
 from exporter.calibration.quantize import (
     QuantizationInputs,
     join_distillation,
@@ -38,8 +40,15 @@ from exporter.calibration.quantize import (
     quantize_checkpoint,
 )
 from exporter.calibration.torchrun import joined_processes
+from exporter.derivation import (
+    bundle_recipe,
+    check_derived,
+    check_manifests,
+    check_quantized_manifest,
+    check_source,
+)
 from exporter.errors import InputError
-from exporter.files import check_folder, claim_folder, made_from, may_be_made_from
+from exporter.files import check_apart, check_folder, claim_folder, made_from, may_be_made_from
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress, TensorCounter, no_progress
 from exporter.quantization.plan import QuantizationPlan
@@ -55,15 +64,14 @@ from exporter.quantization.quantized_checkpoint import (
 )
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.recipe import Recipe
-from exporter.verification import (
+from exporter.verification.checks import (
     Check,
-    Text,
     check_bundle_files,
-    check_models,
     check_quantized,
     check_quantized_files,
-    verification_text,
 )
+from exporter.verification.models import check_models
+from exporter.verification.runs import Text, run_artifact, running, verification_text
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,8 @@ def quantize(
     With ``torchrun`` all processes take part in the distillation, the first one writes, and the
     others return None. Raises InputError.
     """
+    for written in (out, *([dequantized.path] if dequantized else [])):
+        check_apart(written, checkpoint.path)
     plan = quantization_plan(recipe.quantization, checkpoint)
     source = source_hashes(checkpoint)
     identity = quantized_identity(checkpoint, plan, source)
@@ -119,8 +129,6 @@ def _write_quantized(
 ) -> QuantizedCheckpoint:
     same = made_from(out / QUANTIZED_MANIFEST, inputs.identity)
     if dequantized:
-        if dequantized.path.resolve() == checkpoint.path.resolve():
-            raise InputError(dequantized.path, "is the checkpoint itself", "Give another folder")
         check_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite)
     with claim_folder(out, QUANTIZED_OUTPUT, same, overwrite):
         quantized = quantize_checkpoint(checkpoint, inputs, out, progress)
@@ -139,6 +147,7 @@ def lower(
     overwrite: bool = False,
 ) -> FinishedArtifact:
     """Quantized checkpoint → one artifact in `out`. Raises InputError."""
+    check_apart(out, quantized.path)
     backend(target.target).check(quantized.config, quantized.schemes, target)
     require_whole(quantized)
     identity = artifact_identity(quantized, target)
@@ -184,6 +193,7 @@ def export(
 
     `text` is a file to verify on, by default the built-in sample text. Raises InputError.
     """
+    check_apart(out, checkpoint.path)
     plan = quantization_plan(recipe.quantization, checkpoint)
     _check_targets(recipe, checkpoint, plan)
     texts: dict[str, Text] = {
@@ -218,7 +228,12 @@ def export(
             )
             for target in recipe.targets
         }
-        checks = check_models(quantized, artifacts, texts, progress)
+        # In this process: the artifacts are our own, and their toolkits are loaded.
+        runs = {
+            target: partial(run_artifact, finished.artifact, texts[target])
+            for target, finished in artifacts.items()
+        }
+        checks = check_models(quantized, artifacts, texts, runs, progress)
         if not all(check.passed for check in checks):
             return Export(None, quantized, artifacts, checks)
         if not is_bundle(out) or file_problems(out):
@@ -244,12 +259,24 @@ def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
     return recipe.model_copy(update={"targets": chosen}) if names else recipe
 
 
-def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Check]:
-    """All checks of a finished bundle, or of a quantized checkpoint. Raises InputError for a path
-    that is neither."""
+def verify(
+    path: Path,
+    progress: Progress,
+    text: Path | None = None,
+    *,
+    source: Checkpoint | None = None,
+    quick: bool = False,
+) -> list[Check]:
+    """All checks of a finished bundle, or of a quantized checkpoint.
+
+    With `source`, the quantized checkpoint is compared with the checkpoint that it was made from.
+    With `quick`, artifacts are not derived again. Raises InputError for a path that is neither.
+    """
     if (path / QUANTIZED_MANIFEST).is_file() and not is_bundle(path):
         quantized = open_quantized(path)
-        return check_quantized_files(quantized) + check_quantized(quantized)
+        checks = check_quantized_files(quantized) + check_quantized_manifest(quantized)
+        checks += check_quantized(quantized)
+        return checks + (check_source(quantized, source, None, progress) if source else [])
     files = check_bundle_files(path)
     try:
         bundle = open_bundle(path)
@@ -258,12 +285,35 @@ def verify(path: Path, progress: Progress, text: Path | None = None) -> list[Che
             raise
         return [*files, Check("bundle", None, error.subject, False, 1, 0, error.problem)]
     damaged = {check.subject for check in files if not check.passed}
-    texts = dict[str, Text]()
+    checks, texts = files, dict[str, Text]()
     for target, finished in bundle.artifacts.items():
         context = finished.artifact.target.max_context
         try:
             texts[target] = verification_text(bundle.quantized, context, text)
-        except InputError:
-            if not damaged:
+        except InputError as error:
+            if text is not None and not damaged:
                 raise
-    return files + check_models(bundle.quantized, bundle.artifacts, texts, progress, damaged)
+            checks.append(Check("text", target, error.subject, False, 1, 0, error.problem))
+    with running(bundle.artifacts, texts, damaged) as runs:
+        if CHECKSUMS not in damaged:
+            checks += check_manifests(bundle)
+        if source:
+            checks += check_source(bundle.quantized, source, bundle_recipe(bundle), progress)
+        if not quick:
+            checks += _check_derived(bundle, damaged, progress)
+        return checks + check_models(
+            bundle.quantized, bundle.artifacts, texts, runs, progress, damaged
+        )
+
+
+def _check_derived(bundle: Bundle, damaged: Collection[str], progress: Progress) -> list[Check]:
+    """Derive every artifact again, unless a file of the quantized checkpoint is damaged."""
+    sources = [name for name in damaged if name.startswith(f"{BUNDLE_QUANTIZED}/")]
+    if sources:
+        note = "not derived again: the file is damaged"
+        return [Check("derived", None, name, False, 1, 0, note) for name in sources]
+    return [
+        check
+        for finished in bundle.artifacts.values()
+        for check in check_derived(bundle.quantized, finished, progress)
+    ]

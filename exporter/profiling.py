@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from devices import report
+from devices.answers import contained
 from devices.comparison import Comparison, compare
+from devices.cores import parse_cores, show_cores
 from devices.engines import FORMATS, Model
 from devices.errors import DeviceError
-from devices.files import write_json
+from devices.files import check_replaceable, write_json
 from devices.session_state import Job, Settings
-from devices.transports import parse_device
+from devices.transports import connected_devices, parse_device, transport_of
 from exporter.backends import front
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import MANIFEST, Bundle, open_bundle
@@ -25,13 +27,17 @@ from exporter.progress import Progress
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.recipe import Profile, parse_profile
 from exporter.text.tokenizer import load_tokenizer
-from exporter.verification import verification_text
+from exporter.verification.runs import verification_text
+
+_MOST_THREADS = 1024
+#: Seconds: ten days.
+_LONGEST = 864_000
 
 
 @dataclass(frozen=True)
 class Request:
-    """The options of the command line; with `threads` 0 the device chooses their number, and
-    `timeout` is in seconds."""
+    """The options of the command line; with `threads` 0 the device chooses their number, `cores`
+    are such as ``4-7``, and `timeout` is in seconds."""
 
     devices: Sequence[str]
     targets: Sequence[str] = ()
@@ -41,6 +47,8 @@ class Request:
     timeout: float = 1800.0
     output: Path | None = None
     baseline: Path | None = None
+    cores: str = ""
+    mmap: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ class Profiled:
 def profile(path: Path, request: Request, progress: Progress) -> Profiled:
     """Profile the artifacts of a bundle on the requested devices. Raises InputError."""
     bundle = open_bundle(path)
-    settings = _settings(bundle, request)
     try:
+        settings = _settings(bundle, request)
         devices = [parse_device(text) for text in dict.fromkeys(request.devices)]
         jobs = [job(bundle, finished, request) for finished in _chosen(bundle, request.targets)]
         baseline = None
@@ -70,6 +78,7 @@ def profile(path: Path, request: Request, progress: Progress) -> Profiled:
             report.validate(baseline)
         resume_log = None
         if request.output is not None:
+            check_replaceable(request.output)
             resume_log = request.output.with_name(f"{request.output.name}.rounds")
         versions = package_versions("mobilellm-exporter")
         made = report.profile(devices, jobs, settings, progress, resume_log, versions)
@@ -78,10 +87,43 @@ def profile(path: Path, request: Request, progress: Progress) -> Profiled:
             raise InputError(path, f"runs on none of the devices: {made['sessions'][0]['problem']}")
         if request.output is not None:
             write_json(request.output, made)
-            report.finish(resume_log)
+            report.finish(made, resume_log)
         return Profiled(made, [] if baseline is None else compare(made, baseline))
     except DeviceError as error:
         raise InputError(error.subject, error.problem, error.remedy) from error
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A device, and its folder of ours that was removed; `problem` says why it could not be."""
+
+    device: str
+    folder: str
+    problem: str | None = None
+
+
+def clean(names: Sequence[str], progress: Progress) -> list[Cleaned]:
+    """Remove all that `profile` copied to these devices, or to all that are connected.
+
+    Raises InputError for a name that is none of a device. A device that fails does not affect the
+    others.
+    """
+    found = list[Cleaned]()
+    try:
+        devices = [parse_device(text) for text in dict.fromkeys(names or connected_devices())]
+    except DeviceError as error:
+        raise InputError(error.subject, error.problem, error.remedy) from error
+    for number, device in enumerate(devices):
+        progress("clean", number, len(devices), str(device))
+        transport = transport_of(device)
+        folder = transport.workspace(device)
+        try:
+            with contained(device, "the removal"):
+                transport.remove(device, folder)
+            found.append(Cleaned(str(device), folder))
+        except DeviceError as error:
+            found.append(Cleaned(str(device), folder, str(error)))
+    return found
 
 
 def _settings(bundle: Bundle, request: Request) -> Settings:
@@ -89,9 +131,17 @@ def _settings(bundle: Bundle, request: Request) -> Settings:
     recipe = read_json(bundle.path / MANIFEST).get("recipe", {})
     section = recipe.get("profile") or Profile().model_dump(mode="json")
     chosen = parse_profile(section, f"{bundle.path}: profile", request.overrides)
-    if request.threads < 0 or request.timeout <= 0:
-        raise InputError("--threads and --timeout", "must not be negative")
-    return Settings(**chosen.model_dump(), threads=request.threads, timeout=request.timeout)
+    if not 0 <= request.threads <= _MOST_THREADS:
+        raise InputError(f"--threads {request.threads}", f"is not from 0 to {_MOST_THREADS}")
+    if not 0 < request.timeout <= _LONGEST:  # refuses nan too
+        raise InputError(
+            f"--timeout {request.timeout:g}", f"is not above 0 and at most {_LONGEST} seconds"
+        )
+    cores = show_cores(parse_cores(request.cores)) if request.cores else ""
+    return Settings(
+        **chosen.model_dump(), threads=request.threads, cores=cores, mmap=request.mmap,
+        timeout=request.timeout,
+    )  # fmt: skip
 
 
 def _chosen(bundle: Bundle, targets: Sequence[str]) -> list[FinishedArtifact]:

@@ -13,15 +13,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 
 from exporter.backends import Target, front, names
 from exporter.backends._target import Context, target_from
 from exporter.calibration.settings import Calibration
-from exporter.errors import InputError
+from exporter.errors import InputError, short
+from exporter.foreign import read_bytes
 from exporter.quantization.settings import Quantization
 from exporter.settings import Section, list_of, overridden, parse_section, refusal, within
+from exporter.yaml_reader import YAML_BYTES, parse_yaml
 
 _Positive = Annotated[int, within(1)]
 _Count = Annotated[int, within(0)]
@@ -32,15 +33,18 @@ class Profile(Section):
 
     `prompt_lengths` and `depths` (of the KV cache) are in tokens. A measurement is repeated until
     the confidence interval of its median is within ± `precision` (relative), or `max_repeats`
-    times.
+    times. The sustained run lasts until both `sustained_seconds` are over and `sustained_tokens`
+    are decoded; the device rests for `cooldown_seconds` before it.
     """
 
     prompt_lengths: Annotated[tuple[_Positive, ...], list_of("whole numbers")] = (64, 512)
     depths: Annotated[tuple[_Count, ...], list_of("whole numbers")] = (0, 512, 2048)
-    decode_steps: _Positive = 32
-    sustained_seconds: _Count = 20
+    decode_steps: Annotated[int, within(1, 1_000_000)] = 32
+    sustained_seconds: Annotated[int, within(0, 86_400)] = 20
+    sustained_tokens: Annotated[int, within(0, 10_000_000)] = 0
+    cooldown_seconds: Annotated[int, within(0, 86_400)] = 0
     precision: Annotated[float, within(1e-9)] = 0.05
-    max_repeats: _Positive = 20
+    max_repeats: Annotated[int, within(1, 100_000)] = 20
 
     @model_validator(mode="after")
     def _measures_something(self) -> "Profile":
@@ -52,7 +56,7 @@ class Profile(Section):
 def _targets(value: object, info: ValidationInfo) -> object:
     """Parse each target as the type of its format; `info.context` has the subject of errors."""
     if not isinstance(value, (list, tuple)):
-        raise refusal(f"{value!r} is not a list of targets")
+        raise refusal(f"{short(value)} is not a list of targets")
     if not value:
         raise refusal("is empty", f"Name one of {', '.join(names())}")
     subject = (info.context or {}).get("subject", "recipe")
@@ -133,11 +137,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         path = recipe_folder() / f"{source}.yaml"
     if not path.is_file():
         raise InputError(source, *_no_such_recipe(str(source)))
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an invalid date
-        reason = " ".join(str(error).split())
-        raise InputError(path, f"is not valid YAML ({reason})", "Correct the file") from error
+    raw = parse_yaml(read_bytes(path, YAML_BYTES), path, "Correct the file")
     if not isinstance(raw, dict):
         raise InputError(path, "does not hold a mapping of keys", "See recipes/ for examples")
     return parse_recipe(overridden({"name": path.stem, **raw}, overrides), str(path))
@@ -184,7 +184,9 @@ def _each_with(shared: Mapping[str, Any], targets: object) -> object:
     return [{**shared, **target} if isinstance(target, dict) else target for target in targets]
 
 
-def parse_profile(raw: Mapping[str, Any], subject: str, overrides: Sequence[str] = ()) -> Profile:
+def parse_profile(raw: object, subject: str, overrides: Sequence[str] = ()) -> Profile:
     """Validate plain data as a profile section, with overrides such as ``depths=[0,512]``. Raises
     InputError."""
+    if not isinstance(raw, Mapping):  # a section of a bundle's manifest may hold anything
+        raise InputError(subject, f"{short(raw)} is not a mapping of keys")
     return parse_section(Profile, overridden(raw, overrides), subject)

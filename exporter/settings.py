@@ -6,15 +6,17 @@ an InputError with the dotted key and the value.
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from exporter.errors import InputError
+from exporter.errors import InputError, short
+from exporter.foreign import DEPTH, is_plain_name
+from exporter.yaml_reader import parse_yaml
 
 #: The error type of the validators of this project.
 _REFUSED = "refused"
@@ -30,6 +32,23 @@ class Section(BaseModel):
 
 
 AnySection = TypeVar("AnySection", bound=Section)
+
+#: The longest index of a list in an override.
+_DIGITS_OF_INDEX = 9
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _check_hashes(hashes: dict[str, str]) -> dict[str, str]:
+    for name, value in hashes.items():
+        if not is_plain_name(name):
+            raise refusal(f"{short(name)} is not the plain name of a file inside this folder")
+        if not _SHA256.fullmatch(value):
+            raise refusal(f"{short(value)} is not a SHA-256", key=name)
+    return hashes
+
+
+#: The hashes of files of a folder in its manifest: plain name → SHA-256.
+FileHashes = Annotated[dict[str, str], AfterValidator(_check_hashes)]
 
 
 def refusal(problem: str, remedy: str = "", key: str = "") -> PydanticCustomError:
@@ -57,7 +76,7 @@ def list_of(what: str) -> BeforeValidator:
 
     def check(value: object) -> object:
         if not isinstance(value, (list, tuple)):
-            raise refusal(f"{value!r} is not a list of {what}")
+            raise refusal(f"{short(value)} is not a list of {what}")
         return tuple(value)
 
     return BeforeValidator(check)
@@ -69,11 +88,13 @@ def parse_section(
     subject: str,
     key: str = "",
     more_keys: Sequence[str] = (),
+    remedy: str = "",
 ) -> AnySection:
     """Validate plain data as a section. Raises InputError.
 
     The error message starts with `subject` and the section's dotted `key`. `more_keys` are allowed
     keys that the caller has removed from `raw`; the remedy for an unknown key lists them too.
+    `remedy` is that of errors that have none of their own.
     """
     try:
         return model.model_validate(raw, context={"subject": subject})
@@ -81,7 +102,8 @@ def parse_section(
         details = error.errors(include_url=False)
         # An unknown key first: a misspelt key causes other errors, such as a missing one.
         first = next((d for d in details if d["type"] in _UNKNOWN_KEY), details[0])
-        raise _input_error(model, first, subject, key, more_keys) from error
+        found = _input_error(model, first, subject, key, more_keys)
+        raise InputError(found.subject, found.problem, found.remedy or remedy) from error
 
 
 def _input_error(
@@ -93,30 +115,33 @@ def _input_error(
     if kind in _UNKNOWN_KEY:
         name = place.pop()
         known = _section_at(model, place).model_fields
-        problem = f"unknown key {name!r}"
+        problem = f"unknown key {short(name)}"
         remedy = f"Keys: {', '.join([*known, *(() if place else more_keys)])}"
     elif kind == _REFUSED:
         problem, remedy = context["problem"], context["remedy"]
         place += [context["key"]] if context["key"] else []
     elif kind == "literal_error":
-        problem = f"{value!r} is not one of {', '.join(context['expected'].rsplit(' or ', 1))}"
+        problem = f"{short(value)} is not one of {', '.join(context['expected'].rsplit(' or ', 1))}"
     elif kind in _NOT_A_MAPPING:
-        problem = f"{value!r} is not a mapping of keys"
+        problem = f"{short(value)} is not a mapping of keys"
     elif kind in _TYPES:
-        problem = f"{value!r} is not of type {_TYPES[kind]}"
+        problem = f"{short(value)} is not of type {_TYPES[kind]}"
     elif kind == "missing":
         problem = "is missing"
     else:
-        problem = f"{value!r}: {detail['msg']}"
+        problem = f"{short(value)}: {detail['msg']}"
     where = ".".join([*([key] if key else []), *map(str, place)])
     return InputError(f"{subject}: {where}" if where else subject, problem, remedy)
 
 
 def _section_at(model: type[Section], place: Sequence[int | str]) -> type[Section]:
-    """The type of the section at `place`, a path of field names and indices in `model`."""
+    """The type of the section at `place`, a path of field names, keys and indices in `model`."""
     kind: Any = model
     for part in place:
-        kind = kind.model_fields[part].annotation if isinstance(part, str) else get_args(kind)[0]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            kind = kind.model_fields[str(part)].annotation
+        else:
+            kind = get_args(kind)[1 if get_origin(kind) is dict else 0]
     section: type[Section] = kind
     return section
 
@@ -135,6 +160,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise InputError(text, "is not an override", "Write key=value, as max_context=4096")
     parts = key.split(".")
+    if len(parts) > DEPTH:
+        raise InputError(text, f"names {len(parts)} levels; the limit is {DEPTH}", "See the recipe")
     # The patterns of quantization.overrides contain dots.
     if parts[:2] == ["quantization", "overrides"]:
         parts = [*parts[:2], ".".join(parts[2:])]
@@ -147,11 +174,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
             place = place.setdefault(part, [{}] if following == "0" else {})
         if not isinstance(place, (dict, list)):
             raise InputError(text, f"{part!r} holds no keys", "See the recipe for its keys")
-    try:
-        parsed = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(text, f"{value!r} is not a YAML value ({reason})", "Quote it") from error
+    parsed = parse_yaml(value, text, "Quote it")
     if isinstance(place, list):
         _list_item(place, parts[-1], text)
         place[int(parts[-1])] = parsed
@@ -160,6 +183,6 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def _list_item(items: list[Any], index: str, text: str) -> Any:
-    if not index.isdecimal() or int(index) >= len(items):
+    if not index.isdecimal() or len(index) > _DIGITS_OF_INDEX or int(index) >= len(items):
         raise InputError(text, f"{index!r} is not one of 0..{len(items) - 1}", "Count from 0")
     return items[int(index)]

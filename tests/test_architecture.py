@@ -22,13 +22,15 @@ DEVICES = ROOT / "devices"
 #: below it, and nowhere in a circle.
 LAYERS = (
     {"errors"},
-    {"files", "progress", "settings"},
+    {
+        "child_process", "files", "foreign", "progress", "settings", "tensors", "yaml_reader",
+    },
     {"model", "text"},
     {"quantization"},
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"forecast", "profiling"},
+    {"derivation", "forecast", "profiling"},
     {"pipeline"},
     {"cli"},
     {"__main__"},
@@ -430,6 +432,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("lower", ["quantized", "target", "out"]),
         ("load", ["artifact", "variant"]),
         ("weights", ["artifact", "quantized"]),
+        ("differences", ["found", "expected"]),
         ("rounding", ["schemes", "target", "prompt"]),
         ("largest_activation", ["target", "which"]),
         ("cross_checks", ["artifact"]),

@@ -516,7 +516,7 @@ OUTPUTS: dict[str, tuple[Row, list[str]]] = {
     ),
     "text missing for export": (
         lambda w: [*w.export(NANO), "--text", "nowhere.txt"],
-        ["nowhere.txt", "cannot be read", "UTF-8"],
+        ["nowhere.txt", "cannot be opened", "No such file"],
     ),
 }  # fmt: skip
 
@@ -604,7 +604,7 @@ VERIFYING: dict[str, tuple[Row, list[str]]] = {
     ),
     "text missing": (
         lambda w: ["verify", str(w.bundle()), "--text", "nowhere.txt"],
-        ["nowhere.txt", "cannot be read", "UTF-8"],
+        ["nowhere.txt", "cannot be opened", "No such file"],
     ),
     "text not UTF-8": (
         lambda w: ["verify", str(w.bundle()), "--text", str(w.write(w.root / "t.txt", b"\xff"))],
@@ -699,7 +699,7 @@ GENERATING: dict[str, tuple[Row, list[str]]] = {
         lambda w: w.generate(
             w.edit(w.part("executorch") / "artifact.json", lambda m: m.pop("files"))
         ),
-        ["artifact.json", "manifest", "ower the model again"],
+        ["artifact.json: files", "is missing", "ower the model again"],
     ),
     "flipped quantized checkpoint to generate": (
         lambda w: w.generate(_flipped(w.part("quantized") / "quantized.safetensors")),
@@ -711,7 +711,7 @@ EVALUATING: dict[str, tuple[Row, list[str]]] = {
     "nothing to evaluate": (lambda w: ["evaluate", str(NANO)], ["nothing to measure", "--data"]),
     "no such data": (
         lambda w: ["evaluate", str(NANO), "--data", "no.txt"],
-        ["no.txt", "No such file", "UTF-8"],
+        ["no.txt", "No such file", "Check the path"],
     ),
     "empty data": (lambda w: w.data(""), ["data.jsonl", "is empty"]),
     "data in Latin-1": (
@@ -842,7 +842,7 @@ CALIBRATING: dict[str, tuple[Row, list[str]]] = {
     ),
     "calibration data that is missing": (
         lambda w: w.calibrate("calibration.data.0.path=nowhere.txt"),
-        ["nowhere.txt", "cannot be read", "UTF-8"],
+        ["nowhere.txt", "cannot be opened", "No such file"],
     ),
     "calibration data shorter than a sequence": (
         lambda w: w.calibrate(content='{"text": "two eggs"}\n'),
@@ -881,7 +881,7 @@ CALIBRATING: dict[str, tuple[Row, list[str]]] = {
     ),
     "prompts that are missing": (
         lambda w: w.calibrate("calibration.data=[{prompts: nowhere.txt}]"),
-        ["nowhere.txt", "cannot be read"],
+        ["nowhere.txt", "cannot be opened"],
     ),
     "prompts without the field": (
         lambda w: w.calibrate("calibration.data=[{prompts: data.jsonl, field: ask}]"),

@@ -151,7 +151,8 @@ def test_verify_takes_a_quantized_checkpoint_alone(
 ) -> None:
     outcome = run(capsys, "verify", finished_bundle.path / "quantized", "--json")
     assert outcome.code == 0
-    assert {check["check"] for check in outcome.json["checks"]} == {"files", "quantized"}
+    checks = {check["check"] for check in outcome.json["checks"]}
+    assert checks == {"files", "manifest", "quantized"}
 
 
 Source = Callable[[Bundle], Path]

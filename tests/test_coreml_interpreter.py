@@ -16,67 +16,17 @@ import pytest
 import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813  # its name everywhere
 from coremltools.converters.mil import get_new_symbol
-from coremltools.converters.mil.mil import Function, Program, types
+from coremltools.converters.mil.mil import types
+from mil import Build, function, iOS18, state_spec, value, write
 
 from exporter.backends.coreml.interpreter import STATEFUL, Interpreter, State
 from exporter.backends.coreml.operators import OPERATORS
-from exporter.backends.coreml.package import (
-    MODEL,
-    TYPES,
-    WEIGHTS,
-    Package,
-    Value,
-    open_package,
-    rounded,
-    write_manifest,
-)
-from exporter.backends.coreml.toolkit import load
+from exporter.backends.coreml.package import TYPES, Package, Value, open_package
 from exporter.errors import InputError
 
 Array = np.ndarray[Any, Any]
-Build = Callable[..., Any]
-BUILT_IN = {"fp32": types.fp32, "fp16": types.fp16, "int32": types.int32}
 #: The types that only constants have.
 INT4, UINT4 = types.np_int4_dtype, types.np_uint4_dtype
-iOS18 = ct.target.iOS18  # noqa: N816  # its name
-
-
-def state_spec(*shape: int) -> Any:
-    return mb.StateTensorSpec(shape, dtype=types.fp16)
-
-
-def function(build: Build, **specs: Any) -> Any:
-    """A function with these inputs: a spec, or a shape and a type. No output can be a bool."""
-    inputs = {
-        name: mb.TensorSpec(spec[0], dtype=BUILT_IN[spec[1]]) if isinstance(spec, tuple) else spec
-        for name, spec in specs.items()
-    }
-    with Function(inputs, opset_version=iOS18) as made:
-        outputs = build(**made.inputs)
-        listed = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-        made.set_outputs(
-            [mb.cast(x=one, dtype="int32") if one.dtype == types.bool else one for one in listed]
-        )
-    return made
-
-
-def write(folder: Path, **functions: Any) -> Package:
-    """A package of these functions. Nothing is optimized: an operator stays what it is."""
-    program = Program()
-    for name, made in functions.items():
-        program.add_function(name, made)
-    program.default_function_name = next(iter(functions))
-    program.export_as_multifunction = len(functions) > 1
-    path = folder / "model.mlpackage"
-    (path / WEIGHTS).parent.mkdir(parents=True)
-    specification = load(program, str((path / WEIGHTS).parent), specification_version=9)
-    (path / MODEL).write_bytes(specification.SerializeToString())
-    write_manifest(path)
-    return open_package(path)
-
-
-def value(array: Array, kind: str) -> Value:
-    return rounded(torch.from_numpy(np.ascontiguousarray(array)), kind)
 
 
 def run(package: Package, state: State | None = None, **inputs: Value) -> list[Value]:
@@ -171,6 +121,7 @@ CASES: dict[str, dict[str, Case]] = {
     "greater_equal": {"": binary("greater_equal", np.greater_equal, integers=True)},
     "logical_and": {"": logical("logical_and", np.logical_and)},
     "logical_or": {"": logical("logical_or", np.logical_or)},
+    "abs": {"": unary("abs", np.abs)},
     "square": {"": unary("square", np.square)},
     "sqrt": {"": unary("sqrt", np.sqrt, positive=True)},
     "exp": {"": unary("exp", np.exp)},
@@ -371,11 +322,11 @@ def test_an_operator_computes_what_numpy_does(
             assert (one.data.numpy() == wanted).all()
 
 
-BLOCKWISE = "constexpr_blockwise_shift_scale"
+BLOCKWISE, PALETTES = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense"
 
 
 def test_no_operator_is_known_that_is_not_tried() -> None:
-    assert OPERATORS.keys() == CASES.keys() | {BLOCKWISE}
+    assert OPERATORS.keys() == CASES.keys() | {BLOCKWISE, PALETTES}
     assert {"read_state", "write_state"} == STATEFUL
 
 
@@ -404,6 +355,24 @@ def test_blocks_of_codes_are_scaled_as_they_are_defined(
     wide = codes - np.kron(shifts, spread) * offset
     (found,) = run(package, x=value(np.eye(64), "fp16"))
     assert np.array_equal(found.data.T, (wide * np.kron(scales, spread)).astype(np.float16))
+
+
+@pytest.mark.parametrize("blocks", [(8, 1), (1, 4), (1, 1), (4, 2)])
+def test_palettes_give_their_entries(blocks: tuple[int, int], tmp_path: Path) -> None:
+    """A palette for each row, for columns, for all, and for blocks."""
+    generator = np.random.default_rng(5)
+    indices = generator.integers(0, 16, (8, 20))
+    palettes = generator.standard_normal((*blocks, 16, 1)).astype(np.float16)
+
+    def build(x: Any) -> Any:
+        weight = mb.constexpr_lut_to_dense(indices=indices.astype(UINT4), lut=palettes)
+        return mb.linear(x=x, weight=weight)
+
+    package = write(tmp_path, main=function(build, x=((20, 20), "fp16")))
+    (found,) = run(package, x=value(np.eye(20), "fp16"))
+    rows, columns = np.indices((8, 20))
+    wanted = palettes[rows * blocks[0] // 8, columns * blocks[1] // 20, indices, 0]
+    assert np.array_equal(found.data.T, wanted)
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,9 @@ def prose(document: Path) -> str:
 
 
 def anchors(document: Path) -> set[str]:
-    """The anchors of the headings, as GitHub and mkdocs make them."""
-    headings = re.findall(r"^#+ (.+)$", prose(document), re.M)
+    """The anchors of the headings, as GitHub and mkdocs make them, with the text of code spans."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"[^\w -]", "", text.lower()).strip().replace(" ", "-") for text in headings}
 
 

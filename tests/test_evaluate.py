@@ -21,6 +21,7 @@ from exporter.errors import InputError
 from exporter.evaluation.generations import Written, compare_texts, write_texts
 from exporter.evaluation.perplexity import bands, next_logits, score_text
 from exporter.evaluation.tasks import find_answer, plain_answer, read_problems, score_problems
+from exporter.inference.artifact_runner import ArtifactRunner
 from exporter.inference.loaded_model import LoadedModel, open_model
 from exporter.inference.reference import ReferenceRunner, score
 from exporter.model.checkpoint import open_checkpoint
@@ -28,7 +29,7 @@ from exporter.progress import no_step
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.text.sequences import cut_sequences
 from exporter.text.tokenizer import TextTokenizer, load_tokenizer
-from exporter.verification import SAMPLE_TEXT
+from exporter.verification.runs import SAMPLE_TEXT
 
 Capture = pytest.CaptureFixture[str]
 FIGURES = {"perplexity", "kl", "top1_agreement", "accuracy", "tokens"}
@@ -558,3 +559,23 @@ def test_the_checkpoint_solves_what_the_torch_reference_solves(tmp_path: Path) -
     )[0, len(prompt) :].tolist()
     assert written.ended is (theirs[-1] in model.eos_token_ids)
     assert list(written.tokens) == (theirs[:-1] if written.ended else theirs)
+
+
+def test_an_artifact_in_its_child_process_gives_the_logits_of_its_runtime(
+    finished_bundle: Bundle,
+) -> None:
+    artifact = finished_bundle.artifacts["onnx"].artifact
+    here, there = backend("onnx").load(artifact), ArtifactRunner(artifact)
+    assert (there.context, there.vocab_size) == (here.context, here.vocab_size)
+    for _ in range(2):
+        assert torch.equal(there.prefill([0, 5, 7]), here.prefill([0, 5, 7]))
+        assert torch.equal(there.decode(9), here.decode(9))
+
+
+def test_a_prompt_beyond_the_context_is_refused_and_the_artifact_goes_on(
+    finished_bundle: Bundle,
+) -> None:
+    runner = ArtifactRunner(finished_bundle.artifacts["onnx"].artifact)
+    with pytest.raises(InputError, match="1025 tokens do not fit into 1024"):
+        runner.prefill([5] * 1025)
+    assert runner.prefill([5]).shape == (512,)

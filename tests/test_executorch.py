@@ -12,7 +12,7 @@ from lowering import MODELS, SHAPES, Lower, Lowered, tokens
 
 from exporter import pipeline
 from exporter.backends import executorch
-from exporter.backends.executorch.graph import decode_filter, filter_bytes, scale_bytes
+from exporter.backends.executorch.graph import filter_bytes
 from exporter.backends.executorch.segments import exchange_columns
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import Bundle
@@ -22,9 +22,9 @@ from exporter.model.config import EMBEDDING
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.quantization.rounding import quantize
-from exporter.quantization.schemes import QuantizedTensor, parse_scheme
-from exporter.verification import check_integers, run_teacher_forced
+from exporter.quantization.schemes import QuantizedTensor
+from exporter.verification.integers import check_integers
+from exporter.verification.runs import run_teacher_forced
 
 CONTEXT = 64
 
@@ -273,12 +273,3 @@ def test_no_weight_is_left_as_a_float_matrix(lower: Lower) -> None:
     quantized, lowered = lower(vocab_size=4096)
     size = (lowered.artifact.path / "model.pte").stat().st_size
     assert size < 4 * 4096 * quantized.config.hidden_size
-
-
-@pytest.mark.parametrize("scheme", ["int4", "int4-g32", "int4-g64", "int8"])
-def test_a_filter_read_back_is_the_one_written(scheme: str) -> None:
-    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
-    stored = quantize(weight, parse_scheme(scheme, "test"), "mse")
-    found = decode_filter(filter_bytes(stored), scale_bytes(stored), (6, 128), stored.scheme)
-    assert torch.equal(found.codes, stored.codes)
-    assert torch.equal(found.scales, stored.scales)

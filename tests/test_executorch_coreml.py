@@ -18,11 +18,11 @@ from executorch.extension.pybindings import portable_lib
 from lowering import Lowered, lowered_in, tokens
 
 from exporter.backends import executorch as backend
-from exporter.backends.coreml.graph import mil_name
+from exporter.backends.coreml.constants import mil_name
 from exporter.backends.coreml.package import place_of
 from exporter.backends.executorch.coreml_delegate import embedded_package, flatten, unflatten
 from exporter.backends.executorch.file import delegate_payload
-from exporter.backends.executorch.lowering import ExecuTorchRunner
+from exporter.backends.executorch.runtime import ExecuTorchRunner
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
@@ -30,9 +30,10 @@ from exporter.inference.reference import score
 from exporter.model.config import EMBEDDING
 from exporter.quantization.activations import LARGEST_HALF
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.verification import check_integers, run_teacher_forced
+from exporter.verification.integers import check_integers
+from exporter.verification.runs import run_teacher_forced
 
-CONTEXT = 24
+CONTEXT = 32
 MODELS: dict[str, dict[str, Any]] = {"llama4_text": LLAMA4, "llama": LLAMA}
 DELEGATE = "CoreMLBackend"
 
@@ -148,7 +149,7 @@ def test_a_new_text_starts_without_the_old_one_and_the_cache_can_be_filled(small
     runner.prefill(tokens(CONTEXT)[9:])
     assert torch.equal(runner.prefill(tokens(9)), first)
     runner.prefill(tokens(CONTEXT))
-    with pytest.raises(InputError, match="context: 25 tokens are not between 1 and 24"):
+    with pytest.raises(InputError, match="context: 33 tokens are not between 1 and 32"):
         runner.decode(0)
     with pytest.raises(InputError, match="context: 0 tokens"):
         runner.prefill([])
@@ -272,7 +273,7 @@ def test_a_short_file_fails_the_check(copy: Lowered) -> None:
     quantized, lowered = copy
     path = program_of(lowered)
     path.write_bytes(path.read_bytes()[:-5000])
-    assert any("of its delegate" in note for _, note in failed(quantized, lowered))
+    assert any("the end of segment" in note for _, note in failed(quantized, lowered))
 
 
 def test_a_program_without_the_delegate_is_refused(finished_bundle: Bundle) -> None:

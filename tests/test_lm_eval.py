@@ -23,7 +23,7 @@ from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
 from exporter.evaluation import lm_eval_plugin
 from exporter.evaluation.lm_eval import MobileLLM
-from exporter.verification import SAMPLE_TEXT
+from exporter.verification.runs import SAMPLE_TEXT
 
 TASK = ROOT / "examples" / "tasks" / "arithmetic.yaml"
 PROMPT = "Ada has 12 eggs. Ada sells 5. How many eggs does Ada have now?"

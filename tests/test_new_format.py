@@ -4,6 +4,7 @@ import importlib
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from commands import run
 from conftest import LLAMA, MakeCheckpoint
 
 from exporter import backends
+from exporter.bundle.artifact import open_artifact
 
 Capture = pytest.CaptureFixture[str]
 RECIPE = """
@@ -103,6 +105,28 @@ def test_verify_reads_the_codes_of_a_new_format(
     checked = run(capsys, "verify", bundle)
     assert checked.code == 1
     assert "lm_head.weight (array): 1 codes differ; at [3, 5]" in checked.out
+
+
+@pytest.mark.usefixtures("npz")
+def test_the_differences_of_a_new_format_are_named(
+    recipe: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: Capture
+) -> None:
+    bundle = tmp_path / "bundle"
+    run(capsys, "export", recipe, "--checkpoint", make_checkpoint(LLAMA), "-o", bundle)
+    expected = open_artifact(bundle / "npz").artifact
+    changed = replace(expected, path=tmp_path)
+    with np.load(bundle / "npz" / "model.npz") as file:
+        arrays = {name: file[name] for name in reversed(file.files)}
+    np.savez(tmp_path / "model.npz", **arrays)
+    module = backends.front("npz")
+    assert list(module.differences(changed, expected)) == []
+    arrays["model.norm.weight"][3] += 1
+    del arrays["lm_head.weight:scales"]
+    np.savez(tmp_path / "model.npz", **arrays)
+    found = dict(module.differences(changed, expected))
+    assert found["lm_head.weight:scales"] == "is missing"
+    assert found["model.norm.weight"].startswith("1 of 64 values differ, first at [3]: ")
+    assert len(found) == 2
 
 
 def test_a_format_that_is_not_there_is_unknown(tmp_path: Path, capsys: Capture) -> None:

@@ -10,7 +10,7 @@ import pytest
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
 from exporter import pipeline
-from exporter.backends.executorch import lowering as executorch
+from exporter.backends.executorch import runtime as executorch
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import Bundle
 from exporter.files import sha256
@@ -62,7 +62,7 @@ class Official:
 
     def text(self, tokens: list[int]) -> str:
         """With special tokens, which the runner prints too."""
-        return str(self.tokenizer.tokenizer.decode(tokens, skip_special_tokens=False))
+        return self.tokenizer.decode_whole(tokens)
 
 
 def official(artifact: FinishedArtifact, folder: Path) -> Official:

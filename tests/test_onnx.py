@@ -14,9 +14,8 @@ from commands import run
 from lowering import MODELS, SCHEMES, Lower, Lowered, tokens
 
 from exporter import pipeline
+from exporter.backends import executorch, parse_target
 from exporter.backends import onnx as backend
-from exporter.backends import parse_target
-from exporter.backends.executorch import lowering as executorch
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
@@ -31,7 +30,8 @@ from exporter.quantization.activations import round_blocks_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 from exporter.text.tokenizer import load_tokenizer
-from exporter.verification import check_integers, run_teacher_forced
+from exporter.verification.integers import check_integers
+from exporter.verification.runs import run_teacher_forced
 
 CONTEXT = 64
 FLOAT_FORMS = [

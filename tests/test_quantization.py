@@ -801,7 +801,7 @@ NO_QUANTIZED_CHECKPOINT: dict[str, tuple[Callable[[Path], object], list[str]]] =
     ),
     "no tensors": (
         manifest_with(lambda m: m.pop("tensors")),
-        ["tensors", "does not list", "Quantize again"],
+        ["tensors", "is missing", "Quantize again"],
     ),
     "a tensor unlisted": (
         manifest_with(lambda m: m["tensors"].pop(Q_PROJ)),

@@ -15,7 +15,10 @@ from exporter.model.config import EMBEDDING, parse_config
 from exporter.pipeline import no_progress
 from exporter.quantization.schemes import CODE_RANGE, Scheme, parse_scheme
 from exporter.recipe import Recipe, parse_recipe
-from exporter.verification import check_integers, check_logits, failures, verification_text
+from exporter.verification.checks import failures
+from exporter.verification.integers import check_integers
+from exporter.verification.logits import check_logits
+from exporter.verification.runs import verification_text
 
 #: Rows of 72 codes in the down projections: no group divides them, and no block above 8.
 NARROW = {**LLAMA, "intermediate_size": 72, "tie_word_embeddings": True}

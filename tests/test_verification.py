@@ -1,6 +1,5 @@
 """Negative controls for `verify`: every kind of damage is found, located and counted."""
 
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -13,25 +12,21 @@ from commands import contents, flip, run
 from conftest import LLAMA4, NANO, MakeCheckpoint
 from executorch.exir._serialize import _program as pte
 from safetensors.torch import load_file, save_file
+from tampering import reseal
 
 from exporter import pipeline
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import CHECKSUMS, Bundle, file_problems
-from exporter.files import sha256
 from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import EMBEDDING, parse_config
 from exporter.pipeline import no_progress
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import load_recipe
-from exporter.verification import (
-    Check,
-    check_bundle_files,
-    check_integers,
-    check_logits,
-    failures,
-    verification_text,
-)
+from exporter.verification.checks import Check, check_bundle_files, failures
+from exporter.verification.integers import check_integers
+from exporter.verification.logits import check_logits
+from exporter.verification.runs import verification_text
 
 Q_PROJ = "model.layers.2.self_attn.q_proj.weight"
 DOWN_PROJ = "model.layers.5.feed_forward.down_proj.weight"
@@ -204,22 +199,12 @@ def test_no_quantized_weight_of_another_scheme_passes(int4: Lowered, int8: Lower
     assert any(not check.passed for check in checks)
 
 
-def rewrite_hashes(bundle: Path) -> None:
-    """Update the manifest and the checksums after a change, as someone who tampers would."""
-    manifest = bundle / "executorch" / "artifact.json"
-    content = json.loads(manifest.read_text())
-    content["files"]["model.pte"] = sha256(bundle / PTE)
-    manifest.write_text(json.dumps(content))
-    lines = [line.split("  ") for line in (bundle / CHECKSUMS).read_text().splitlines()]
-    (bundle / CHECKSUMS).write_text("".join(f"{sha256(bundle / n)}  {n}\n" for _, n in lines))
-
-
 def test_a_flip_with_updated_checksums_is_found_by_its_integers(
     bundle_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flip(bundle_copy / PTE, named_data(bundle_copy / PTE)[Q_PROJ][0] + 9)
-    rewrite_hashes(bundle_copy)
-    outcome = run(capsys, "verify", bundle_copy, "--json")
+    reseal(bundle_copy)
+    outcome = run(capsys, "verify", bundle_copy, "--quick", "--json")
     assert outcome.code == 1
     wrong = [check for check in outcome.json["checks"] if not check["passed"]]
     assert [(check["check"], check["subject"]) for check in wrong] == [
@@ -230,15 +215,15 @@ def test_a_flip_with_updated_checksums_is_found_by_its_integers(
 def test_a_program_with_a_wrong_rope_table_is_found_by_its_logits(
     executorch_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Tables are no weights: only running the program shows that they are wrong."""
+    """Tables are no weights: without deriving again, only running the program shows it."""
     data = (executorch_copy / PTE).read_bytes()
     ones = torch.ones(64).numpy().tobytes()  # the cosines of position 0
     start = data.find(ones)
     assert start > 0
     size = 1024 * 64 * 4
     (executorch_copy / PTE).write_bytes(data[:start] + bytes(size) + data[start + size :])
-    rewrite_hashes(executorch_copy)
-    outcome = run(capsys, "verify", executorch_copy, "--json")
+    reseal(executorch_copy)
+    outcome = run(capsys, "verify", executorch_copy, "--quick", "--json")
     assert outcome.code == 1
     wrong = {check["check"] for check in outcome.json["checks"] if not check["passed"]}
     assert wrong == {"logits.kl", "logits.top1", "logits.max_difference"}
@@ -320,6 +305,7 @@ def test_a_flipped_bit_in_the_quantized_checkpoint_shows_in_its_file_and_its_ten
     wrong = list(failures(pipeline.verify(executorch_copy, no_progress)))
     assert [(check.check, check.subject) for check in wrong] == [
         ("files", "quantized/quantized.safetensors"),
+        ("derived", "quantized/quantized.safetensors"),
         ("integers", f"{Q_PROJ} (filter)"),
     ]
 
@@ -432,7 +418,9 @@ def test_every_removed_file_is_found(bundle_copy: Path) -> None:
     for name in contents(bundle_copy):
         if (bundle_copy / name).is_file() and name != CHECKSUMS:
             moved = (bundle_copy / name).rename(bundle_copy.parent / "aside")
-            assert list(file_problems(bundle_copy)) == [name]
+            problems = file_problems(bundle_copy)
+            assert problems.pop(name) == "is missing"
+            assert set(problems.values()) <= {"is an empty folder"}  # where it lay
             moved.rename(bundle_copy / name)
     assert file_problems(bundle_copy) == {}
 
@@ -447,7 +435,7 @@ def test_an_added_file_is_named(name: str, bundle_copy: Path) -> None:
 def test_a_symbolic_link_does_not_stand_for_a_file(bundle_copy: Path) -> None:
     target = (bundle_copy / PTE).rename(bundle_copy.parent / "elsewhere.pte")
     (bundle_copy / PTE).symlink_to(target)
-    assert file_problems(bundle_copy) == {PTE: "is missing"}
+    assert file_problems(bundle_copy) == {PTE: "is a link"}
 
 
 def change_line(change: Callable[[str], str]) -> Callable[[str], str]:
@@ -492,6 +480,7 @@ def test_an_untouched_bundle_passes_every_check(finished_bundle: Bundle) -> None
     own = [check.check for check in checks if check.target in (None, "executorch")]
     assert own.count("quantized") == len(finished_bundle.quantized.schemes) == 56
     assert own.count("integers") == 57
-    assert set(own) - {"files", "quantized", "integers"} == {
+    assert own.count("derived") == len(finished_bundle.artifacts["executorch"].manifest["files"])
+    assert set(own) - {"files", "manifest", "quantized", "derived", "integers"} == {
         "logits.kl", "logits.top1", "logits.max_difference",
     }  # fmt: skip

@@ -1,22 +1,16 @@
 """Engines: the programs that run a model on a device, their files, commands and output.
 
 `native` is our C++ runner, `python` its counterpart for runtimes with a Python package, `official`
-has the programs that ExecuTorch and ONNX Runtime ship. All give the same records: one for each
-phase, with its raw samples in milliseconds in `ms`. `within_ms` is the error of a coarse clock.
+has the programs that ExecuTorch and ONNX Runtime ship. All give the same records (`records`).
 """
 
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from devices.errors import DeviceError
+from devices.engines.records import Record
 from devices.transports.supervised import Completed
-
-Record = dict[str, Any]
-
 
 #: The formats that there is an engine for.
 Format = Literal["executorch", "onnx", "coreml"]
@@ -50,8 +44,9 @@ class Plan:
     """What one run measures.
 
     `prompts` are lengths in tokens; at each of `depths` tokens in the cache, `steps` are decoded.
-    `sustained` is in seconds; `generate` is a number of tokens after a prompt of `prompt_length`.
-    `trace` and `logits` are paths on the device, '' for none.
+    `sustained` is in seconds, and goes on until `sustained_steps` tokens are decoded. `generate` is
+    a number of tokens after a prompt of `prompt_length`. `mmap` says whether the program is mapped
+    or read. `trace` and `logits` are paths on the device, '' for none.
     """
 
     prompts: Sequence[int] = ()
@@ -60,6 +55,8 @@ class Plan:
     warmup: int = 0
     threads: int = 1
     sustained: int = 0
+    sustained_steps: int = 0
+    mmap: bool = True
     generate: int = 0
     prompt_length: int = 0
     trace: str = ""
@@ -67,20 +64,29 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Command:
+    """A command line on the device; `records` parses what it printed, and raises DeviceError."""
+
+    argv: Sequence[str]
+    records: Callable[[Completed], list[Record]]
+
+
+@dataclass(frozen=True)
 class Engine:
     """A program for one model on one device.
 
     `files` maps paths on the device to files here. The `commands` of a plan run one after the
-    other; `records` parses the output of one, and raises DeviceError. `capabilities` has those of
-    "sustained", "trace" and "generate" that it can do besides prefill and decode.
+    other. `capabilities` has those of "sustained", "trace", "generate" and "mmap" (the choice
+    between mapping and reading the model) that it has besides prefill and decode. `note` says what
+    its figures are, where they are not those of a prompt and of decode steps after a real text.
     """
 
     name: str
     versions: Mapping[str, str]
     files: Mapping[str, Path]
-    commands: Callable[[Plan], list[list[str]]]
-    records: Callable[[Completed], list[Record]]
+    commands: Callable[[Plan], list[Command]]
     capabilities: frozenset[str] = frozenset()
+    note: str = ""
 
 
 def options(plan: Plan) -> list[str]:
@@ -93,6 +99,8 @@ def options(plan: Plan) -> list[str]:
         ("depths", ",".join(map(str, plan.depths))),
         ("steps", plan.steps),
         ("sustained", plan.sustained),
+        ("sustained-steps", plan.sustained_steps),
+        ("load", "" if plan.mmap else "file"),
         ("generate", plan.generate),
         ("prompt-length", plan.prompt_length),
         ("trace", plan.trace),
@@ -101,39 +109,3 @@ def options(plan: Plan) -> list[str]:
         if value:
             words += [f"--{name}", str(value)]
     return words
-
-
-def read_records(done: Completed) -> list[Record]:
-    """Parse the output of the native or the Python runner: a JSON object for each phase.
-
-    Raises DeviceError, also where the last line is missing: then the run did not end, whatever its
-    exit code.
-    """
-    done.check(done.argv[-1] if len(done.argv) == 1 else Path(done.argv[0]).name)
-    records = []
-    for line in done.text.splitlines():
-        if not line.startswith("{"):
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DeviceError("runner", f"printed {line[:60]!r}, which is cut off") from error
-        if not isinstance(record, dict) or not isinstance(record.get("phase"), str):
-            raise DeviceError(
-                "runner", f"printed {line[:60]!r}, which is not the record of a phase"
-            )
-        records.append(check_record(record))
-    if not records or records[-1]["phase"] != "end":
-        raise DeviceError("runner", "stopped without its last line", "Nothing of this run counts")
-    return records[:-1]
-
-
-def check_record(record: Record) -> Record:
-    """The record itself. Raises DeviceError where its samples are not finite times from 0."""
-    times = record.get("ms", [])
-    fine = isinstance(times, list) and all(
-        isinstance(ms, (int, float)) and math.isfinite(ms) and ms >= 0 for ms in times
-    )
-    if not fine:
-        raise DeviceError("runner", f"gives invalid times for {record.get('phase')}")
-    return record

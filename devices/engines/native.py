@@ -1,7 +1,8 @@
 """ExecuTorch with our own C++ runner, for programs of core operators and delegates."""
 
 from devices import runner
-from devices.engines import Engine, Model, Plan, options, read_records
+from devices.engines import Command, Engine, Model, Plan, options
+from devices.engines.records import read_records
 from devices.errors import BadDeviceError
 from devices.identity import Identity
 
@@ -21,15 +22,15 @@ def engine(model: Model, identity: Identity, workspace: str, folder: str) -> Eng
     libraries = {f"{home}/lib/{path.name}": path for path in built.libraries}
     loader = [f"{home}/lib/{built.loader}", "--library-path", f"{home}/lib"]
 
-    def commands(plan: Plan) -> list[list[str]]:
+    def commands(plan: Plan) -> list[Command]:
         files = ["--model", f"{folder}/{model.main}", "--tokens", f"{folder}/tokens.txt"]
-        return [[*loader, f"{home}/{runner.RUNNER}", *files, *options(plan)]]
+        command = [*loader, f"{home}/{runner.RUNNER}", *files, *options(plan)]
+        return [Command(command, read_records)]
 
     return Engine(
         name="executorch-native",
         versions={"executorch": built.executorch},
         files={f"{home}/{runner.RUNNER}": built.runner, **libraries},
         commands=commands,
-        records=read_records,
-        capabilities=frozenset({"sustained", "trace", "generate"}),
+        capabilities=frozenset({"sustained", "trace", "generate", "mmap"}),
     )

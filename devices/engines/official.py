@@ -1,16 +1,24 @@
 """The programs that ExecuTorch and ONNX Runtime ship, which users build for their phones.
 
 ``llama_main`` gets the prompt as text and reports its number of tokens. The other two run the
-program with inputs of their own, and report how long one execution takes.
+program with inputs that are given as files, and report how long one execution takes.
 """
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices.engines import Engine, Model, Plan, Record, check_record
+from devices.answers import contained, parse_json
+from devices.engines import Command, Engine, Model, Plan
+from devices.engines.executor_runner import (
+    executor_commands,
+    executor_files,
+    with_android_log,
+)
+from devices.engines.perf_test import perf_commands, perf_files
+from devices.engines.placed import Placed
+from devices.engines.records import Record, check_record
 from devices.errors import BadDeviceError, DeviceError
 from devices.files import sha256
 from devices.transports.supervised import Completed
@@ -18,18 +26,24 @@ from devices.transports.supervised import Completed
 
 @dataclass(frozen=True)
 class _Program:
-    """The commands for a program, and the parser of its output."""
+    """The commands for a program with the parsers of their output, and the files that it reads
+    besides the model. With `logs`, its output may be in Android's log."""
 
     format: str
-    commands: Callable[[str, Model, str, Plan], list[list[str]]]
-    records: Callable[[str], list[Record]]
+    commands: Callable[[Placed, Plan], list[Command]]
+    files: Callable[[Placed, Plan], Mapping[str, Path]]
+    logs: bool = False
+    note: str = ""
 
 
-def engine(program: Path, model: Model, workspace: str, folder: str) -> Engine:
+def engine(
+    program: Path, model: Model, workspace: str, folder: str, plan: Plan, android: bool = False
+) -> Engine:
     """The engine for the user's `program`, which is recognized by its file name.
 
-    `folder` is the model's folder on the device. Raises BadDeviceError where the name is not known,
-    there is no such file, or the program runs another format.
+    `folder` is the model's folder on the device; `plan` has the prompts and depths for which inputs
+    are made. Raises BadDeviceError where the name is not known, there is no such file, or the
+    program runs another format.
     """
     known = PROGRAMS.get(program.name)
     if known is None or not program.is_file():
@@ -37,55 +51,73 @@ def engine(program: Path, model: Model, workspace: str, folder: str) -> Engine:
         raise BadDeviceError(f"--runner {program}", problem, f"Known: {', '.join(PROGRAMS)}")
     if known.format != model.format:
         raise BadDeviceError(f"--runner {program}", f"runs {known.format}, not {model.format}")
-    remote = f"{workspace}/{sha256(program)[:16]}/{program.name}"
-    files = {remote: program}
-    if model.tokenizer is not None:
-        files[f"{folder}/{model.tokenizer.name}"] = model.tokenizer
+    digest = sha256(program)
+    remote = f"{workspace}/{digest[:16]}/{program.name}"
+    placed = Placed(remote, model, folder, workspace)
+
+    def commands(plan: Plan) -> list[Command]:
+        made = [_succeeding(program.name, one) for one in known.commands(placed, plan)]
+        return list(map(with_android_log, made)) if android and known.logs else made
+
     return Engine(
         name=program.name,
-        versions={f"{program.name} sha256": sha256(program)},
-        files=files,
-        commands=lambda plan: known.commands(remote, model, folder, plan),
-        records=lambda done: _read(program.name, known, done),
+        versions={f"{program.name} sha256": digest},
+        files={remote: program, **known.files(placed, plan)},
+        commands=commands,
+        note=known.note,
     )
 
 
-def _read(name: str, program: _Program, done: Completed) -> list[Record]:
-    done.check(name)
-    # ExecuTorch logs on one stream or on the other, as it was built.
-    text = done.text + "\n" + done.stderr.decode("utf-8", "replace")
-    return [check_record(record) for record in program.records(text)]
+def _succeeding(name: str, command: Command) -> Command:
+    """The command, whose output counts only where it ends with the code 0."""
+
+    def records(done: Completed) -> list[Record]:
+        return command.records(done.check(name))
+
+    return Command(command.argv, records)
 
 
 # ---- ExecuTorch's llama_main ----
 
 
-def _llama_commands(program: str, model: Model, folder: str, plan: Plan) -> list[list[str]]:
-    if model.tokenizer is None:
-        raise BadDeviceError(str(model.folder), "has no tokenizer, which llama_main needs")
+def _llama_files(placed: Placed, plan: Plan) -> dict[str, Path]:
+    tokenizer = placed.model.tokenizer
+    if tokenizer is None:
+        raise BadDeviceError(str(placed.model.folder), "has no tokenizer, which llama_main needs")
+    return {f"{placed.folder}/{tokenizer.name}": tokenizer}
+
+
+def _llama_commands(placed: Placed, plan: Plan) -> list[Command]:
+    (tokenizer,) = _llama_files(placed, plan)
+    model = placed.model
     common = [
-        program, f"--model_path={folder}/{model.main}",
-        f"--tokenizer_path={folder}/{model.tokenizer.name}", "--temperature=0", "--ignore_eos=true",
+        placed.program, f"--model_path={placed.folder}/{model.main}",
+        f"--tokenizer_path={tokenizer}", "--temperature=0", "--ignore_eos=true",
         f"--cpu_threads={plan.threads}", f"--warmup={'true' if plan.warmup else 'false'}",
     ]  # fmt: skip
     return [
-        [*common, f"--max_new_tokens={plan.steps + 1}", f"--prompt={model.texts[length]}"]
+        Command(
+            [*common, f"--max_new_tokens={plan.steps + 1}", f"--prompt={model.texts[length]}"],
+            lambda done: read_llama(done.all_text),
+        )
         for length in plan.prompts
         if length in model.texts
     ]
 
 
+@contained("llama_main", "its statistics")
 def read_llama(text: str) -> list[Record]:
     """Parse the line ``PyTorchObserver {json}``, which `TextLLMRunner` prints too.
 
     Its timestamps are whole milliseconds, so each time has an error of up to 1 ms. Raises
     DeviceError.
     """
-    found = re.findall(r"PyTorchObserver\s*(\{.*?\})", text)
+    lines = [line.partition("PyTorchObserver")[2].strip() for line in text.splitlines()]
+    found = [line[: line.find("}") + 1] for line in lines if line.startswith("{") and "}" in line]
     if not found:
         raise DeviceError("llama_main", "printed no PyTorchObserver line", "Its build may be old")
+    stats = parse_json(found[-1], "llama_main")
     try:
-        stats = json.loads(found[-1])
         moments = {key: float(value) for key, value in stats.items() if key.endswith("_ms")}
         prompt, generated = int(stats["prompt_tokens"]), int(stats["generated_tokens"])
         load = moments["model_load_end_ms"] - moments["model_load_start_ms"]
@@ -96,7 +128,7 @@ def read_llama(text: str) -> list[Record]:
         raise DeviceError("llama_main", f"printed statistics that lack {error}") from error
     if prompt < 1 or generated < 1:
         raise DeviceError("llama_main", f"read {prompt} tokens and wrote {generated}")
-    return [
+    records: list[Record] = [
         {"phase": "load", "ms": [load], "within_ms": 1},
         {
             "phase": "prefill", "tokens": prompt, "ms": [prefill], "within_ms": 1,
@@ -108,86 +140,17 @@ def read_llama(text: str) -> list[Record]:
             "within_ms": 1 / generated, "steps": generated,
         },
     ]  # fmt: skip
-
-
-# ---- ExecuTorch's executor_runner ----
-
-
-def _executor_commands(program: str, model: Model, folder: str, plan: Plan) -> list[list[str]]:
-    runs = max(plan.steps, 2)
-    return [
-        [program, f"--model_path={folder}/{model.main}", f"--num_executions={runs}",
-         f"--cpu_threads={plan.threads}"]
-    ]  # fmt: skip
-
-
-def read_executor(text: str) -> list[Record]:
-    """Parse ``Model loaded in …`` and ``Iteration i of n: …`` or the sum of n executions.
-
-    Raises DeviceError.
-    """
-    number = r"(\d+(?:\.\d+)?)"
-    records: list[Record] = []
-    if load := re.search(rf"[Mm]odel loaded in {number} ?ms", text):
-        records.append({"phase": "load", "ms": [float(load[1])]})
-    each = [float(ms) for ms in re.findall(rf"Iteration \d+ of \d+: {number} ?ms", text)]
-    total = re.search(
-        rf"[Mm]odel executed successfully(?: (\d+) time\(s\))?(?: in {number} ?ms)?", text
-    )
-    if total is None:
-        raise DeviceError("executor_runner", "reported no execution of the model")
-    if not each and total[2]:
-        each = [float(total[2]) / int(total[1] or 1)]
-    if not each:
-        raise DeviceError("executor_runner", "reported no time", "Its build may be too old")
-    return [*records, {"phase": "execute", "ms": each}]
-
-
-# ---- ONNX Runtime's onnxruntime_perf_test ----
-
-
-def _perf_commands(program: str, model: Model, folder: str, plan: Plan) -> list[list[str]]:
-    runs = max(plan.steps, 2)
-    return [
-        [program, "-I", "-m", "times", "-r", str(runs), "-x", str(plan.threads), "-e", "cpu",
-         f"{folder}/{model.main}"]
-    ]  # fmt: skip
-
-
-_UNITS = {"s": 1000.0, "sec": 1000.0, "seconds": 1000.0, "ms": 1.0, "us": 0.001}
-_TIME = r"\s*[:=]?\s*(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(s|sec|seconds|ms|us)\b"
-
-
-def read_perf_test(text: str) -> list[Record]:
-    """Parse load and execution times, in each of the spellings and units that are in use.
-
-    Raises DeviceError.
-    """
-
-    def time_of(label: str) -> float | None:
-        found = re.search(label + _TIME, text, re.IGNORECASE)
-        return float(found[1]) * _UNITS[found[2].lower()] if found else None
-
-    records: list[Record] = []
-    load = time_of(r"Session creation time(?: cost)?")
-    if load is not None:
-        records.append({"phase": "load", "ms": [load]})
-    first = time_of(r"First inference time(?: cost)?")
-    median, average = (
-        time_of(r"P50 Latency(?: is)?"),
-        time_of(r"(?:Average inference time(?: cost)?(?: total)?|Avg(?: inference)? latency)"),
-    )
-    if median is None and average is None:
-        raise DeviceError("onnxruntime_perf_test", "printed no time in a known form")
-    record: Record = {"phase": "execute", "ms": [median if median is not None else average]}
-    high = time_of(r"P95 Latency(?: is)?")
-    record |= {} if high is None else {"p95_ms": high}
-    record |= {} if first is None else {"first_ms": first}
-    return [*records, record]
+    return [check_record(record) for record in records]
 
 
 PROGRAMS = {
-    "llama_main": _Program("executorch", _llama_commands, read_llama),
-    "executor_runner": _Program("executorch", _executor_commands, read_executor),
-    "onnxruntime_perf_test": _Program("onnx", _perf_commands, read_perf_test),
-}
+    "llama_main": _Program("executorch", _llama_commands, _llama_files, logs=True),
+    "executor_runner": _Program(
+        "executorch", executor_commands, executor_files, logs=True,
+        note="one prompt of the whole context: the program takes inputs of their full size only",
+    ),
+    "onnxruntime_perf_test": _Program(
+        "onnx", perf_commands, perf_files,
+        note="one execution for each prompt and depth, on a cache of zeros that it copies",
+    ),
+}  # fmt: skip

@@ -4,7 +4,10 @@ ExecuTorch with its custom operators."""
 import sys
 from pathlib import Path
 
-from devices.engines import Engine, Model, Plan, options, read_records
+from devices.answers import contained
+from devices.engines import Command, Engine, Model, Plan, options
+from devices.engines.records import read_records
+from devices.text import printable
 from devices.transports import Device
 from devices.transports.supervised import Completed
 
@@ -23,14 +26,14 @@ def version_command(model: Model, device: Device) -> list[str]:
     return [interpreter(device), "-c", script, _WHEELS[model.format]]
 
 
+@contained("device", "the version of its runtime")
 def read_version(model: Model, done: Completed) -> dict[str, str]:
     """Wheel → version, from the output of `version_command`.
 
     Raises CommandFailedError where the wheel is not installed there.
     """
-    return {
-        _WHEELS[model.format]: done.check(f"{_WHEELS[model.format]} on the device").text.strip()
-    }
+    wheel = _WHEELS[model.format]
+    return {wheel: printable(done.check(f"{wheel} on the device").text.strip(), 60)}
 
 
 def engine(
@@ -41,15 +44,14 @@ def engine(
     remote = f"{workspace}/{script.name}"
     command = [interpreter(device), remote, "--engine", _RUNTIMES[model.format]]
 
-    def commands(plan: Plan) -> list[list[str]]:
+    def commands(plan: Plan) -> list[Command]:
         files = ["--model", f"{folder}/{model.main}", "--tokens", f"{folder}/tokens.txt"]
-        return [[*command, *files, *options(plan)]]
+        return [Command([*command, *files, *options(plan)], read_records)]
 
     return Engine(
         name=f"{_RUNTIMES[model.format]}-python",
         versions=versions,
         files={remote: script},
         commands=commands,
-        records=read_records,
         capabilities=frozenset({"sustained", "trace", "generate"}),
     )

@@ -197,11 +197,15 @@ class CoreML:
     def __init__(self, path: str, threads: int, trace: str) -> None:
         self.numpy, self.tools = map(importlib.import_module, self.MODULES)
         self.path = path
+        facts = self.tools.models.MLModel(path, skip_model_load=True).user_defined_metadata
+        # The Neural Engine computes int4 in blocks wrongly (apple/coreai-models 279).
+        own_form = facts.get("compute") == "neural_engine"
+        kinds = self.tools.ComputeUnit
+        self.units = kinds.CPU_AND_NE if own_form else kinds.CPU_AND_GPU
         self.functions = {
-            name: self.tools.models.MLModel(path, function_name=name)
+            name: self.tools.models.MLModel(path, compute_units=self.units, function_name=name)
             for name in ("prefill", "decode")
         }
-        facts = self.functions["decode"].user_defined_metadata
         self.context, self.chunk = int(facts["max_context"]), int(facts["prefill"])
         self.state = self.functions["decode"].make_state()
         self.output = facts["output"]
@@ -235,7 +239,7 @@ class CoreML:
         """Write the compute plan of `decode`: the device and estimated cost of each operation."""
         plans = importlib.import_module("coremltools.models.compute_plan")
         compiled = self.tools.models.utils.compile_model(self.path)
-        plan = plans.MLComputePlan.load_from_path(compiled)
+        plan = plans.MLComputePlan.load_from_path(compiled, compute_units=self.units)
         rows = []
         for operation in plan.model_structure.program.functions["decode"].block.operations:
             usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
@@ -319,11 +323,11 @@ def measure_decode(
         print_phase("decode", ms, depth=depth)
 
 
-def measure_sustained(model: "Model", tokens: list[int], seconds: int) -> None:
-    """Decode for some seconds; from position 0 again whenever the context is full."""
+def measure_sustained(model: "Model", tokens: list[int], seconds: int, steps: int) -> None:
+    """Decode for so many seconds and steps; from position 0 again where the context is full."""
     token, position, ms = tokens[0], 0, list[float]()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while time.perf_counter() < end or len(ms) < steps:
         if position == model.engine.context:
             position = 0
         token, took = model.step([token], position)
@@ -366,6 +370,7 @@ def main() -> None:
     for name, default in (("threads", 1), ("warmup", 0), ("steps", 32), ("sustained", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--chunk", type=int, default=DEFAULT_CHUNK)
+    parser.add_argument("--sustained-steps", type=int, default=0)
     parser.add_argument("--generate", type=int, default=0)
     parser.add_argument("--prompt-length", type=int, default=0)
     parser.add_argument("--logits", default="")
@@ -392,8 +397,8 @@ def main() -> None:
         _, took = model.prefill(repeat_to(tokens, length), 0, args.chunk)
         print_phase("prefill", [took], tokens=length)
     measure_decode(model, tokens, args.depths, args.steps, args.chunk)
-    if args.sustained:
-        measure_sustained(model, tokens, args.sustained)
+    if args.sustained or args.sustained_steps:
+        measure_sustained(model, tokens, args.sustained, args.sustained_steps)
     if args.generate:
         prompt = repeat_to(tokens, args.prompt_length or len(tokens))
         generate(model, prompt, args.generate, args.logits)

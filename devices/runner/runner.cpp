@@ -59,7 +59,7 @@ class Options {
   Options(int argc, char** argv) {
     static const char* known[] = {
         "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
-        "generate", "prompt-length", "logits", "trace", "load"};
+        "sustained-steps", "generate", "prompt-length", "logits", "trace", "load"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
       const bool named = key.rfind("--", 0) == 0 &&
@@ -294,11 +294,12 @@ void measure_decode(Model& model, const std::vector<int64_t>& tokens,
   }
 }
 
-// Decodes without pause; a full cache is begun anew.
-void measure_sustained(Model& model, const std::vector<int64_t>& tokens, double seconds) {
+// Decodes without pause, for so many seconds and so many steps; a full cache is begun anew.
+void measure_sustained(Model& model, const std::vector<int64_t>& tokens, double seconds,
+                       size_t steps) {
   std::vector<double> ms;
   int64_t token = tokens[0], position = 0;
-  for (const double end = now_ms() + 1000 * seconds; now_ms() < end;) {
+  for (const double end = now_ms() + 1000 * seconds; now_ms() < end || ms.size() < steps;) {
     if (position == model.context()) position = 0;
     const double started = now_ms();
     token = model.step(&token, 1, position++);
@@ -380,8 +381,10 @@ int main(int argc, char** argv) {
     measure_prefill(model, tokens, length, chunk);
   }
   measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk);
-  if (const int64_t seconds = options.number("sustained", 0)) {
-    measure_sustained(model, tokens, static_cast<double>(seconds));
+  const int64_t seconds = options.number("sustained", 0);
+  const int64_t sustained = options.number("sustained-steps", 0);
+  if (seconds || sustained) {
+    measure_sustained(model, tokens, static_cast<double>(seconds), sustained);
   }
   if (const int64_t count = options.number("generate", 0)) {
     const int64_t length = options.number("prompt-length", tokens.size());

@@ -65,3 +65,8 @@ def parse_device(text: str) -> Device:
 def transport_of(device: Device) -> ModuleType:
     """The module for the device's kind of connection."""
     return importlib.import_module(TRANSPORTS[device.transport])
+
+
+def connected_devices() -> list[str]:
+    """The devices that are connected now, as ``--device`` takes them."""
+    return [text for kind in TRANSPORTS for text in transport_of(Device(kind)).connected()]

@@ -2,29 +2,38 @@
 
 import os
 import shlex
-import subprocess
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from devices.errors import DeviceError, UnreachableError
-from devices.transports import Device, posix
+from devices.errors import DeviceError
+from devices.transports import Device, parse_device, posix
+from devices.transports.client import run_client
 from devices.transports.supervised import Completed, OnLine, supervise
 
 #: The only folder in which adb's shell user may both write and execute.
 _WORKSPACE = "/data/local/tmp/mobilellm"
+#: Seconds that `adb devices` may take, which starts adb's server.
+_LISTING = 20.0
 
 
 def connected() -> list[str]:
-    """The devices that are ready; unauthorized and offline ones are left out."""
+    """The devices that are ready; unauthorized and offline ones are left out, and those whose
+    serial cannot be given as ``--device``."""
     try:
-        done = subprocess.run(
-            ["adb", "devices"], capture_output=True, text=True, check=False, timeout=20
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        _, said, _ = run_client("adb devices", ["adb", "devices"], _LISTING)
+    except DeviceError:
         return []
-    rows = [line.split("\t") for line in done.stdout.splitlines() if "\t" in line]
-    return [f"adb:{row[0]}" for row in rows if row[1] == "device"]
+    rows = [line.split("\t") for line in said.splitlines() if "\t" in line]
+    return [f"adb:{serial}" for serial, state, *_ in rows if state == "device" and _known(serial)]
+
+
+def _known(serial: str) -> bool:
+    """Whether it has the form of a serial: escape sequences and spaces, for example, have not."""
+    try:
+        return parse_device(f"adb:{serial}").address == serial
+    except DeviceError:
+        return False
 
 
 def workspace(device: Device) -> str:
@@ -46,14 +55,9 @@ def push(device: Device, local: Path, remote: str) -> bool:
         # A path that begins with a dash would be an option.
         command = ["adb", "-s", device.address, "push", os.fspath(source.absolute()), part]
         limit = posix.transfer_timeout(source.stat().st_size)
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=limit
-            )
-        except subprocess.TimeoutExpired as error:
-            raise UnreachableError(device, f"pushing took more than {limit:.0f} s") from error
-        if done.returncode:
-            reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        code, said, errors = run_client(device, command, limit)
+        if code:
+            reason = (errors or said).strip().splitlines()[-1:]
             raise DeviceError(device, f"adb push failed ({''.join(reason)})")
 
     return posix.push(run, copy, device, local, remote)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from devices.answers import contained
 from devices.errors import DeviceError
 from devices.files import cache_folder, sha256
 from devices.identity import Core, Identity, Memory
@@ -25,6 +26,7 @@ def workspace(device: Device) -> str:
     return str(cache_folder() / "device")
 
 
+@contained("mac", "its identity")
 def identify(device: Device) -> Identity:
     chip = _sysctl("machdep.cpu.brand_string")
     fast = int(_sysctl("hw.perflevel0.physicalcpu") or 0)
@@ -43,6 +45,7 @@ def identify(device: Device) -> Identity:
     )
 
 
+@contained("mac", "its memory")
 def memory(device: Device) -> Memory:
     """Available memory is what is free, inactive or purgeable."""
     text = subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout

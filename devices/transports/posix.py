@@ -8,7 +8,9 @@ from pathlib import Path, PurePosixPath
 from devices.errors import DeviceError
 from devices.files import sha256
 from devices.identity import IDENTIFY, Identity, Memory, parse_identity, parse_meminfo
+from devices.thermal import ZONES
 from devices.transports import Device
+from devices.transports.client import MOST_OUTPUT
 from devices.transports.supervised import Completed
 
 #: Runs a command on a device, for at most so many seconds.
@@ -29,7 +31,8 @@ def transfer_timeout(size: int) -> float:
 
 def identify(run: Run, device: Device) -> Identity:
     """What the device is. Raises DeviceError where its shell does not tell."""
-    return parse_identity(run(device, ["sh", "-c", IDENTIFY], _SHORT).check(device).text)
+    command = ["sh", "-c", IDENTIFY, "mobilellm", ZONES]
+    return parse_identity(run(device, command, _SHORT).check(device).text)
 
 
 def memory(run: Run, device: Device) -> Memory:
@@ -46,10 +49,10 @@ def free_space(run: Run, device: Device, folder: str) -> int:
 
 def _free_bytes(output: str, device: Device, folder: str) -> int:
     """The available space in the last row that `df -k -P` printed."""
-    numbers = re.findall(r"\s(\d+)\s+(\d+)\s+(\d+)\s+\d+%", output)
+    numbers = re.findall(r"\s\d{1,18} +\d{1,18} +(\d{1,18}) +\d{1,3}%", output)
     if not numbers:
         raise DeviceError(device, f"the output of df for {folder} cannot be parsed")
-    return int(numbers[-1][2]) * 1024
+    return int(numbers[-1]) * 1024
 
 
 #: A line of sha256sum: before a name with unusual characters it has a backslash.
@@ -77,7 +80,8 @@ def push(run: Run, copy: Copy, device: Device, local: Path, remote: str) -> bool
     folder, part = str(PurePosixPath(remote).parent), f"{remote}.part"
     before = ["sh", "-c", _BEFORE, "mobilellm", folder, remote]
     output = run(device, before, transfer_timeout(size)).check(f"{device}: {folder}").text
-    if _HASH.match(output) and wanted in output.splitlines()[0]:
+    found = _HASH.match(output)
+    if found and found[1] == wanted:
         return False
     free = _free_bytes(output, device, folder)
     if free < size:
@@ -99,12 +103,17 @@ def pull(run: Run, device: Device, remote: str, local: Path) -> None:
     """Copy a file from the device. Raises DeviceError where its sha256 there and here differ."""
     script = 'wc -c < "$1" && sha256sum "$1"'
     output = run(device, ["sh", "-c", script, "mobilellm", remote], _SHORT).check(device).text
-    size, _, line = output.partition("\n")
-    found = _HASH.match(line)
-    content = run(device, ["cat", remote], transfer_timeout(int(size))).check(device).stdout
+    said = re.match(rf"\s*(\d{{1,18}})\n{_HASH.pattern}", output)
+    if said is None:
+        raise DeviceError(device, f"the size and sha256 of {remote} cannot be parsed")
+    size, wanted = int(said[1]), said[2]
+    if size > MOST_OUTPUT:
+        problem = f"{remote} has {size / 1e6:,.0f} MB, more than {MOST_OUTPUT >> 20} MiB"
+        raise DeviceError(device, problem, "Measure less")
+    content = run(device, ["cat", remote], transfer_timeout(size)).check(device).stdout
     local.parent.mkdir(parents=True, exist_ok=True)
     local.write_bytes(content)
-    if found is None or sha256(local) != found[1]:
+    if sha256(local) != wanted:
         local.unlink()
         raise DeviceError(device, f"{remote} changed on its way", "Check the connection")
 

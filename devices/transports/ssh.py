@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import shlex
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from devices.errors import DeviceError, UnreachableError
 from devices.transports import Device, posix
+from devices.transports.client import run_client
 from devices.transports.supervised import Completed, OnLine, supervise
 
 _OPTIONS = {
@@ -51,14 +51,9 @@ def push(device: Device, local: Path, remote: str) -> bool:
         command = _client(device, ["sh", "-c", 'cat > "$1"', "mobilellm", part])
         limit = posix.transfer_timeout(source.stat().st_size)
         with source.open("rb") as file:
-            try:
-                done = subprocess.run(
-                    command, stdin=file, capture_output=True, text=True, check=False, timeout=limit
-                )
-            except subprocess.TimeoutExpired as error:
-                raise UnreachableError(device, f"pushing took more than {limit:.0f} s") from error
-        if done.returncode:
-            reason = "".join(done.stderr.strip().splitlines()[-1:])
+            code, _, errors = run_client(device, command, limit, file)
+        if code:
+            reason = "".join(errors.strip().splitlines()[-1:])
             raise DeviceError(device, f"{part} cannot be written ({reason})")
 
     return posix.push(run, copy, device, local, remote)

@@ -9,13 +9,18 @@ the exit code of the client.
 import re
 import secrets
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO
 
-from devices.errors import CommandFailedError, DeviceLostError, DeviceTimeoutError, UnreachableError
+from devices.errors import (
+    CommandFailedError,
+    DeviceError,
+    DeviceLostError,
+    DeviceTimeoutError,
+    UnreachableError,
+)
+from devices.transports.client import Streams, run_client, start
 
 #: $1 is the marker, $2 the limit in seconds, then follows the command. Signals that a lost
 #: connection sends must not end the script before it has killed the session.
@@ -65,6 +70,11 @@ class Completed:
         """Standard output as text."""
         return self.stdout.decode("utf-8", "replace")
 
+    @property
+    def all_text(self) -> str:
+        """Standard output and standard error: some programs log on the one, some on the other."""
+        return self.text + "\n" + self.stderr.decode("utf-8", "replace")
+
     def check(self, subject: object) -> "Completed":
         """The command itself. Raises CommandFailedError, with the last line of stderr, for other
         codes than 0."""
@@ -99,26 +109,29 @@ def supervise(
     """Run `argv` on a device for at most `timeout` seconds.
 
     `session` is a command on the device that starts another one in a new session. Raises
-    DeviceTimeoutError, DeviceLostError or UnreachableError; a command that fails is an ordinary
-    result.
+    DeviceTimeoutError, DeviceLostError or UnreachableError, and DeviceError for a command that
+    prints more than `client` allows; a command that fails is an ordinary result.
     """
     marker = f"mobilellm-{secrets.token_hex(8)}"
     limit = str(int(timeout + _GRACE) + 1)
     script = ["sh", "-c", _SUPERVISOR, "mobilellm", marker, limit, *session, *argv]
     started = time.monotonic()
-    client = _start(spawn(script))
+    client = start(spawn(script), subprocess.PIPE)
     output = _Output(client, marker, on_line)
-    ended = output.wait(timeout)
+    ended = output.streams.wait_or_excess(timeout)
     seconds = time.monotonic() - started
     if not ended:
         where = _stop(client, output, spawn)
+        if output.streams.excess:
+            problem = f"{argv[0]} printed {output.streams.excess}{where}"
+            raise DeviceError(subject, problem, "Nothing of this run counts")
         problem = f"{argv[0]} did not end within {timeout:g} s{where}"
         raise DeviceTimeoutError(subject, problem, "Raise --timeout, or measure less")
     client.wait()
     if client.stdin:
         client.stdin.close()
     if output.code is None:
-        said = output.stderr.decode("utf-8", "replace").strip().splitlines()
+        said = output.stderr().decode("utf-8", "replace").strip().splitlines()
         reason = said[-1] if said else f"the client ended with code {client.returncode}"
         if not output.began:
             raise UnreachableError(
@@ -126,23 +139,15 @@ def supervise(
             )
         problem = f"the connection ended while {argv[0]} was running ({reason})"
         raise DeviceLostError(subject, problem, "Connect it again; nothing of this run is kept")
-    return Completed(tuple(argv), output.code, output.stdout, output.stderr, seconds)
-
-
-def _start(argv: list[str]) -> "subprocess.Popen[bytes]":
-    pipe = subprocess.PIPE
-    try:
-        return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
-    except FileNotFoundError as error:
-        remedy = f"Install it (Debian: {_PACKAGES.get(argv[0], argv[0])})"
-        raise UnreachableError(argv[0], "is not installed on this machine", remedy) from error
-
-
-_PACKAGES = {"ssh": "openssh-client"}
+    stdout = bytes(output.streams.stdout)
+    return Completed(tuple(argv), output.code, stdout, output.stderr(), seconds)
 
 
 class _Output:
-    """Reads both streams of a client in threads, and removes the marker's lines from stderr."""
+    """What a client prints: its streams, without the marker's lines, and what those lines say."""
+
+    #: Longer than any of the marker's lines, which may arrive in two blocks.
+    _OVERLAP = 80
 
     def __init__(
         self, client: "subprocess.Popen[bytes]", marker: str, on_line: OnLine | None
@@ -150,65 +155,50 @@ class _Output:
         self.code: int | None = None
         self.pid: str | None = None
         self.began = False
-        self.stdout, self.stderr = b"", b""
-        self._on_line = on_line
-        self._marker = re.compile(rb"\n?%s (begin|pid|end) (\d+)\r?\n" % marker.encode())
-        assert client.stdout is not None and client.stderr is not None
-        self._threads = [
-            threading.Thread(target=self._read_stdout, args=(client.stdout,), daemon=True),
-            threading.Thread(target=self._read_stderr, args=(client.stderr,), daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._on_line, self._line, self._last = on_line, b"", b""
+        self._marker = re.compile(rb"\n?%s (begin|pid|end) (\d{1,10})\r?\n" % marker.encode())
+        self.streams = Streams(client, self._find_lines if on_line else None, self._find_marks)
 
-    def wait(self, timeout: float) -> bool:
-        """Whether both streams ended within `timeout` seconds."""
-        end = time.monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+    def stderr(self) -> bytes:
+        """Standard error without the marker's lines."""
+        return self._marker.sub(b"", bytes(self.streams.stderr))
 
-    def _read_stdout(self, stream: IO[bytes]) -> None:
-        parts = []
-        for line in stream:
-            parts.append(line)
-            if self._on_line:
-                self._on_line(line.decode("utf-8", "replace").rstrip("\r\n"))
-        self.stdout = b"".join(parts)
+    def _find_lines(self, block: bytes) -> None:
+        assert self._on_line is not None
+        *lines, rest = (self._line + block).split(b"\n")
+        self._line = rest[: 1 << 16]
+        for line in lines:
+            self._on_line(line.decode("utf-8", "replace").rstrip("\r"))
 
-    def _read_stderr(self, stream: IO[bytes]) -> None:
-        collected = b""
-        while block := stream.read1(1 << 16):  # type: ignore[attr-defined]  # of BufferedReader
-            collected += block
-            for match in self._marker.finditer(collected):
-                self.began = True
-                if match[1] == b"pid":
-                    self.pid = match[2].decode()
-                elif match[1] == b"end":
-                    self.code = int(match[2])
-            collected = self._marker.sub(b"", collected)
-            self.stderr = collected
+    def _find_marks(self, block: bytes) -> None:
+        recent = self._last + block
+        for match in self._marker.finditer(recent):
+            self.began = True
+            if match[1] == b"pid":
+                self.pid = match[2].decode()
+            elif match[1] == b"end":
+                self.code = int(match[2])
+        self._last = recent[-self._OVERLAP :]
 
 
 def _stop(client: "subprocess.Popen[bytes]", output: _Output, spawn: Spawn) -> str:
     """Kill the command on the device. Gives the end of the error message: whether it was killed."""
     if client.stdin:
         client.stdin.close()  # the script on the device sees it and kills the session
-    output.wait(_GRACE)
+    output.streams.wait(_GRACE)
     client.kill()
     client.wait()
-    output.wait(1)
+    output.streams.wait(1)
     if output.code is not None:
         return " and was killed"
     if output.pid is None:
         return "; it is not known whether it began"
     try:
-        again = subprocess.run(
-            spawn(["sh", "-c", _KILL, "mobilellm", output.pid]),
-            stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_GRACE,
-        )  # fmt: skip
-        if again.returncode == 0:
+        command = spawn(["sh", "-c", _KILL, "mobilellm", output.pid])
+        if run_client("killing", command, _GRACE)[0] == 0:
             return " and was killed"
-    except subprocess.TimeoutExpired:
+    except DeviceTimeoutError:
         return f"; nothing answers, so process {output.pid} ends {_GRACE:g} s later by itself"
+    except DeviceError:  # the error to report is why it is killed
+        pass
     return f"; process {output.pid} may still run on the device"

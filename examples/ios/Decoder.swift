@@ -1,8 +1,9 @@
 // Generates text on an iPhone (iOS 18) or a Mac (macOS 15) with the package that
 // `mobilellm lower --target coreml` writes. docs/formats.md describes the package.
 //
-// NOT COMPILED AND NOT RUN YET: it was written without a Mac. `CoreMLRunner` in
-// exporter/backends/coreml/lowering.py does the same in Python and is tested.
+// NOT RUN YET: it was written without a Mac. A test checks its types against stubs of Core ML on
+// Linux (tests/test_ios.py). `CoreMLRunner` in exporter/backends/coreml/lowering.py does the same in
+// Python and is tested.
 //
 // Add model.mlpackage to an app, which Xcode compiles to model.mlmodelc, and tokenize with
 // tokenizer.json from the same folder (huggingface/swift-transformers reads it):
@@ -16,6 +17,10 @@ import Foundation
 enum DecoderError: Error {
     case notOurPackage
     case textTooLong(tokens: Int, context: Int)
+    /// The Neural Engine runs only packages that were lowered with `compute=neural_engine`.
+    case notForNeuralEngine
+    /// Swift has no Float16 on Intel: lower the package with `activations=float32`, or run on Arm.
+    case noFloat16
 }
 
 /// Generates one text at a time: two predictions must not use a state at the same time.
@@ -36,7 +41,10 @@ final class Decoder: @unchecked Sendable {
     /// The name of the output: `logits`, or `token` if the program finds the most likely token.
     private let output: String
 
-    init(modelURL: URL, computeUnits: MLComputeUnits = .cpuAndNeuralEngine) async throws {
+    /// Give `.cpuAndNeuralEngine` for a package that was lowered with `compute=neural_engine`.
+    /// That form was not run on hardware. Any other package stays on CPU and GPU, because the Neural
+    /// Engine computes int4 in blocks wrongly (github.com/apple/coreai-models/issues/279).
+    init(modelURL: URL, computeUnits: MLComputeUnits = .cpuAndGPU) async throws {
         func load(_ function: String) async throws -> MLModel {
             let configuration = MLModelConfiguration()
             configuration.computeUnits = computeUnits
@@ -54,6 +62,10 @@ final class Decoder: @unchecked Sendable {
             let output = facts["output"],
             let ends = facts["eos_token_ids"]?.data(using: .utf8)
         else { throw DecoderError.notOurPackage }
+        let usesNeuralEngine = computeUnits == .all || computeUnits == .cpuAndNeuralEngine
+        guard !usesNeuralEngine || facts["compute"] == "neural_engine" else {
+            throw DecoderError.notForNeuralEngine
+        }
         self.context = context
         self.chunk = chunk
         self.output = output
@@ -103,16 +115,17 @@ final class Decoder: @unchecked Sendable {
         return next
     }
 
-    /// Generates tokens greedily. Stops at a token that ends the text (which is not returned), at
-    /// the limit, or when the cache is full.
+    /// Generates tokens greedily, at most `limit`. Stops at a token that ends the text (which is not
+    /// returned), or when the cache is full. A limit of 0 or less gives no token.
     func generate(prompt: [Int], limit: Int) -> AsyncThrowingStream<Int, Error> {
         AsyncThrowingStream { continuation in
             let task = Task {
                 do {
-                    var token = try await self.start(prompt)
-                    for count in 1...max(limit, 1) where !Task.isCancelled {
-                        if self.endTokens.contains(token) { break }
+                    var count = 0
+                    var token = limit > 0 ? try await self.start(prompt) : 0
+                    while count < limit, !Task.isCancelled, !self.endTokens.contains(token) {
                         continuation.yield(token)
+                        count += 1
                         if count == limit || self.position == self.context { break }
                         token = try await self.step(token)
                     }
@@ -136,9 +149,15 @@ final class Decoder: @unchecked Sendable {
             return Int(token.scalars[0])
         }
         // [1, 1, vocab_size], float16 or float32: the target's `activations`.
-        if let logits = value.shapedArrayValue(of: Float16.self) { return likeliest(logits.scalars) }
         if let logits = value.shapedArrayValue(of: Float.self) { return likeliest(logits.scalars) }
-        throw DecoderError.notOurPackage
+        #if arch(arm64)
+            if let logits = value.shapedArrayValue(of: Float16.self) {
+                return likeliest(logits.scalars)
+            }
+            throw DecoderError.notOurPackage
+        #else
+            throw DecoderError.noFloat16
+        #endif
     }
 }
 

@@ -20,7 +20,15 @@ nor torch; its functions import them when they are called. Every format has thes
 - ``cross_checks(artifact) -> tuple[str, ...]``: the names of the other ways to run the artifact
   here, such as our reference interpreter. `verify` compares the logits of each with the runtime's.
 - ``weights(artifact, quantized)``: every weight decoded from the files of the artifact, as
-  (name, place, codes and scales or floats).
+  (name, place, codes and scales or floats). It is found where the model reads it, and decoded as
+  the model describes it. `quantized` gives the names, and tells apart what the files cannot: one
+  scale per row, or per group of the length of a row.
+- ``differences(found, expected)``: how the model in the files of the artifact `found` differs from
+  that of `expected`, as (place, what differs). `expected` was just lowered, by this version, for
+  the same target; `found` is foreign and may be damaged or hostile. If nothing is given, the
+  runtime computes the same from both. Left out is only what has no effect: the places of data in a
+  file, recorded versions, and what the format's own docstring names. No runtime is used. Raises
+  InputError for what cannot be parsed.
 
 - ``rounding(schemes, target, prompt)``: how the runtime rounds activations if the prefill reads
   `prompt` tokens at once; None if it does not round them.
@@ -28,7 +36,8 @@ nor torch; its functions import them when they are called. Every format has thes
   float32. `which` is input, output, keys, values or scores.
 - ``portable(target)``: whether a runner with only the runtime's core operators can run it.
 - ``integers(config, schemes, target)``: whether every product with a weight is an integer product.
-- ``packages(target)``: the distributions whose versions determine the bytes of the artifact.
+- ``packages(target)``: the distributions whose versions determine the bytes of the artifact. With
+  the same versions, two lowerings of one quantized checkpoint give the same bytes.
 """
 
 import importlib

@@ -25,12 +25,27 @@ from exporter.files import (
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import FLOAT
+from exporter.settings import FileHashes, Section, parse_section
 from exporter.text.tokenizer import TOKENIZER_FILES
 
 MANIFEST = "artifact.json"
 FORMAT_VERSION = 1
 #: Files that are copied next to the model: the tokenizer, and the end-of-text ids.
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
+
+
+class ArtifactManifest(Section):
+    """The fields of ``artifact.json``; `artifact_identity` describes them. `files` has the SHA-256
+    of each file of the folder."""
+
+    format_version: int
+    target: dict[str, Any]
+    quantized: str
+    bos_token_id: int | None
+    eos_token_ids: list[int]
+    float_weights: dict[str, str]
+    versions: dict[str, str]
+    files: FileHashes
 
 
 @dataclass(frozen=True)
@@ -108,9 +123,8 @@ def open_artifact(path: Path) -> FinishedArtifact:
             f"{manifest.get('format_version')!r} is not known",
             f"This version reads {FORMAT_VERSION}; lower the model again",
         )
-    target, files = manifest.get("target"), manifest.get("files")
-    eos = manifest.get("eos_token_ids")
-    if not (isinstance(target, dict) and isinstance(files, dict) and isinstance(eos, list)):
-        raise InputError(subject, "is not an artifact's manifest", "Lower the model again")
-    parsed = parse_target(target, str(subject))
-    return FinishedArtifact(Artifact(folder, parsed, tuple(files)), manifest)
+    checked = parse_section(
+        ArtifactManifest, manifest, str(subject), remedy="Lower the model again"
+    )
+    target = parse_target(checked.target, str(subject))
+    return FinishedArtifact(Artifact(folder, target, tuple(checked.files)), manifest)

@@ -8,6 +8,7 @@
 No measurement is stored here, so two exports of the same recipe are byte-identical.
 """
 
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,25 @@ from exporter.files import (
     sha256,
     write_json,
 )
+from exporter.foreign import is_plain_name, read_bytes
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
+from exporter.settings import FileHashes, Section, parse_section
 
 MANIFEST, CHECKSUMS, QUANTIZED = "bundle.json", "SHA256SUMS", "quantized"
 FORMAT_VERSION = 1
+#: The largest ``SHA256SUMS``, in bytes: ten thousand lines.
+_CHECKSUMS_BYTES = 1 << 20
+
+
+class BundleManifest(Section):
+    """The fields of ``bundle.json``; `bundle_identity` describes them."""
+
+    format_version: int
+    recipe: dict[str, Any]
+    source: FileHashes
+    targets: list[str]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,7 @@ class Bundle:
     """A finished bundle; `artifacts` maps target → artifact."""
 
     path: Path
+    manifest: BundleManifest
     quantized: QuantizedCheckpoint
     artifacts: Mapping[str, FinishedArtifact]
 
@@ -85,7 +101,8 @@ def write_checksums(
 
 def is_bundle(folder: Path) -> bool:
     """Whether the folder is a finished bundle; its files are not checked."""
-    return (folder / CHECKSUMS).is_file()
+    checksums = folder / CHECKSUMS
+    return checksums.is_file() and not checksums.is_symlink()
 
 
 def is_bundle_of(
@@ -101,21 +118,16 @@ def is_bundle_of(
 
 
 def file_problems(folder: Path) -> dict[str, str]:
-    """Files that are missing, changed or not listed: name → what is wrong. Raises InputError if
-    ``SHA256SUMS`` is damaged."""
-    hashes = _read_checksums(folder)
-    problems = differing_files(folder, hashes)
-    for name in sorted(_files(folder) - set(hashes)):
-        problems[name] = f"is not listed in {CHECKSUMS}"
-    for name in (MANIFEST, f"{QUANTIZED}/{QUANTIZED_MANIFEST}"):
+    """Files that are missing, changed or not listed, links, and empty folders: name → what is
+    wrong. Raises InputError if ``SHA256SUMS`` is damaged."""
+    hashes = read_checksums(folder)
+    files, foreign = tree(folder)
+    listed = {name: digest for name, digest in hashes.items() if name not in foreign}
+    problems = differing_files(folder, listed) | foreign
+    for name in (*sorted(files), MANIFEST, f"{QUANTIZED}/{QUANTIZED_MANIFEST}"):
         if name not in hashes:
             problems[name] = f"is not listed in {CHECKSUMS}"
     return problems
-
-
-def checksummed_files(folder: Path) -> tuple[str, ...]:
-    """The names of the files in ``SHA256SUMS``. Raises InputError if it is damaged."""
-    return tuple(_read_checksums(folder))
 
 
 def open_bundle(folder: Path) -> Bundle:
@@ -127,41 +139,75 @@ def open_bundle(folder: Path) -> Bundle:
             "is a bundle whose export did not finish" if unfinished else "is not a bundle",
             "Run the same mobilellm export again" if unfinished else "mobilellm export makes one",
         )
-    manifest = read_json(folder / MANIFEST)
-    targets = manifest.get("targets")
-    if not isinstance(targets, list) or not targets or not set(targets) <= set(backend_names()):
+    _, foreign = tree(folder)
+    if foreign:
+        name, problem = next(iter(foreign.items()))
+        raise InputError(folder / name, problem, "Export the bundle again")
+    manifest = parse_section(
+        BundleManifest,
+        read_json(folder / MANIFEST),
+        str(folder / MANIFEST),
+        remedy="Export the bundle again",
+    )
+    if manifest.format_version != FORMAT_VERSION:
+        raise InputError(
+            f"{folder / MANIFEST}: format_version",
+            f"{manifest.format_version} is not known",
+            f"This version reads {FORMAT_VERSION}; export the bundle again",
+        )
+    targets = manifest.targets
+    if not targets or not set(targets) <= set(backend_names()) or len(set(targets)) < len(targets):
         raise InputError(
             f"{folder / MANIFEST}: targets", f"{targets!r} is not a list of known targets"
         )
     return Bundle(
         path=folder,
+        manifest=manifest,
         quantized=open_quantized(folder / QUANTIZED),
         artifacts={name: open_artifact(folder / name) for name in targets},
     )
 
 
-def _files(folder: Path) -> set[str]:
-    """Every file of the bundle except ``SHA256SUMS``: relative paths with forward slashes."""
-    return {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if not path.is_dir() or path.is_symlink()
-    } - {CHECKSUMS}
+def tree(folder: Path) -> tuple[set[str], dict[str, str]]:
+    """The regular files below a folder except ``SHA256SUMS``, and what may not be in a bundle:
+    name → what is wrong.
+
+    Names are relative paths with forward slashes. No link is followed.
+    """
+    files, foreign = set[str](), dict[str, str]()
+    for path in sorted(folder.rglob("*")):
+        name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            foreign[name] = "is a link"
+        elif stat.S_ISREG(mode):
+            files.add(name)
+        elif not stat.S_ISDIR(mode):
+            foreign[name] = "is not a regular file"
+        elif not any(path.iterdir()):
+            foreign[name] = "is an empty folder"
+    return files - {CHECKSUMS}, foreign
 
 
-def _read_checksums(folder: Path) -> dict[str, str]:
-    """The hashes of ``SHA256SUMS``: name → SHA-256. Raises InputError for any malformed line."""
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The hashes of ``SHA256SUMS``: name → SHA-256.
+
+    Raises InputError for a malformed line, and unless each name follows the one before it, so that
+    the same files have one list only.
+    """
     path = folder / CHECKSUMS
     hashes = dict[str, str]()
     try:
-        text = path.read_bytes().decode("ascii")
+        text = read_bytes(path, _CHECKSUMS_BYTES).decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"cannot be read ({error})", "Export the bundle again") from error
     for line in text.split("\n")[:-1]:
         digest, separator, name = line[:64], line[64:66], line[66:]
-        inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
-        if separator != "  " or not inside or set(digest) - set("0123456789abcdef"):
+        if separator != "  " or not is_plain_name(name) or set(digest) - set("0123456789abcdef"):
             raise InputError(path, f"has the malformed line {line!r}", "Export the bundle again")
+        if hashes and name <= next(reversed(hashes)):
+            raise InputError(
+                path, f"lists {name!r} twice or out of order", "Export the bundle again"
+            )
         hashes[name] = digest
     if not hashes or not text.endswith("\n"):
         raise InputError(path, "is not complete", "Export the bundle again")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from devices.files import cache_folder
@@ -35,7 +34,7 @@ from exporter.calibration.settings import Calibration
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher, open_teacher
 from exporter.errors import InputError
-from exporter.files import read_json, replacing, write_json, write_tensors
+from exporter.files import read_json, replacing, write_json
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress
 from exporter.quantization.activations import round_rows_to_int8
@@ -51,6 +50,7 @@ from exporter.quantization.schemes import (
     unpack_entry,
 )
 from exporter.quantization.settings import Quantization
+from exporter.tensors import open_own, write_tensors
 
 START, IDENTITY = "start.safetensors", "identity.json"
 #: Entry of `START`, next to the parts of the scheme: the float weight that was rounded.
@@ -129,11 +129,9 @@ class CalibrationInputs:
 
     def identity(self) -> dict[str, Any]:
         """Every calibration setting and input that decides the integers, for the manifest."""
-        settings = self.calibration.model_dump()
-        del settings["data"], settings["cache_teacher"], settings["teacher"]
         other = self.teacher_source != self.source
         return {
-            **settings,
+            **self.calibration.identity(),
             **({"teacher": dict(self.teacher_source)} if other else {}),
             "precision": str(self.precision).removeprefix("torch."),
             "text": self.text.identity(),
@@ -327,7 +325,7 @@ def _save(path: Path, initial: Mapping[str, GptqResult]) -> None:
 
 
 def _load(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, GptqResult]:
-    with safe_open(path, framework="pt") as file:
+    with open_own(path) as file:
         return {
             name: GptqResult(
                 unpack_entry(name, scheme, file.get_tensor),

@@ -13,10 +13,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,9 +25,10 @@ from exporter.calibration.settings import Calibration
 from exporter.calibration.student import Student
 from exporter.calibration.teacher import Teacher
 from exporter.errors import InputError
-from exporter.files import write_tensors
+from exporter.foreign import parse_json
 from exporter.progress import OnStep
 from exporter.quantization.schemes import QuantizedTensor, Scheme, pack_entries, unpack_entry
+from exporter.tensors import open_own, write_tensors
 
 STATE, BEST = "state.safetensors", "best.safetensors"
 
@@ -229,9 +228,10 @@ class _Trainer:
         path = self.folder / STATE
         if not path.is_file():
             return TrainingHistory()
-        with safe_open(path, framework="pt") as file:
+        with open_own(path) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
-            saved: dict[str, Any] = json.loads(file.metadata()["history"])
+            history = (file.metadata() or {}).get("history", "")
+        saved = parse_json(history.encode(), path, "Delete it, and run the same command again")
         parallel.restore(self.student, self.optimizer, state)
         evaluations = [Evaluation(**entry) for entry in saved["evaluations"]]
         return TrainingHistory(saved["losses"], evaluations)
@@ -246,6 +246,6 @@ def _learning_rate_factor(calibration: Calibration, step: int) -> float:
 def _read_integers(
     path: Path, schemes: Mapping[str, Scheme]
 ) -> Iterator[tuple[str, QuantizedTensor]]:
-    with safe_open(path, framework="pt") as file:
+    with open_own(path) as file:
         for name, scheme in schemes.items():
             yield name, unpack_entry(name, scheme, file.get_tensor)

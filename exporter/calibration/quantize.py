@@ -4,7 +4,7 @@ The calibration modules are imported only if the recipe calibrates, because they
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +20,25 @@ from exporter.quantization.quantized_checkpoint import (
     quantized_identity,
     write_quantized,
 )
+from exporter.quantization.schemes import Scheme
 from exporter.quantization.settings import Quantization
 
 if TYPE_CHECKING:
     from exporter.calibration.calibrate import CalibrationInputs
 
 
-def quantization_plan(quantization: Quantization, checkpoint: Checkpoint) -> QuantizationPlan:
+def quantization_plan(
+    quantization: Quantization, checkpoint: Checkpoint | QuantizedCheckpoint
+) -> QuantizationPlan:
     """The scheme of each tensor of the checkpoint. Raises InputError."""
     linear, embedding, overrides = quantization.schemes()
     shapes = checkpoint.config.parameter_shapes()
     return plan_schemes(shapes, linear, embedding, overrides, quantization.method)
+
+
+def with_int8(plan: QuantizationPlan, names: Collection[str]) -> QuantizationPlan:
+    """The plan with these weights stored as int8, as a budget chooses them."""
+    return replace(plan, schemes={**plan.schemes, **dict.fromkeys(names, Scheme(8))})
 
 
 @dataclass(frozen=True)
@@ -61,13 +69,11 @@ def quantization_inputs(
     if not quantization.calibrated:
         return QuantizationInputs(plan, None, quantized_identity(checkpoint, plan, source))
     from exporter.calibration.calibrate import calibration_inputs
-    from exporter.calibration.sensitivity import INT8
 
     calibration = calibration_inputs(
         checkpoint, quantization, settings, plan.schemes, source, progress
     )
-    schemes = {**plan.schemes, **dict.fromkeys(calibration.int8_weights, INT8)}
-    plan = replace(plan, schemes=schemes)
+    plan = with_int8(plan, calibration.int8_weights)
     identity = quantized_identity(checkpoint, plan, source, calibration.identity())
     return QuantizationInputs(plan, calibration, identity)
 

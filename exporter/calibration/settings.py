@@ -1,11 +1,13 @@
 """The recipe's `calibration` section."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
 from exporter.settings import Section, list_of, refusal, within
 
+#: The keys that a calibration adds to `Calibration.identity` in the manifest.
+RESULTS = ("teacher", "precision", "text", "processes", "wider")
 #: Lower limit of values that must be above zero, because ranges include their limits.
 _POSITIVE = 1e-12
 
@@ -87,6 +89,11 @@ class Calibration(Section):
     patience: Annotated[int, within(1)] = 4
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: Annotated[int, within(0, 2**63 - 1)] = 0
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the integers. Texts and teacher are left out: the manifest has
+        their hashes."""
+        return self.model_dump(mode="json", exclude={"data", "cache_teacher", "teacher"})
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "Calibration":

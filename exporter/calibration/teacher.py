@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,9 +11,10 @@ from exporter.calibration.data import hash_of
 from exporter.calibration.loss import TeacherLogits, teacher_logits
 from exporter.calibration.settings import Calibration
 from exporter.errors import InputError
-from exporter.files import sha256, write_tensors
+from exporter.files import sha256
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
 from exporter.model.decoder import FloatWeights, attend_causal, load_decoder
+from exporter.tensors import open_own, write_tensors
 
 
 def open_teacher(calibration: Calibration, student: Checkpoint) -> Checkpoint:
@@ -87,7 +87,7 @@ class Teacher:
             with cache_lock(path):
                 if not path.is_file():
                     self._write(sequence, path)
-        with safe_open(path, framework="pt") as file:
+        with open_own(path) as file:
             return file.get_tensor("ids"), file.get_tensor("values")
 
     def _write(self, sequence: Tensor, path: Path) -> None:

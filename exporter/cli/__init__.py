@@ -3,6 +3,8 @@
 mobilellm --help
 """
 
+import argparse
+import io
 import json
 import logging
 import sys
@@ -13,17 +15,33 @@ from rich.markup import escape
 
 from exporter.cli import arguments, display
 from exporter.cli.commands import BAD_INPUT, COMMANDS, INTERRUPTED, SUCCESS
-from exporter.errors import ExporterError
+from exporter.errors import ExporterError, InputError
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the command. What exhausts the memory or the stack is bad input, as a last resort."""
+    try:
+        code: int = args.run(args)
+        return code
+    except (MemoryError, RecursionError) as error:
+        logging.getLogger("exporter").debug("%s", error, exc_info=True)
+        what = "more memory than there is" if isinstance(error, MemoryError) else "too deep a stack"
+        raise InputError(
+            "this input", f"needs {what}", "Check its files; -v shows where"
+        ) from error
 
 
 def main(typed: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be of another encoding
+            stream.reconfigure(errors="backslashreplace")
     args = arguments.parse(typed, COMMANDS)
     logger = logging.getLogger("exporter")
-    logger.addHandler(logging.StreamHandler())
+    logger.handlers = [logging.StreamHandler()]
     logger.setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     try:
-        code = args.run(args)
+        code = _run(args)
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         sys.stderr.close()
         code = SUCCESS

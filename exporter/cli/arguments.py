@@ -126,14 +126,23 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _text_argument(sub)
 
     sub = command(
-        "verify", "Verify a bundle: file hashes, integers bit for bit, and logits",
+        "verify", "Verify a bundle: derive every file again, and compare integers and logits",
         "mobilellm verify build/nano",
-        "The codes and scales decoded from each artifact are compared with the quantized "
-        "checkpoint, and the logits of each artifact with the torch reference.",
+        "Every artifact is lowered again from the quantized checkpoint, and its files are compared "
+        "byte for byte. The codes and scales decoded from each artifact are compared with the "
+        "quantized checkpoint, and the logits of each artifact with the torch reference.",
     )  # fmt: skip
     sub.add_argument(
         "bundle", metavar="BUNDLE", type=Path,
         help="folder from mobilellm export, or a quantized checkpoint",
+    )  # fmt: skip
+    sub.add_argument(
+        "--source", metavar="CHECKPOINT",
+        help="also quantize this checkpoint again and compare it with the quantized checkpoint",
+    )  # fmt: skip
+    sub.add_argument(
+        "--quick", action="store_true",
+        help="do not derive the artifacts again: compare hashes, manifests, integers and logits",
     )  # fmt: skip
     _text_argument(sub)
 
@@ -181,7 +190,14 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
             "marked as such.",
         )
     )
-    command("devices", "List the connected devices and the catalogue", "mobilellm devices")
+    sub = command(
+        "devices", "List the connected devices and the catalogue, or remove our files from devices",
+        "mobilellm devices",
+    )  # fmt: skip
+    sub.add_argument(
+        "--clean", nargs="*", metavar="DEVICE",
+        help="remove what mobilellm profile copied to these devices (default: to all connected)",
+    )  # fmt: skip
     command("recipes", "List the recipes that come with the tool", "mobilellm recipes")
     command("doctor", "Show which required and optional packages are installed", "mobilellm doctor")
     return parser
@@ -251,7 +267,16 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--threads", type=int, default=0, metavar="N",
-        help="threads of the runtime (default: chosen for the device)",
+        help="threads of the runtime, at most one for each core that a process may use "
+        "(default: chosen for the device)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--cores", default="", metavar="LIST",
+        help="run on these cores only, such as 4-7 or 0,2; the device needs taskset",
+    )  # fmt: skip
+    sub.add_argument(
+        "--no-mmap", dest="mmap", action="store_false",
+        help="read the model into memory instead of mapping it (the native runner)",
     )  # fmt: skip
     sub.add_argument(
         "--timeout", type=float, default=1800.0, metavar="S",

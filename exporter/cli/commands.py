@@ -10,6 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from exporter.cli import display, display_models
+from exporter.errors import InputError
+
+#: The longest prompt on standard input, in bytes.
+PROMPT_BYTES = 1 << 24
 
 SUCCESS, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -86,9 +90,11 @@ def export(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Verify a bundle or a quantized checkpoint."""
     from exporter import pipeline
+    from exporter.model.checkpoint import open_checkpoint
 
+    source = open_checkpoint(args.source) if args.source else None
     with display.progress() as progress:
-        checks = pipeline.verify(args.bundle, progress, args.text)
+        checks = pipeline.verify(args.bundle, progress, args.text, source=source, quick=args.quick)
     passed = all(check.passed for check in checks)
     display_models.print_verification(checks, passed, args.json)
     return SUCCESS if passed else CHECK_FAILED
@@ -112,9 +118,20 @@ def generate(args: argparse.Namespace) -> int:
     from exporter.inference.generation import Sampling
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _standard_input() if args.prompt == "-" else args.prompt
     answer = begin_answer(args.path, args.target, prompt, sampling, args.raw, args.system)
     return display_models.print_answer(answer, args.json)
+
+
+def _standard_input() -> str:
+    """The prompt from standard input. Raises InputError for text that is too long or not UTF-8."""
+    content = sys.stdin.buffer.read(PROMPT_BYTES + 1)
+    if len(content) > PROMPT_BYTES:
+        raise InputError("prompt", f"is longer than the limit of {PROMPT_BYTES:,} bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("prompt", f"is not UTF-8 ({error})", "Give UTF-8") from error
 
 
 def profile(args: argparse.Namespace) -> int:
@@ -126,7 +143,7 @@ def profile(args: argparse.Namespace) -> int:
         display_profile.check_plot(args.plot)
     request = profiling.Request(
         args.device, args.target, args.overrides, args.runner, args.threads, args.timeout,
-        args.output, args.baseline,
+        args.output, args.baseline, args.cores, args.mmap,
     )  # fmt: skip
     with display.progress() as progress:
         result = profiling.profile(args.bundle, request, progress)
@@ -137,10 +154,17 @@ def profile(args: argparse.Namespace) -> int:
 
 
 def devices(args: argparse.Namespace) -> int:
-    """List the connected devices and the catalogue."""
+    """List the connected devices and the catalogue, or remove our files from devices."""
     from exporter.cli import display_profile
 
-    return display_profile.print_devices(args.json)
+    if args.clean is None:
+        return display_profile.print_devices(args.json)
+    from exporter import profiling
+
+    with display.progress() as progress:
+        cleaned = profiling.clean(args.clean, progress)
+    display_profile.print_cleaned(cleaned, args.json)
+    return SUCCESS if all(one.problem is None for one in cleaned) else CHECK_FAILED
 
 
 def recipes(args: argparse.Namespace) -> int:

@@ -20,14 +20,29 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from exporter.errors import printable
 
 #: The interval of progress lines, in seconds, if stderr is not a terminal.
 _SECONDS_BETWEEN_LINES = 30
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Console(Console):
+    """A console for text with names of foreign files: what would steer the terminal is escaped."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Convert a string to a `Text`; rich calls it for everything that is printed."""
+        return super().render_str(printable(text, lines=True), **options)
+
+
+out = _Console(soft_wrap=True)
+err = _Console(stderr=True, soft_wrap=True)
 #: For tables. Names are never truncated; the terminal wraps long lines.
-wide = Console(highlight=False, width=400)
+wide = _Console(width=400)
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -90,9 +105,12 @@ def progress() -> Iterator[Callable[..., None]]:
 
 
 def print_json(content: dict[str, Any]) -> int:
-    """Print one JSON object (RFC 8259). Infinity and NaN, which JSON does not have, become null."""
+    """Print one JSON object (RFC 8259) in ASCII, which every stream takes and no terminal obeys.
+
+    Infinity and NaN, which JSON does not have, become null.
+    """
     plain = json.loads(json.dumps(content, default=str), parse_constant=lambda _name: None)
-    print(json.dumps(plain, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(plain, allow_nan=False))
     return 0
 
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from exporter.cli import display
 from exporter.cli.display import Clock, figure, megabytes, out, print_facts, table, wide
+from exporter.errors import printable
 
 if TYPE_CHECKING:  # they load torch
     from devices.catalogue import KnownDevice
@@ -181,7 +182,7 @@ def print_answer(answer: "Answer", as_json: bool) -> int:
     for piece in answer:
         pieces.append(piece)
         if not as_json:
-            print(piece, end="", flush=True)
+            print(printable(piece, lines=True), end="", flush=True)
     generation, seconds = answer.generation, answer.seconds
     if as_json:
         return display.print_json(
@@ -217,14 +218,16 @@ def print_recipes(recipes: "Sequence[Recipe]", as_json: bool) -> int:
 
 
 def print_checks(checks: Sequence[Any]) -> None:
-    """Print one line per kind of passed checks, and one line per failed check."""
-    from exporter.verification import failures
+    """Print one line per kind of passed checks, and one line per failed check. A check that only
+    reports something has a line of its own."""
+    from exporter.verification.checks import failures
 
-    kinds = dict[tuple[str, str | None], list[Any]]()
+    kinds = dict[tuple[str, str | None, str], list[Any]]()
     for check in checks:
-        kinds.setdefault((check.check, check.target), []).append(check)
+        report = check.subject if check.limit is None and check.note else ""
+        kinds.setdefault((check.check, check.target, report), []).append(check)
     rows = table("", "check", "target", "value", "limit", "subject")
-    for (name, target), group in kinds.items():
+    for (name, target, _), group in kinds.items():
         failed = list(failures(group))
         for check in failed or group[:1]:
             single = len(group) == 1 or failed

@@ -9,9 +9,10 @@ from rich.markup import escape
 
 from devices.catalogue import catalogue
 from devices.comparison import Comparison
-from devices.transports import TRANSPORTS, Device, transport_of
+from devices.transports import connected_devices
 from exporter.cli import display
 from exporter.errors import InputError
+from exporter.profiling import Cleaned
 
 #: The number of operators to list.
 _TOP = 8
@@ -20,7 +21,7 @@ _PLOTS = (".png", ".svg", ".pdf")
 
 def print_devices(as_json: bool) -> int:
     """Print the connected devices and the catalogue."""
-    found = [text for kind in TRANSPORTS for text in transport_of(Device(kind)).connected()]
+    found = connected_devices()
     if as_json:
         known = [asdict(device) for device in catalogue().values()]
         return display.print_json({"connected": found, "known": known})
@@ -37,6 +38,20 @@ def print_devices(as_json: bool) -> int:
         )  # fmt: skip
     display.wide.print(table)
     return 0
+
+
+def print_cleaned(cleaned: Sequence[Cleaned], as_json: bool) -> None:
+    """Print what was removed from which device."""
+    if as_json:
+        display.print_json({"cleaned": [asdict(one) for one in cleaned]})
+        return
+    for one in cleaned:
+        said = escape(one.problem or f"removed {one.folder}")
+        display.out.print(
+            f"[bold]{escape(one.device)}[/] {'[red]failed[/]: ' if one.problem else ''}{said}"
+        )
+    if not cleaned:
+        display.out.print("No device is connected")
 
 
 def print_profile(
@@ -57,7 +72,7 @@ def _print_report(report: Mapping[str, Any], comparisons: Sequence[Comparison]) 
             mark = f"[{colour}]{session['status']}[/]"
             display.out.print(f"[bold]{escape(title)}[/] {mark}: {escape(session['problem'])}\n")
             continue
-        display.print_facts(title, dict(_facts(session)))
+        display.print_facts(title, dict(_facts(session, report["settings"])))
         _print_speeds(session)
         _print_operators(session)
     if comparisons:
@@ -71,7 +86,7 @@ def _print_report(report: Mapping[str, Any], comparisons: Sequence[Comparison]) 
         display.wide.print(table)
 
 
-def _facts(session: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(session: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     identity, engine, memory = session["identity"], session["engine"], session["memory"]
     if session["kind"] != "real":
         what = {"virtual": "virtual", "emulated": "EMULATED, times are meaningless"}
@@ -79,7 +94,9 @@ def _facts(session: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     cores = ", ".join(f"{core['count']} × {core['name']}" for core in identity["cores"])
     yield "device", f"{identity['name']}, {identity['system']}, {identity['machine']}: {cores}"
     versions = ", ".join(f"{name} {version[:20]}" for name, version in engine["versions"].items())
-    yield "engine", f"{engine['name']} ({versions}), {engine['threads']} threads"
+    yield "engine", f"{engine['name']} ({versions}), {_placement(engine, settings)}"
+    if engine["note"]:
+        yield "measures", engine["note"]
     if session["load"]:
         yield "load", f"{session['load']['p50']:.1f} ms (first: {session['first_load_ms']:.1f} ms)"
     size = display.megabytes
@@ -102,11 +119,27 @@ def _facts(session: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         first, *_, last = run["tokens_per_second"]
         share = f"{run['last_to_best']:.0%} of the best"
         end = f"{last:.1f} at the end of {run['seconds']:.0f} s ({share})"
-        yield "sustained", f"{first:.1f} tokens/s at first, {end}"
+        yield "sustained", f"{first:.1f} tokens/s at first, {end}, p90 {run['p90_ms']:.3f} ms"
+        if run["hottest"]:
+            heat = run["hottest"]
+            course = f"{heat['first']:.1f} °C at first, at most {heat['most']:.1f} °C"
+            yield "temperature", f"{heat['sensor']}: {course}, {heat['last']:.1f} °C at the end"
     if session["energy"]:
         yield "energy", f"{session['energy']['joules_per_token'] * 1000:.1f} mJ per token"
     for what, why in session["not_measured"].items():
         yield f"no {what}", why
+
+
+def _placement(engine: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """On how many threads and which cores it ran, and how it loaded the model."""
+    parts = [f"{engine['threads']} threads"]
+    if settings["threads"] > engine["threads"]:
+        parts[0] += f" ({settings['threads']} asked for, more than there are cores)"
+    if engine["cores"]:
+        parts.append(f"cores {engine['cores']}")
+    if engine["mmap"] is not None:
+        parts.append("mapped" if engine["mmap"] else "read into memory")
+    return ", ".join(parts)
 
 
 def _print_speeds(session: Mapping[str, Any]) -> None:
@@ -146,7 +179,9 @@ def _print_operators(session: Mapping[str, Any]) -> None:
             column.justify = "right"
         for row in session["operators"][:_TOP]:
             runner = row["delegate"] or "none (runtime kernel)"
-            table.add_row(escape(row["name"]), str(row["calls"]), f"{row['share']:.1%}", runner)
+            table.add_row(
+                escape(row["name"]), str(row["calls"]), f"{row['share']:.1%}", escape(runner)
+            )
         rest = session["operators"][_TOP:]
         if rest:
             share = sum(row["share"] for row in rest)

@@ -90,11 +90,9 @@ class MobileLLM(TemplateLM):
     ) -> list[int]:
         """Token ids with the special tokens of the tokenizer, unless the text begins with them."""
         if add_special_tokens is None:
-            begin = self.tokenizer.tokenizer.id_to_token(self.prefix_token_id)
+            begin = self.tokenizer.text_of(self.prefix_token_id)
             add_special_tokens = not (begin and string.startswith(begin))
-        encoding = self.tokenizer.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
-        return ids
+        return self.tokenizer.encode(string, special_tokens=add_special_tokens)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -106,7 +104,10 @@ class MobileLLM(TemplateLM):
         if add_generation_prompt or not messages:
             return text
         last = messages[-1].content.strip()
-        return text[: text.rindex(last) + len(last)]
+        place = text.rfind(last)
+        if place < 0:
+            raise InputError(self._path, "has a chat template that leaves out the last turn")
+        return text[: place + len(last)]
 
     def _loglikelihood_tokens(
         self,
@@ -170,7 +171,7 @@ class MobileLLM(TemplateLM):
         texts = []
         for context, options in tqdm([request.args for request in requests], disable=disable_tqdm):
             asked = normalize_gen_kwargs(options, self.max_gen_toks)
-            end = self.tokenizer.tokenizer.id_to_token(self.eot_token_id)
+            end = self.tokenizer.text_of(self.eot_token_id)
             stops = handle_stop_sequences(asked["until"], eos=end)
             room = self.max_length - asked["max_gen_toks"]
             if room < 1:
@@ -187,7 +188,7 @@ class MobileLLM(TemplateLM):
 
     def _pieces(self, prompt: list[int], stops: Sequence[str], sampling: Sampling) -> Iterator[str]:
         """The text piece by piece, up to the one that completes a stop string."""
-        ids = (self.tokenizer.tokenizer.token_to_id(stop) for stop in stops)
+        ids = map(self.tokenizer.token_of, stops)
         ends = {*self._loaded.eos_token_ids, *(token for token in ids if token is not None)}
         generation = Generation(self._loaded.runner, prompt, tuple(ends), sampling)
         longest = max(map(len, stops), default=0)

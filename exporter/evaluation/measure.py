@@ -188,8 +188,7 @@ def _check_same_tokens(
             f"has a vocabulary of {theirs} tokens, the model one of {ours}",
             "Give the checkpoint that the model was made from",
         )
-    other = load_tokenizer(reference.tokenizer_folder)
-    if other.tokenizer.get_vocab() != tokenizer.tokenizer.get_vocab():
+    if not tokenizer.has_vocabulary_of(load_tokenizer(reference.tokenizer_folder)):
         raise InputError(
             f"--reference {reference.tokenizer_folder}",
             "has another tokenizer than the model",

@@ -7,6 +7,7 @@ content of its last ``\boxed{}`` or what follows its last ``####`` (GSM8K), whic
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -20,6 +21,9 @@ from exporter.text.tokenizer import TextTokenizer
 
 PROMPT_FIELDS, ANSWER_FIELD = ("prompt", "question"), "answer"
 _MARK = re.compile(r"\\boxed\s*\{|####")
+_BRACE = re.compile(r"[{}]")
+#: The first line that is not empty.
+_LINE = re.compile(r"\s*(.*)")
 #: The precision of Decimal. Longer numbers are compared as text.
 _DIGITS = 28
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
@@ -67,7 +71,7 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
     """
     problems = [
         Problem(text_field(row, place, PROMPT_FIELDS), _expected(row, place))
-        for place, row in islice(read_rows(path), limit)
+        for place, row in islice(read_rows(path), limit and min(limit, sys.maxsize))
     ]
     if not problems:
         raise InputError(path, "holds no problems", "Give one object a line")
@@ -96,10 +100,14 @@ def score_problems(
 
 def find_answer(text: str) -> str | None:
     r"""The content of the last closed ``\boxed{}`` or what follows the last ``####``, or None."""
+    closed = _closing_braces(text)
     for mark in reversed(list(_MARK.finditer(text))):
-        rest = text[mark.end() :]
-        answer = _braced(rest) if mark[0].endswith("{") else rest.strip().partition("\n")[0]
-        if answer and answer.strip():
+        if mark[0].endswith("{"):
+            answer = text[mark.end() : closed.get(mark.end() - 1, mark.end())]
+        else:
+            line = _LINE.match(text, mark.end())
+            answer = line[1] if line else ""
+        if answer.strip():
             return answer.strip()
     return None
 
@@ -130,11 +138,12 @@ def _expected(row: Row, place: str) -> str:
     return text.strip() if found is None else found
 
 
-def _braced(text: str) -> str | None:
-    """`text` up to the brace that closes a brace before `text`, or None without such a brace."""
-    depth = 1
-    for index, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[:index]
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """The place of each closed brace → the place of the brace that closes it."""
+    closed, opened = dict[int, int](), list[int]()
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closed[opened.pop()] = brace.start()
+    return closed

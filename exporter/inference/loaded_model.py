@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.backends import Runner, backend, front, inspector_of
+from exporter.backends import Runner, front, inspector_of
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
 from exporter.bundle.bundle import Bundle, is_bundle, open_bundle
 from exporter.errors import InputError
 from exporter.files import differing_files
+from exporter.inference.artifact_runner import ArtifactRunner
 from exporter.inference.reference import ReferenceRunner
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
 from exporter.quantization.activations import Rounding
@@ -105,8 +106,10 @@ def _load_artifact(finished: FinishedArtifact) -> LoadedModel:
     if problems:
         name, problem = next(iter(problems.items()))
         raise InputError(artifact.path / name, problem, "The file is damaged: lower it again")
+    runner = ArtifactRunner(artifact)
+    runner.wait()
     return LoadedModel(
-        backend(artifact.target.target).load(artifact),
+        runner,
         artifact.path,
         finished.manifest.get("bos_token_id"),
         finished.eos_token_ids,

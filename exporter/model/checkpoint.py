@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from exporter.errors import InputError
-from exporter.files import read_json
+from exporter.errors import InputError, short
+from exporter.foreign import COMPANION_BYTES, is_plain_name, present, read_json
 from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig, parse_config
+from exporter.tensors import read_header
 
 #: Files that are copied unchanged with the model, if they are present.
 COMPANION_FILES = (
@@ -82,7 +83,8 @@ class Checkpoint:
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a folder, or download a hub id such as ``facebook/MobileLLM-R1-140M``.
 
-    Reads the configuration and the headers of the weight files, not the weights.
+    Reads the configuration and the headers of the weight files, not the weights. A link is followed
+    inside the folder, and from a snapshot of the hub cache to its blobs; nowhere else.
     Raises InputError with the key or tensor, its value, the reason and the remedy.
     """
     folder = Path(source)
@@ -91,6 +93,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     raw = read_json(folder / "config.json")
     config = parse_config(raw, folder / "config.json")
     bos, eos = special_tokens(folder, config.vocab_size)
+    companions(folder)
     stored = dict(_stored_tensors(folder))
     if config.tie_word_embeddings:
         _drop_tied_copy(stored, folder)
@@ -103,6 +106,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     )
 
 
+def companions(folder: Path) -> tuple[str, ...]:
+    """The companion files that a model folder has. Raises InputError for one that may not be read:
+    a link out of the folder, a special file, or more than `COMPANION_BYTES`."""
+    return tuple(name for name in COMPANION_FILES if present(folder / name, COMPANION_BYTES))
+
+
 def special_tokens(folder: Path, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
     """The id that begins a text (or None), and the ids that end one.
 
@@ -110,7 +119,7 @@ def special_tokens(folder: Path, vocab_size: int) -> tuple[int | None, tuple[int
     """
     ids: dict[str, tuple[int, ...]] = {"bos_token_id": (), "eos_token_id": ()}
     for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
+        if present(folder / name):
             raw = read_json(folder / name)
             ids |= {
                 key: _token_ids(key, raw[key], folder / name, vocab_size)
@@ -126,7 +135,7 @@ def _token_ids(key: str, value: object, path: Path, vocab_size: int) -> tuple[in
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise InputError(
                 f"{path}: {key}",
-                f"{token!r} is not a token of a vocabulary of {vocab_size}",
+                f"{short(token)} is not a token of a vocabulary of {vocab_size}",
                 "Give ids between 0 and vocab_size - 1",
             )
     return tuple(ids)
@@ -135,15 +144,17 @@ def _token_ids(key: str, value: object, path: Path, vocab_size: int) -> tuple[in
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
     """Every tensor in the weight files of the folder, from their headers."""
     index_path, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index_path.is_file():
+    if present(index_path):
         weight_map = read_json(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index_path}: weight_map", "is missing or empty")
-        shards = {name: _inside(folder, file, index_path) for name, file in weight_map.items()}
-        for shard in sorted(set(shards.values())):
-            yield from _read_header(shard, [name for name in shards if shards[name] == shard])
-    elif single.is_file():
-        yield from _read_header(single, None)
+        held = dict[Path, list[str]]()
+        for name, file in weight_map.items():
+            held.setdefault(_shard(folder, file, index_path), []).append(name)
+        for shard in sorted(held):
+            yield from _stored_in(shard, held[shard])
+    elif present(single):
+        yield from _stored_in(single, None)
     else:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED_SUFFIXES)
         if pickled:
@@ -155,42 +166,35 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
         raise InputError(folder, "holds no model.safetensors", "Give a complete model folder")
 
 
-def _inside(folder: Path, name: object, index: Path) -> Path:
-    """The path of a shard. Raises InputError if it is outside of the folder or missing."""
-    if not isinstance(name, str) or Path(name).name != name:
+def _shard(folder: Path, name: object, index: Path) -> Path:
+    """The path of a shard, which the index names."""
+    if not is_plain_name(name) or "/" in str(name):
         raise InputError(
             f"{index}: weight_map",
-            f"{name!r} is not the plain name of a file beside it",
+            f"{short(name)} is not the plain name of a file beside it",
             "Shards must lie in the checkpoint's own folder",
         )
-    path = folder / name
-    if not path.is_file():
-        raise InputError(path, "the index names this shard, but it is missing", "Get it again")
-    return path
+    return folder / str(name)
 
 
-def _read_header(file: Path, names: list[str] | None) -> Iterator[tuple[str, StoredTensor]]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            present = set(handle.keys())
-            for name in sorted(present) if names is None else names:
-                if name not in present:
-                    raise InputError(
-                        f"{file.name}: {name}", "the index names this tensor, but it is missing"
-                    )
-                view = handle.get_slice(name)
-                kind = view.get_dtype()
-                if kind not in WEIGHT_DTYPES:
-                    raise InputError(
-                        f"{file.name}: {name}",
-                        f"has dtype {kind}",
-                        f"This tool supports float checkpoints ({', '.join(WEIGHT_DTYPES)})",
-                    )
-                yield name, StoredTensor(file, WEIGHT_DTYPES[kind], tuple(view.get_shape()))
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            file, f"is not a whole safetensors file ({error})", "Get the file again"
-        ) from error
+def _stored_in(file: Path, names: list[str] | None) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of a weight file, all or those with the `names` of the index."""
+    if not present(file):
+        raise InputError(file, "the index names this shard, but it is missing", "Get it again")
+    header = read_header(file)
+    for name in header if names is None else names:
+        if name not in header:
+            raise InputError(
+                f"{file.name}: {name}", "the index names this tensor, but it is missing"
+            )
+        kind, shape = header[name]
+        if kind not in WEIGHT_DTYPES:
+            raise InputError(
+                f"{file.name}: {name}",
+                f"has dtype {kind}",
+                f"This tool supports float checkpoints ({', '.join(WEIGHT_DTYPES)})",
+            )
+        yield name, StoredTensor(file, WEIGHT_DTYPES[kind], shape)
 
 
 def _drop_tied_copy(stored: dict[str, StoredTensor], folder: Path) -> None:
@@ -225,7 +229,8 @@ def _check_tensors(
         if stored[name].shape != shape:
             raise InputError(
                 f"{folder}: {name}",
-                f"has shape {list(stored[name].shape)}, the configuration calls for {list(shape)}",
+                f"has shape {short(list(stored[name].shape))}, "
+                f"the configuration calls for {list(shape)}",
                 "Check that config.json belongs to these weights",
             )
     extra = sorted(set(stored) - set(expected))

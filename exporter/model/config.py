@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from exporter.errors import InputError
+from exporter.errors import InputError, short
 from exporter.model.architecture import ARCHITECTURES, Architecture, QKNorm
 
 EMBEDDING, FINAL_NORM, OUTPUT = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -20,6 +20,20 @@ EMBEDDING, FINAL_NORM, OUTPUT = "model.embed_tokens.weight", "model.norm.weight"
 _REFUSED = dict.fromkeys(
     ("attention_bias", "mlp_bias", "attn_temperature_tuning", "for_llm_compressor"), "false"
 )
+#: The largest value of each key: far above any small language model, and small enough that its
+#: shapes are listed in little memory.
+_LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "max_position_embeddings": 1 << 24,
+    "rms_norm_eps": 1,
+    "rope_theta": 1e15,
+}
 _Refuse = Callable[[str, object, str], InputError]
 
 
@@ -178,13 +192,16 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
 
     def refuse(key: str, value: object, supported: str) -> InputError:
         return InputError(
-            f"{path}: {key}", f"{value!r} is not supported", f"This tool supports {supported}"
+            f"{path}: {key}", f"{short(value)} is not supported", f"This tool supports {supported}"
         )
 
     def positive(key: str, default: object = None) -> Any:
         value = raw.get(key, default)
         if not _is_number(value) or value <= 0:
             raise refuse(key, value, "a number greater than zero here")
+        largest = _LARGEST["intermediate_size" if key == inner else key]
+        if value > largest:
+            raise refuse(key, value, f"up to {largest:,} here")
         return value
 
     def size(key: str, default: object = None) -> int:
@@ -198,6 +215,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     if family is None:
         known = [f"{name!r} ({one.description})" for name, one in ARCHITECTURES.items()]
         raise refuse("model_type", model_type, " and ".join((", ".join(known[:-1]), known[-1])))
+    inner = family.intermediate_size
     layers = size("num_hidden_layers")
     heads, hidden = size("num_attention_heads"), size("hidden_size")
     kv_heads = size("num_key_value_heads", family.num_key_value_heads or heads)
@@ -213,7 +231,6 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
     _refuse_unsupported(raw, family, refuse)
     theta = _rope_theta(raw, family.rope_theta, refuse)
     _check_layers(raw, family, layers, context, refuse)
-    inner = family.intermediate_size
     return ModelConfig(
         model_type=family.model_type,
         vocab_size=size("vocab_size"),
@@ -233,7 +250,9 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     """Whether the value is a finite number. bool is not a number here, although it is an int."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], family: Architecture, refuse: _Refuse) -> None:
@@ -271,8 +290,9 @@ def _rope_theta(raw: Mapping[str, Any], default: float, refuse: _Refuse) -> floa
             "rope_parameters.partial_rotary_factor", parameters["partial_rotary_factor"], "1.0"
         )
     theta = raw.get("rope_theta", parameters.get("rope_theta", default))
-    if not _is_number(theta) or theta <= 1:
-        raise refuse("rope_theta", theta, "a number greater than one")
+    if not _is_number(theta) or not 1 < theta <= _LARGEST["rope_theta"]:
+        supported = f"a number greater than one, up to {_LARGEST['rope_theta']:g}"
+        raise refuse("rope_theta", theta, supported)
     return float(theta)
 
 

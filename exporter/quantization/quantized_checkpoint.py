@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
+from safetensors import safe_open
 
 from exporter.errors import InputError
 from exporter.files import (
-    SAFETENSORS_NAMES,
     Output,
     copy_file,
     differing_files,
@@ -23,12 +23,12 @@ from exporter.files import (
     read_json,
     sha256,
     write_json,
-    write_safetensors,
 )
 from exporter.model.checkpoint import (
     COMPANION_FILES,
     WEIGHT_DTYPES,
     Checkpoint,
+    companions,
     special_tokens,
 )
 from exporter.model.config import ModelConfig, parse_config
@@ -44,6 +44,8 @@ from exporter.quantization.schemes import (
     parse_scheme,
     unpack_entry,
 )
+from exporter.settings import FileHashes, Section, parse_section
+from exporter.tensors import SAFETENSORS_NAMES, read_header, write_safetensors
 
 FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "quantized.safetensors", "quantization.json"
@@ -53,6 +55,26 @@ REPORTS = "calibration"
 
 QUANTIZED_OUTPUT = Output(WEIGHTS, MANIFEST, (*COMPANION_FILES, REPORTS))
 DEQUANTIZED_OUTPUT = Output("model.safetensors", "config.json", COMPANION_FILES)
+
+
+class _StoredTensor(Section):
+    """A tensor in the manifest; `reason` says why it is left in float."""
+
+    scheme: str
+    reason: str = ""
+
+
+class _Manifest(Section):
+    """The content of ``quantization.json``."""
+
+    format_version: int
+    model_type: str
+    method: str
+    tensors: dict[str, _StoredTensor]
+    source: dict[str, str]
+    versions: dict[str, str]
+    files: FileHashes
+    calibration: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,13 +147,12 @@ def write_quantized(
         layout |= entries
         weight_of |= dict.fromkeys(entries, name)
     write_safetensors(out / WEIGHTS, layout, produce, {"format": "pt"})
-    written = [WEIGHTS, *reports]
-    for name in COMPANION_FILES:
-        if (checkpoint.path / name).is_file():
-            copy_file(checkpoint.path / name, out / name)
-            written.append(name)
-        else:
-            (out / name).unlink(missing_ok=True)
+    copied = companions(checkpoint.path)
+    for name in copied:
+        copy_file(checkpoint.path / name, out / name)
+    for name in set(COMPANION_FILES).difference(copied):
+        (out / name).unlink(missing_ok=True)
+    written = [WEIGHTS, *reports, *copied]
     hashes = {name: sha256(out / name) for name in written}
     write_json(out / MANIFEST, {**identity, "files": hashes})
     return open_quantized(out)
@@ -146,7 +167,7 @@ def finished_quantized(out: Path, identity: Mapping[str, Any]) -> QuantizedCheck
 
 
 def quantized_identity(
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint | QuantizedCheckpoint",
     plan: QuantizationPlan,
     source: Mapping[str, str],
     calibration: Mapping[str, Any] | None = None,
@@ -176,8 +197,8 @@ def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     It reads the whole checkpoint, so a run calls it once and passes the result on.
     """
     weights = {stored.file for stored in checkpoint.tensors.values()}
-    companions = {checkpoint.path / name for name in COMPANION_FILES}
-    return {file.name: sha256(file) for file in sorted(weights | companions) if file.is_file()}
+    beside = {checkpoint.path / name for name in companions(checkpoint.path)}
+    return {file.name: sha256(file) for file in sorted(weights | beside)}
 
 
 def _entries(
@@ -210,14 +231,15 @@ def open_quantized(folder: Path) -> QuantizedCheckpoint:
         )
     config = parse_config(read_json(folder / "config.json"), folder / "config.json")
     bos, eos = special_tokens(folder, config.vocab_size)
-    tensors = manifest.get("tensors")
+    companions(folder)
     shapes = config.parameter_shapes()
-    if not isinstance(tensors, dict) or set(tensors) != set(shapes):
+    tensors = parse_section(
+        _Manifest, manifest, str(folder / MANIFEST), remedy="Quantize again"
+    ).tensors
+    if set(tensors) != set(shapes):
         raise InputError(
             f"{folder / MANIFEST}: tensors", "does not list the model's tensors", "Quantize again"
         )
-    if not isinstance(manifest.get("files"), dict):
-        raise InputError(f"{folder / MANIFEST}: files", "is missing", "Quantize again")
     schemes = _stored_schemes(tensors, shapes, folder / MANIFEST)
     quantized = QuantizedCheckpoint(folder, config, bos, eos, manifest, schemes)
     _check_entries(quantized)
@@ -225,17 +247,18 @@ def open_quantized(folder: Path) -> QuantizedCheckpoint:
 
 
 def _stored_schemes(
-    tensors: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]], manifest: Path
+    tensors: Mapping[str, _StoredTensor], shapes: Mapping[str, tuple[int, ...]], manifest: Path
 ) -> dict[str, Scheme]:
     """The scheme of every tensor; each distinct one is parsed once. Raises InputError."""
     schemes, parsed = dict[str, Scheme](), dict[str, Scheme]()
     for name, entry in tensors.items():
-        text = entry.get("scheme") if isinstance(entry, dict) else None
-        scheme = parsed.get(text) if isinstance(text, str) else None
+        scheme = parsed.get(entry.scheme)
         if scheme is None:
-            scheme = parse_scheme(text, f"{manifest}: {name}")
+            scheme = parse_scheme(entry.scheme, f"{manifest}: {name}")
             parsed[str(scheme)] = scheme
         problem = scheme.problem_with(shapes[name])
+        if scheme == FLOAT and not entry.reason:
+            problem = "is left in float without a reason"
         if problem:
             raise InputError(f"{manifest}: {name}", problem, "Quantize again")
         schemes[name] = scheme
@@ -251,20 +274,12 @@ def require_whole(quantized: QuantizedCheckpoint) -> None:
 
 def _check_entries(quantized: QuantizedCheckpoint) -> None:
     file = quantized.path / WEIGHTS
-    try:
-        with safe_open(file, framework="pt") as handle:
-            names = handle.keys()
-            slices = {name: handle.get_slice(name) for name in names}
-            present = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            file, f"is not a whole safetensors file ({error})", "Quantize the checkpoint again"
-        ) from error
+    held = read_header(file, "Quantize the checkpoint again")
     for name, shape in quantized.config.parameter_shapes().items():
         scheme = quantized.schemes[name]
         for entry, (dtype, entry_shape) in _entries(name, scheme, shape, torch.float32).items():
             kinds = WEIGHT_DTYPES if scheme == FLOAT else (SAFETENSORS_NAMES[dtype],)
-            found, kind = present.pop(entry, (None, ""))
+            kind, found = held.pop(entry, ("", None))
             if found != entry_shape:
                 raise InputError(
                     f"{file}: {entry}",
@@ -275,8 +290,8 @@ def _check_entries(quantized: QuantizedCheckpoint) -> None:
                 raise InputError(
                     f"{file}: {entry}", f"has dtype {kind}", "Quantize the checkpoint again"
                 )
-    if present:
-        raise InputError(f"{file}: {sorted(present)[0]}", "does not belong to this model")
+    if held:
+        raise InputError(f"{file}: {min(held)}", "does not belong to this model")
 
 
 def damaged_tensors(quantized: QuantizedCheckpoint) -> dict[str, str]:
@@ -308,6 +323,5 @@ def write_dequantized(
 
     layout = {name: (dtype, shape) for name, shape in quantized.config.parameter_shapes().items()}
     write_safetensors(out / "model.safetensors", layout, produce, {"format": "pt"})
-    for name in reversed(COMPANION_FILES):  # config.json last
-        if (quantized.path / name).is_file():
-            copy_file(quantized.path / name, out / name)
+    for name in reversed(companions(quantized.path)):  # config.json last
+        copy_file(quantized.path / name, out / name)

@@ -14,6 +14,8 @@ from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 SMALLEST_SCALE = 2.0**-14
 LARGEST_SCALE = 65280.0
+#: The methods of `quantize`, which need no text.
+ROUNDINGS = ("absmax", "mse")
 #: Factors of the `absmax` scale that `mse` tries for each group.
 CLIPPING_SHARES = torch.linspace(0.6, 1.1, 26)
 _ROWS_AT_ONCE_VALUES = 1 << 18
@@ -31,8 +33,8 @@ def quantize(weight: Tensor, scheme: Scheme, method: str) -> QuantizedTensor:
     ``absmax`` takes the smallest scale that clips nothing. ``mse`` tries 0.6 to 1.1 times that
     scale and takes the one of least squared error, per group. Raises ValueError for another method.
     """
-    if method not in ("absmax", "mse"):
-        raise ValueError(f"{method!r} is not absmax or mse")
+    if method not in ROUNDINGS:
+        raise ValueError(f"{method!r} is not {' or '.join(ROUNDINGS)}")
     lowest, highest = scheme.code_range
     groups = scheme.scale_shape(tuple(weight.shape))[1]
     codes = torch.empty(weight.shape, dtype=torch.int8)

@@ -7,12 +7,12 @@ A plain text file is one document. In JSONL and parquet each row is one: the tex
 `question` and `answer`). Files are UTF-8.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.errors import InputError
+from exporter.errors import InputError, short
+from exporter.foreign import JSON_BYTES, open_regular, parse_json, read_bytes
 
 #: Fields that hold the document of a row; the first one that the row has counts.
 TEXT_FIELDS = ("text", "messages")
@@ -20,6 +20,12 @@ TEXT_FIELDS = ("text", "messages")
 PAIRS = (("prompt", "completion"), ("question", "answer"))
 #: Also .json: in most published data sets it holds one object a line.
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+#: The largest data file, and the longest line of JSONL, in bytes.
+DATA_BYTES, LINE_BYTES = 256 << 20, JSON_BYTES
+#: How many rows of a parquet file are decoded at once; text that repeats stays compressed.
+_PARQUET_ROWS = 1024
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Row = Mapping[str, object]
 
@@ -73,22 +79,26 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
         return
     if path.suffix.lower() not in JSONL_SUFFIXES:
         raise InputError(path, "has no rows", f"Give {', '.join(JSONL_SUFFIXES)} or .parquet")
-    # Only a line feed ends a line: JSON may hold the other characters that Python splits at.
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}: line {number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(
-                place, f"is not valid JSON ({error})", "Give one object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(
-                place, f"holds a {type(row).__name__}, not an object", "Give one object a line"
-            )
-        yield place, row
+    with open_regular(path, DATA_BYTES) as file:
+        number = 0
+        # Only a line feed ends a line: JSON may hold the other characters that Python splits at.
+        while line := file.readline(LINE_BYTES + 1):
+            number += 1
+            place = f"{path}: line {number}"
+            if len(line) > LINE_BYTES:
+                problem = f"is longer than the limit of {LINE_BYTES:,} bytes"
+                raise InputError(place, problem, "Give one object a line")
+            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            if not line.strip():
+                continue
+            row = parse_json(line, place, "Give one object a line")
+            if not isinstance(row, dict):
+                raise InputError(
+                    place, f"holds a {type(row).__name__}, not an object", "Give one object a line"
+                )
+            yield place, row
+    if not number:
+        raise InputError(path, "is empty", "Give a file with some text")
 
 
 def text_field(row: Row, place: str, names: Sequence[str]) -> str:
@@ -129,7 +139,7 @@ def _messages(value: Sequence[object], where: str) -> tuple[Message, ...]:
     for entry in value:
         if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys():
             raise InputError(
-                where, f"{_short(entry)} is not a message", "Give objects with 'role' and 'content'"
+                where, f"{short(entry)} is not a message", "Give objects with 'role' and 'content'"
             )
         role, content = (_string(entry[key], f"{where}: {key}") for key in ("role", "content"))
         messages.append(Message(role, content))
@@ -140,7 +150,7 @@ def _messages(value: Sequence[object], where: str) -> tuple[Message, ...]:
 
 def _string(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise InputError(where, f"{_short(value)} is not text", "Give a string")
+        raise InputError(where, f"{short(value)} is not text", "Give a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
@@ -148,19 +158,14 @@ def _string(value: object, where: str) -> str:
     return value
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
 def _fields(row: Row) -> str:
-    return ", ".join(map(repr, row)) or "none"
+    return ", ".join(map(short, row)) or "none"
 
 
 def _text(path: Path) -> str:
     """The text of a file, without a byte order mark."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_bytes(path, DATA_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, f"cannot be read as text ({error})", "Give a UTF-8 file") from error
     if not text:
@@ -172,14 +177,28 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    number = 0
+    number, size = 0, 0
     try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
+        with open_regular(path, DATA_BYTES) as opened, ParquetFile(opened) as file:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                for index in range(batch.num_rows):
                     number += 1
+                    (row,) = batch.slice(index, 1).to_pylist()
+                    size += _characters(row)  # a file of kilobytes can hold gigabytes
+                    if size > DATA_BYTES:
+                        problem = f"exceeds the limit of {DATA_BYTES:,} characters in all rows"
+                        raise InputError(f"{path}: row {number}", problem, "Give a smaller file")
                     yield f"{path}: row {number}", row
     except (ArrowException, OSError) as error:
         raise InputError(
             path, f"cannot be read as parquet ({error})", "Get the file again"
         ) from error
+
+
+def _characters(value: object) -> int:
+    """The characters of all text in a row."""
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 0

@@ -1,19 +1,20 @@
-"""Convert text to token ids and back, with the checkpoint's own tokenizer and chat template."""
+"""Convert text to token ids and back, with the checkpoint's own tokenizer and chat template.
 
-import json
+Both may come from anywhere, so each runs in a child process with limits.
+"""
+
+from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from itertools import count
 from pathlib import Path
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
-from exporter.errors import InputError
-from exporter.files import read_json
+from exporter.child_process import ChildProcess, Limits
+from exporter.errors import InputError, short
+from exporter.foreign import present, read_bytes, read_json
 from exporter.text.documents import Document, Message
 
 #: The files of a model folder that its tokenizer consists of; all but the first may be missing.
@@ -23,44 +24,76 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+#: The largest tokenizer.json and chat template, in bytes; the largest of 2025 have 35 MB and 20 kB.
+TOKENIZER_BYTES, TEMPLATE_BYTES = 64 << 20, 1 << 20
+#: Seconds of any call, and for each MB that it reads; a busy machine takes 3 s for an MB of text.
+_SECONDS, _SECONDS_PER_MB = 10.0, 20.0
+#: Bytes that a child may allocate, also for each byte that a call reads: long texts take 220, and
+#: a tokenizer.json 11.
+_MEMORY, _MEMORY_PER_BYTE, _MEMORY_PER_TOKENIZER_BYTE = 512 << 20, 1024, 8
+#: Bytes of any answer, and for each byte that a call reads.
+_ANSWER, _ANSWER_PER_BYTE = 1 << 20, 32
+#: Tokenizers that stay open, so that the next use of the same folder starts no process.
+_OPEN_TOKENIZERS = 4
+
+_streams = count()
+_open = OrderedDict[str, "TextTokenizer"]()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextTokenizer:
     """The tokenizer of the model folder `path`, made by `load_tokenizer`.
 
-    `special_tokens` are the variables of the chat template, such as `bos_token`.
+    `special_tokens` are the variables of the chat template, such as `bos_token`. All methods raise
+    InputError where the tokenizer or the template fails, or needs more than its limits allow.
     """
 
     path: Path
-    tokenizer: Tokenizer
     chat_template: str | None
     special_tokens: Mapping[str, str]
+    child: ChildProcess
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of the text; no special tokens are added. Raises InputError."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError("prompt", f"is not Unicode ({error.reason})", "Give UTF-8") from error
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+    @property
+    def failed(self) -> bool:
+        """Whether one of its processes is gone."""
+        return self.child.failed or ("_renderer" in vars(self) and self._renderer.failed)
+
+    def encode(self, text: str, special_tokens: bool = False) -> list[int]:
+        """The token ids of the text; `special_tokens` adds those that the tokenizer adds."""
+        data = _unicode(text)
+        arguments = {"special_tokens": special_tokens}
+        _, ids = self.child.call("encode", _limits(len(data)), arguments, data)
+        return memoryview(ids).cast("I").tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of these ids without special tokens."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        return self._decode(ids, special_tokens=False)
 
     def decode_whole(self, ids: Sequence[int]) -> str:
         """The text of these ids with special tokens, which `encode` turns into the same ids."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False)
-        return text
+        return self._decode(ids, special_tokens=True)
 
     def stream(self, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
         """Each id with the text that it adds: '' while a character is incomplete."""
-        stream = DecodeStream(skip_special_tokens=True)
+        stream, limits = next(_streams), _limits(0)
         for token in ids:
-            yield token, stream.step(self.tokenizer, token) or ""
+            piece, _ = self.child.call("step", limits, {"stream": stream, "token": token})
+            yield token, str(piece)
+
+    def token_of(self, text: str) -> int | None:
+        """The id of the token with exactly this text, or None."""
+        token, _ = self.child.call("token_of", _limits(0), {"text": text})
+        return None if token is None else int(token)
+
+    def text_of(self, token: int) -> str | None:
+        """The text of a token as the vocabulary has it, or None."""
+        text, _ = self.child.call("text_of", _limits(0), {"token": token})
+        return None if text is None else str(text)
+
+    def has_vocabulary_of(self, other: "TextTokenizer") -> bool:
+        """Whether both have the same tokens with the same ids."""
+        one, two = (each.child.call("vocabulary_hash", _limits(0))[0] for each in (self, other))
+        return bool(one == two)
 
     def chat_text(self, prompt: str, system: str | None = None) -> str:
         """The prompt as a conversation that the model is to answer. Raises InputError."""
@@ -81,21 +114,13 @@ class TextTokenizer:
 
         With `to_be_answered` it ends where the model's turn begins.
         """
-        if self.chat_template is None:
-            raise InputError(self.path, "has no chat template", "Use --raw to give plain text")
-        variables = {"tools": None, "documents": None, **self.special_tokens}
-        try:
-            return _ENVIRONMENT.from_string(self.chat_template).render(
-                messages=[asdict(message) for message in messages],
-                add_generation_prompt=to_be_answered,
-                **variables,
-            )
-        except Exception as error:  # a template is a program and may raise anything
-            raise InputError(
-                f"{self.path}: chat template",
-                f"cannot be rendered ({error})",
-                "Correct it, or use --raw to give plain text",
-            ) from error
+        size = sum(len(_unicode(message.content)) for message in messages)
+        arguments = {
+            "messages": [asdict(message) for message in messages],
+            "to_be_answered": to_be_answered,
+        }
+        _, text = self._renderer.call("render", _limits(size), arguments)
+        return text.decode()
 
     def prompt_text(self, prompt: str, *, raw: bool, system: str | None = None) -> str:
         """The text that the model reads: the prompt itself with `raw` or without a chat template,
@@ -104,26 +129,78 @@ class TextTokenizer:
             return prompt
         return self.chat_text(prompt, system)
 
+    def _decode(self, ids: Sequence[int], *, special_tokens: bool) -> str:
+        data = array("I", ids).tobytes()
+        arguments = {"special_tokens": special_tokens}
+        _, text = self.child.call("decode", _limits(len(data)), arguments, data)
+        return text.decode()
+
+    @cached_property
+    def _renderer(self) -> ChildProcess:
+        """The child of the chat template, which is started when it is first used."""
+        if self.chat_template is None:
+            raise InputError(self.path, "has no chat template", "Use --raw to give plain text")
+        subject, remedy = f"{self.path}: chat template", "Use --raw to give plain text"
+        service = "exporter.text.template_service:TemplateService"
+        child = ChildProcess(service, subject, "the chat template", remedy)
+        arguments = {"subject": subject, "special_tokens": dict(self.special_tokens)}
+        child.call("load", _limits(0), arguments, self.chat_template.encode())
+        return child
+
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
     """Read ``tokenizer.json`` and the chat template of a folder. Raises InputError."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not present(path, TOKENIZER_BYTES):
         raise InputError(path, "no such file", "Text needs the model's tokenizer.json")
+    content = read_bytes(path, TOKENIZER_BYTES)
+    template, special = _template_of(folder)
+    key = sha256(content + repr((folder, template, sorted(special.items()))).encode()).hexdigest()
+    tokenizer = _open.pop(key, None)
+    if tokenizer is None or tokenizer.failed:
+        service = "exporter.text.tokenizer_service:TokenizerService"
+        child = ChildProcess(service, path, "the tokenizer", "Get the file again")
+        limits = _limits(len(content), _MEMORY_PER_TOKENIZER_BYTE)
+        child.call("load", limits, {"path": str(path)}, content)
+        tokenizer = TextTokenizer(folder, template, special, child)
+    _open[key] = tokenizer
+    if len(_open) > _OPEN_TOKENIZERS:
+        _open.popitem(last=False)
+    return tokenizer
+
+
+def _limits(size: int, memory_per_byte: int = _MEMORY_PER_BYTE) -> Limits:
+    """The limits of a call that reads `size` bytes."""
+    return Limits(
+        seconds=_SECONDS + _SECONDS_PER_MB * size / 2**20,
+        memory=_MEMORY + memory_per_byte * size,
+        answer=_ANSWER + _ANSWER_PER_BYTE * size,
+    )
+
+
+def _unicode(text: str) -> bytes:
+    """The text in UTF-8. Raises InputError for half of a surrogate pair."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(path, f"is not a tokenizer ({error})", "Get the file again") from error
-    config_path = folder / "tokenizer_config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
-    template_path = folder / "chat_template.jinja"
-    if template_path.is_file():
-        template: str | None = template_path.read_text(encoding="utf-8")
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("prompt", f"is not Unicode ({error.reason})", "Give UTF-8") from error
+
+
+def _template_of(folder: Path) -> tuple[str | None, Mapping[str, str]]:
+    """The chat template of a folder, if it has one, and its special tokens. Raises InputError."""
+    config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = read_json(config_path) if present(config_path) else {}
+    if present(template_path, TEMPLATE_BYTES):
+        try:
+            template: str | None = read_bytes(template_path, TEMPLATE_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                template_path, f"is not UTF-8 ({error.reason})", "Correct it"
+            ) from error
     else:
         template = _default_template(config.get("chat_template"), config_path)
     tokens = {key: _token_text(value) for key, value in config.items() if key.endswith("_token")}
-    special = {key: text for key, text in tokens.items() if text is not None}
-    return TextTokenizer(folder, tokenizer, template, special)
+    return template, {key: text for key, text in tokens.items() if text is not None}
 
 
 def _token_text(value: object) -> str | None:
@@ -139,38 +216,11 @@ def _default_template(value: object, path: Path) -> str | None:
         return value
     templates = dict[str, str]()
     for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
-            raise InputError(f"{path}: chat_template", f"{value!r} is no template", "Give text")
-        templates[str(entry["name"])] = str(entry["template"])
+        named = entry if isinstance(entry, dict) else {}
+        name, template = named.get("name"), named.get("template")
+        if not (isinstance(name, str) and isinstance(template, str)):
+            raise InputError(
+                f"{path}: chat_template", f"{short(value)} is no template", "Give text"
+            )
+        templates[name] = template
     return templates.get("default")
-
-
-class _GenerationBlock(Extension):
-    """``{% generation %}`` marks an answer for training; here it is only its content."""
-
-    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_template_error(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment that transformers gives to chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
-    )
-    environment.globals["raise_exception"] = _raise_template_error
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
-_ENVIRONMENT = _environment()

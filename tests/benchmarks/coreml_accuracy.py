@@ -1,12 +1,13 @@
 """How far a Core ML package, in the reference interpreter, is from torch on real text.
 
-    python tests/benchmarks/coreml_accuracy.py build/nano --text FILE
+    python tests/benchmarks/coreml_accuracy.py build/nano --text FILE [--float32-casts-ignored]
 
 BUNDLE has a Core ML artifact whose context holds the text. Each position of the text is compared
 once. A package gives the logits of the last token that it was told, so the text is read again
 and again: a longer prompt each time, in chunks, the last one padded, and then 128 tokens one by
 one, which continue from the state that the chunks left. The reference is the quantized checkpoint
-in float32: the integers are the same, and what differs is float16 arithmetic.
+in float32: the integers are the same, and what differs is float16 arithmetic. With the option,
+every float32 value of the program is rounded to float16 too.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from exporter.backends.coreml.lowering import interpreted
 from exporter.bundle.bundle import open_bundle
 from exporter.inference.reference import score
 from exporter.text.tokenizer import load_tokenizer
-from exporter.verification import DECODE_STEPS
+from exporter.verification.runs import DECODE_STEPS
 
 LARGEST_ERROR, LEAST_AGREEMENT = 5e-3, 0.99
 
@@ -30,11 +31,12 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--positions", type=int, default=2000)
+    parser.add_argument("--float32-casts-ignored", action="store_true")
     args = parser.parse_args()
     bundle = open_bundle(args.bundle)
     text = args.text.read_text(encoding="utf-8")[: 20 * args.positions]
     tokens = load_tokenizer(bundle.quantized.path).encode(text)[: args.positions]
-    runner = interpreted(bundle.artifacts["coreml"].artifact)
+    runner = interpreted(bundle.artifacts["coreml"].artifact, half=args.float32_casts_ignored)
     started, rows = time.process_time(), list[torch.Tensor]()
     while len(rows) < len(tokens):
         prompt = len(rows) + 1

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from exporter.files import write_safetensors
 from exporter.model.config import parse_config
+from exporter.tensors import write_safetensors
 
 DEMO = Path(__file__).parents[2] / "examples" / "mobilellm-r1-nano" / "config.json"
 #: MobileLLM-R1: layers, heads, k/v heads, hidden_size, intermediate_size (Meta's model table).

@@ -16,8 +16,8 @@ from devices import report
 from devices.comparison import compare
 from devices.engines import Model, Plan
 from devices.errors import BadDeviceError, CommandFailedError
+from devices.execution import model_folder, prepare_engine, run_plan
 from devices.operators import audit, read_trace
-from devices.session import model_folder, prepare_engine, run_plan
 from devices.session_state import Job, SessionState, Settings
 from devices.transports import Device, parse_device, transport_of
 from exporter import profiling
@@ -152,9 +152,9 @@ def test_a_session_on_it_says_emulated_everywhere_and_is_never_compared(
 ) -> None:
     request = profiling.Request(
         devices=[str(adb_arm.device)], targets=["executorch"], threads=1,
-        overrides=["max_repeats=1", "sustained_seconds=0", "decode_steps=2", "depths=[0]",
+        overrides=["max_repeats=1", "sustained_seconds=3", "decode_steps=2", "depths=[0]",
                    "prompt_lengths=[4]"],
-        output=tmp_path / "report.json",
+        output=tmp_path / "report.json", cores="0",
     )  # fmt: skip
     made = profiling.profile(portable_bundle.path, request, lambda *_: None).report
     (session,) = made["sessions"]
@@ -162,6 +162,12 @@ def test_a_session_on_it_says_emulated_everywhere_and_is_never_compared(
     assert not session["comparable"]
     assert session["operators"] and session["undelegated"] == []
     assert session["bandwidth"] is None
+    assert session["engine"]["cores"] == "0"
+    if not list(Path("/sys/class/thermal").glob("thermal_zone*/temp")):  # then Android's service
+        assert session["identity"]["temperatures"] == {"AP": 25.6, "battery": 32.6}
+        assert session["sustained"]["hottest"]["sensor"] == "battery"
+    if not list(Path("/sys/class/power_supply").iterdir()):
+        assert session["energy"]["source"] == "dumpsys battery/charge_counter"
     with pytest.raises(BadDeviceError, match="is emulated: its times mean nothing"):
         compare(made, made)
     changed = json.loads(json.dumps(made))

@@ -27,7 +27,8 @@ PHONE = {
         for n, khz in enumerate((1704000, 1704000, 2367000, 2914000))
     ),
     "governors": "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor sched_pixel\n\n",
-    "thermal": "BIG 41500\nbattery 30100\nbroken -274000\nusb 0\n",
+    "usable": "Cpus_allowed_list:\t0-3\n",
+    "thermal": "zone 41500 BIG\nzone 30100 battery\nzone -274000 broken\nzone 0 usb\n",
     "board": "\n",
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from devices import runner
-from devices.engines import read_records
+from devices.engines.records import read_records
 from devices.errors import BadDeviceError, CommandFailedError, DeviceError
 from devices.transports.supervised import Completed
 from exporter.backends import backend
@@ -119,7 +119,7 @@ def test_a_cut_off_program_is_refused(
         (b'{"phase":"load","ms":[1]}\n{"phase":"en', 0, "which is cut off"),
         (b'{"phase":"load","ms":["fast"]}\n{"phase":"end"}\n', 0, "gives invalid times for load"),
         (b'{"phase":"load","ms":[-1]}\n{"phase":"end"}\n', 0, "gives invalid times for load"),
-        (b'{"phase":"load","ms":[NaN]}\n{"phase":"end"}\n', 0, "gives invalid times for load"),
+        (b'{"phase":"load","ms":[NaN]}\n{"phase":"end"}\n', 0, "gives NaN, which is no number"),
         (b'{"ms":[1]}\n', 0, "which is not the record of a phase"),
         (b"", 132, "SIGILL: the CPU lacks an instruction"),
         (b"", 137, "as the system does when memory runs out"),

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from devices.engines import Model, Plan, Record, official
+from devices.engines import Model, Plan, official
+from devices.engines.executor_runner import read_executor
+from devices.engines.perf_test import read_perf_test
+from devices.engines.records import Record
 from devices.errors import BadDeviceError, DeviceError
 
 STATS = {
@@ -56,7 +59,7 @@ def test_what_llama_main_leaves_out_is_no_measurement(
     [
         ("I executorch:executor_runner.cpp:1] Model loaded in 12.500000 ms.\n"
          "Iteration 1 of 2: 30.25 ms\nIteration 2 of 2: 31.75 ms\n"
-         "Model executed successfully 2 time(s) in 62.0 ms.", [12.5], [30.25, 31.75]),
+         "Model executed successfully 2 time(s) in 62.0 ms.", [12.5], [31.75]),
         ("Model executed successfully 4 time(s) in 100.000000 ms.", None, [25.0]),
         ("model loaded in 3 ms.\nModel executed successfully 1 time(s) in 7.5 ms.", [3.0], [7.5]),
     ],
@@ -64,15 +67,15 @@ def test_what_llama_main_leaves_out_is_no_measurement(
 def test_executor_runner_in_every_spelling(
     text: str, load: list[float] | None, times: list[float]
 ) -> None:
-    found = by_phase(official.read_executor(text))
+    found = by_phase(read_executor(text, 256))
     assert found.get("load", {}).get("ms") == load
-    assert found["execute"]["ms"] == times
+    assert (found["prefill"]["tokens"], found["prefill"]["ms"]) == (256, times)
 
 
 @pytest.mark.parametrize("text", ["", "Model executed successfully.", "F loading failed"])
 def test_executor_runner_without_a_time_is_no_measurement(text: str) -> None:
     with pytest.raises(DeviceError, match="executor_runner"):
-        official.read_executor(text)
+        read_executor(text, 256)
 
 
 @pytest.mark.parametrize(
@@ -90,10 +93,11 @@ def test_executor_runner_without_a_time_is_no_measurement(text: str) -> None:
     ],
 )  # fmt: skip
 def test_onnxruntime_perf_test_in_every_spelling(text: str, expected: dict[str, float]) -> None:
-    found = by_phase(official.read_perf_test(text))
-    assert found["execute"]["ms"] == [pytest.approx(expected["execute"])]
+    found = by_phase(read_perf_test(text, {"phase": "decode", "depth": 64}))
+    assert found["decode"]["depth"] == 64
+    assert found["decode"]["ms"] == [pytest.approx(expected["execute"])]
     for key in ("p95_ms", "first_ms"):
-        assert found["execute"].get(key) == (
+        assert found["decode"].get(key) == (
             pytest.approx(expected[key]) if key in expected else None
         )
     assert found.get("load", {}).get("ms") == ([expected["load"]] if "load" in expected else None)
@@ -101,7 +105,7 @@ def test_onnxruntime_perf_test_in_every_spelling(text: str, expected: dict[str, 
 
 def test_onnxruntime_perf_test_without_a_time_is_no_measurement() -> None:
     with pytest.raises(DeviceError, match="no time in a known form"):
-        official.read_perf_test("Total inference requests: 100")
+        read_perf_test("Total inference requests: 100", {"phase": "decode", "depth": 0})
 
 
 @pytest.fixture
@@ -124,8 +128,9 @@ def program(folder: Path, name: str) -> Path:
 def test_llama_main_is_given_the_prompt_as_text_and_as_one_argument(
     model: Model, tmp_path: Path
 ) -> None:
-    engine = official.engine(program(tmp_path, "llama_main"), model, "/w", "/w/m")
-    (command,) = engine.commands(Plan(prompts=[8], steps=32, threads=4, warmup=1))
+    plan = Plan(prompts=[8], steps=32, threads=4, warmup=1)
+    engine = official.engine(program(tmp_path, "llama_main"), model, "/w", "/w/m", plan)
+    (command,) = (one.argv for one in engine.commands(plan))
     assert command[0].startswith("/w/") and command[0].endswith("/llama_main")
     assert "--prompt=eight words; $(id)" in command
     assert {"--model_path=/w/m/model.pte", "--tokenizer_path=/w/m/tokenizer.json"} <= set(command)
@@ -141,9 +146,9 @@ def test_a_runner_that_does_not_fit_is_refused(
     name: str, message: str, model: Model, tmp_path: Path
 ) -> None:
     with pytest.raises(BadDeviceError, match=message):
-        official.engine(program(tmp_path, name), model, "/w", "/w/m")
+        official.engine(program(tmp_path, name), model, "/w", "/w/m", Plan())
 
 
 def test_a_runner_that_is_not_there_is_refused(model: Model, tmp_path: Path) -> None:
     with pytest.raises(BadDeviceError, match="no such file"):
-        official.engine(tmp_path / "llama_main", model, "/w", "/w/m")
+        official.engine(tmp_path / "llama_main", model, "/w", "/w/m", Plan())

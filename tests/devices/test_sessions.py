@@ -204,9 +204,9 @@ def test_a_session_that_was_killed_goes_on_where_it_was(
 
 
 def test_a_journal_knows_only_what_belongs_to_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "resume log"
-    ResumeLog(path).add("device and model", "round 1", {"records": [1]})
-    assert ResumeLog(path).find("device and model", "round 1") == {"records": [1]}
+    path, content = tmp_path / "resume log", {"records": [{"phase": "load", "ms": [1.5]}]}
+    ResumeLog(path).add("device and model", "round 1", content)
+    assert ResumeLog(path).find("device and model", "round 1") == content
     assert ResumeLog(path).find("device and model", "round 2") is None
     assert ResumeLog(path).find("another model", "round 1") is None
 
@@ -300,7 +300,17 @@ def test_times_that_a_coarse_clock_cannot_tell_are_no_speeds(
         (["--device", "host", "--target", "coreml"], "--target coreml: is not in"),
         (["--device", "host", "--plot", "x.doc"], "is none of .png, .svg, .pdf"),
         (["--device", "host", "--baseline", "/nowhere"], "/nowhere: no such file"),
-        (["--device", "host", "--timeout", "0"], "must not be negative"),
+        (["--device", "host", "--timeout", "0"], "--timeout 0: is not above 0"),
+        (["--device", "host", "--timeout", "-1"], "--timeout -1: is not above 0"),
+        (["--device", "host", "--timeout", "nan"], "--timeout nan: is not above 0"),
+        (["--device", "host", "--timeout", "inf"], "--timeout inf: is not above 0"),
+        (["--device", "host", "--timeout", "1e300"], "at most 864000 seconds"),
+        (["--device", "host", "--threads", "-1"], "--threads -1: is not from 0 to 1024"),
+        (["--device", "host", "--cores", "4-"], "--cores: '4-' is not a list of cores"),
+        (["--device", "host", "--cores", "9999"], "--cores: '9999' is not a list of cores"),
+        (["--device", "host", "precision=.nan"], "precision: nan is out of range"),
+        (["--device", "host", "precision=.inf"], "precision: inf is out of range"),
+        (["--device", "host", "sustained_seconds=1000000"], "is out of range"),
         (["--device", "host", "--runner", "/nowhere/llama_main"], "no such file"),
     ],
 )

@@ -65,7 +65,32 @@ printf 'root:x:0:\nnogroup:x:65534:\n' > "$root/etc/group"
 echo 'PRETTY_NAME="Debian arm64 under qemu"' > "$root/etc/os-release"
 printf '#!/bin/sh\necho "[ro.product.manufacturer]: [Testbed]"\necho "[ro.product.model]: [arm64]"\n' \
   > "$root/usr/bin/getprop"
-chmod 755 "$root/usr/bin/getprop"
+# What else adb's shell has on Android, in the forms of its sources: two services, and the log.
+cat > "$root/usr/bin/dumpsys" <<'SERVICE'
+#!/bin/sh
+case $1 in
+  thermalservice) cat <<'TEXT'
+IsStatusOverride: false
+Thermal Status: 0
+Cached temperatures:
+	Temperature{mValue=20.0, mType=0, mName=AP, mStatus=0}
+HAL Ready: true
+Current temperatures from HAL:
+	Temperature{mValue=25.6, mType=0, mName=AP, mStatus=0}
+	Temperature{mValue=0.0, mType=4, mName=USB, mStatus=0}
+Current cooling devices from HAL:
+Temperature static thresholds from HAL:
+	TemperatureThreshold{mType=0, mName=AP, mHotThrottlingThresholds=[NaN, 80.0]}
+TEXT
+    ;;
+  battery) printf 'Current Battery Service state:\n  status: 3\n  Charge counter: %s\n' \
+    "$((3000000 - $(cut -d. -f1 /proc/uptime)))"
+    printf '  voltage: 4063\n  temperature: 326\n  technology: Li-ion\n' ;;
+esac
+SERVICE
+printf '#!/bin/sh\necho "$3" >> /data/log\n' > "$root/usr/bin/log"  # log -t TAG TEXT
+printf '#!/bin/sh\ncat /data/log\n' > "$root/usr/bin/logcat"
+chmod 755 "$root"/usr/bin/{getprop,dumpsys,log,logcat}
 
 # The device's own wheels: the versions that this project pins.
 python=$(basename "$(readlink "$root/usr/bin/python3")")

@@ -6,13 +6,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from exporter import backends
-from exporter.backends import Artifact, Inspection, Prediction, Runner, check_context
+from exporter.backends import (
+    Artifact,
+    Inspection,
+    Prediction,
+    Runner,
+    _comparison,
+    check_context,
+)
 from exporter.errors import InputError
 from exporter.files import replacing
 from exporter.inference.reference import ReferenceRunner
@@ -79,8 +87,11 @@ class Stored:
 
 
 def read(path: Path) -> Stored:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise InputError(path, f"cannot be read ({error})") from error
     return Stored(parse_config(json.loads(arrays.pop("config").tobytes()), path), arrays)
 
 
@@ -102,6 +113,13 @@ def weights(
             continue
         codes, scales = (torch.from_numpy(arrays[f"{name}:{p}"]) for p in ("codes", "scales"))
         yield name, "array", QuantizedTensor(codes, scales, scheme)
+
+
+def differences(found: Artifact, expected: Artifact) -> Iterator[tuple[str, str]]:
+    stored = [read(one.path / FILE_NAME) for one in (found, expected)]
+    yield from _comparison.differences(*(one.arrays for one in stored))
+    if stored[0].config != stored[1].config:
+        yield "config", "is another model's"
 
 
 def inspect(path: Path) -> Inspection:

@@ -2,9 +2,10 @@
 
     mobilellm lower build/nano-int4 --target coreml -o build/nano-coreml
 
-`graph` builds the program, `package` reads and writes the files of a package, and `lowering` makes
-an artifact. `interpreter` runs a package without Core ML, with `operators`. `inspection` shows the
-content of any package.
+`program` builds the program with `graph` or `neural_engine` and `constants`, `package` reads and
+writes the files of a package, and `lowering` makes an artifact. `interpreter` runs a package
+without Core ML, with `operators`. `inspection` shows the content of any package, and `comparison`
+compares two.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,16 +33,23 @@ WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 FILES = tuple(f"{FILE_NAME}/{name}" for name in (MANIFEST, MODEL, WEIGHTS))
 SUFFIX = ".mlpackage"
 
+#: The length of the cache is a multiple of this (apple/coremltools 2631).
+STATE_MULTIPLE = 32
+#: The longest chunk for the Neural Engine (apple/coremltools 2553, Anemll/Anemll 27).
+LONGEST_PREFILL = 32
+
 
 class Target(backends.Target):
     """An .mlpackage for iOS 18 and macOS 15. It reads prompts in chunks of `prefill` tokens.
 
+    `compute: neural_engine` is a form for the Neural Engine, which was not run on hardware.
     `activations: float32` is for models whose activations overflow in float16; the Neural Engine
     does not run it. `output: token` gives the most likely token instead of the logits. Xcode shows
     `author` and `license`.
     """
 
     target: Literal["coreml"] = "coreml"
+    compute: Literal["cpu_and_gpu", "neural_engine"] = "cpu_and_gpu"
     prefill: int = 128
     activations: Literal["float16", "float32"] = "float16"
     output: Literal["logits", "token"] = "logits"
@@ -52,16 +60,61 @@ class Target(backends.Target):
 def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> None:
     """Raise InputError for a context, chunk size or scheme that the program cannot have."""
     from exporter.backends._storage import check_stored
-    from exporter.backends.coreml.schemes import stores
+    from exporter.backends.coreml.schemes import stores, stores_for_neural_engine
 
-    check_context(config, target)
+    check_cache(config, target)
     if not 2 <= target.prefill <= target.max_context:
         raise InputError(
             "prefill",
             f"{target.prefill} tokens are not between 2 and max_context ({target.max_context})",
             "128 suits most phones",
         )
+    if target.compute == "neural_engine":
+        _check_neural_engine(config, target)
+        check_stored(config, schemes, stores_for_neural_engine)
     check_stored(config, schemes, stores)
+
+
+def check_cache(config: "ModelConfig", target: backends.Target) -> None:
+    """Raise InputError for a context that the model does not support, or no multiple of 32.
+
+    A state of another size fails on the Neural Engine, which an app may choose for any package
+    (apple/coremltools 2631). The context is not rounded: `max_context` is that of every target.
+    """
+    check_context(config, target)
+    if target.max_context % STATE_MULTIPLE:
+        below = target.max_context // STATE_MULTIPLE * STATE_MULTIPLE
+        above = below + STATE_MULTIPLE
+        choices = [size for size in (below, above) if 0 < size <= config.max_position_embeddings]
+        raise InputError(
+            "max_context",
+            f"{target.max_context} is not a multiple of {STATE_MULTIPLE}, as Core ML's states need",
+            f"Set it to {' or '.join(map(str, choices))}" if choices else "Use another target",
+        )
+
+
+def _check_neural_engine(config: "ModelConfig", target: Target) -> None:
+    """Raise InputError for what the form for the Neural Engine cannot have."""
+    if target.activations != "float16":
+        raise InputError(
+            "activations",
+            "the Neural Engine computes in float16 only",
+            "Set activations to float16, or compute to cpu_and_gpu",
+        )
+    if target.prefill > LONGEST_PREFILL:
+        raise InputError(
+            "prefill",
+            f"{target.prefill} tokens are more than the {LONGEST_PREFILL} that the Neural Engine "
+            "takes at once",
+            f"Set prefill to {LONGEST_PREFILL}",
+        )
+    if config.head_dim % STATE_MULTIPLE:
+        raise InputError(
+            "head_dim",
+            f"{config.head_dim} is not a multiple of {STATE_MULTIPLE}, which states need on the "
+            "Neural Engine",
+            "Set compute to cpu_and_gpu",
+        )
 
 
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
@@ -123,7 +176,8 @@ def load(artifact: Artifact, variant: str = "") -> Runner:
 
 
 def cross_checks(artifact: Artifact) -> tuple[str, ...]:
-    """The reference interpreter, if `load` runs Core ML itself."""
+    """The reference interpreter, if `load` runs Core ML itself; and, if activations are float16,
+    the interpreter without float32."""
     from exporter.backends.coreml import lowering
 
     return lowering.cross_checks(artifact)
@@ -136,6 +190,19 @@ def weights(
     from exporter.backends.coreml import lowering
 
     return lowering.weights(artifact, quantized)
+
+
+def differences(found: Artifact, expected: Artifact) -> Iterator[tuple[str, str]]:
+    """How the package of `found` differs from that of `expected`: place, and what differs there.
+
+    See `comparison.package_differences` for what is left out. Raises InputError for a package that
+    cannot be read.
+    """
+    from exporter.backends.coreml.comparison import package_differences
+    from exporter.backends.coreml.package import open_package
+
+    packages = (open_package(artifact.path / FILE_NAME) for artifact in (found, expected))
+    return package_differences(*packages)
 
 
 def inspect(path: Path) -> Inspection:

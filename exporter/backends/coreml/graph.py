@@ -1,107 +1,31 @@
-"""The decoder as an ML Program of iOS 18: ``prefill`` and ``decode`` over one set of weights.
+"""A function of the program: the operations of the walk as ML Program operations of iOS 18.
 
-Both functions read ``input_ids`` [1, steps] at positions from ``position`` [1] on. They keep keys
-and values in two states [layers, kv_heads, max_context, head_dim] and give the logits of the last
-token. ``prefill`` has a fixed number of steps, of which the first ``length`` [1] are text. The
-others are padding, which does not enter the cache and to which no position attends.
+A function reads ``input_ids`` [1, steps] at positions from ``position`` [1] on. It keeps keys and
+values in two states [layers, kv_heads, max_context, head_dim] and gives the logits of the last
+token. With several steps, the first ``length`` [1] are text. The others are padding, which does not
+enter the cache and to which no position attends.
 """
 
-from collections import Counter
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from exporter.backends.coreml import Target
-from exporter.backends.coreml.toolkit import Function, Program, coremltools, mb, types
+from exporter.backends.coreml.constants import Constants
+from exporter.backends.coreml.toolkit import Function, Var, coremltools, mb, types
 from exporter.model.config import ModelConfig
 from exporter.model.rope import paired_rope_tables, quarter_turn
 from exporter.model.walk import walk
-from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.quantization.schemes import QuantizedTensor
 
-PREFILL, DECODE = "prefill", "decode"
-#: The name of the function in a program with a single function.
-MAIN = "main"
 KEYS, VALUES = "key_cache", "value_cache"
 LOGITS, TOKEN = "logits", "token"
 #: Added to the attention score of a masked position. float16 holds it exactly.
 _MASKED_SCORE = -10000.0
-
-#: Bits of the codes → the dtype of their arrays in coremltools.
-_CODE_TYPES = {4: types.np_int4_dtype, 8: np.dtype(np.int8)}
-
-Var = Any  # of coremltools, which has no annotations
-
-
-def mil_name(weight: str) -> str:
-    """The name of a weight as an ML Program allows it: without periods."""
-    return weight.replace(".", "_")
-
-
-def build_program(quantized: QuantizedCheckpoint, target: Target) -> Program:
-    """The program with both functions, which share their constants."""
-    program = _program(quantized, target, {PREFILL: target.prefill, DECODE: 1})
-    program.default_function_name = DECODE
-    program.export_as_multifunction = True
-    return program
-
-
-def build_step(quantized: QuantizedCheckpoint, target: Target) -> Program:
-    """The program with a single function, which reads one token: `decode` alone."""
-    return _program(quantized, target, {MAIN: 1})
-
-
-def _program(
-    quantized: QuantizedCheckpoint, target: Target, functions: Mapping[str, int]
-) -> Program:
-    """`functions` maps the name of each function to the number of tokens that it reads at once."""
-    program, constants = Program(), _Constants(quantized, target)
-    for name, steps in functions.items():
-        mb.name_count = Counter()  # generated names must not depend on earlier programs
-        program.add_function(name, _Decoder(quantized.config, target, constants, steps).function())
-    return program
-
-
-class _Constants:
-    """The constants of the program. Both functions share one array for each name."""
-
-    def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
-        self.quantized, self._arrays = quantized, dict[str, np.ndarray]()
-        self.float_type = np.float16 if target.activations == "float16" else np.float32
-
-    def shared(self, name: str, array: np.ndarray) -> Var:
-        constant = mb.const(val=self._arrays.setdefault(name, array), name=name)
-        constant.op.weight_id = name
-        return constant
-
-    def matrix(self, name: str) -> Var:
-        """A weight [out_features, in_features] with the quantized checkpoint's codes and scales.
-
-        A weight that was left in float is float32 if float16 does not hold it exactly.
-        """
-        stored, mil = self.quantized.read(name), mil_name(name)
-        if not isinstance(stored, QuantizedTensor):
-            exact = torch.equal(stored.half().float(), stored.float())
-            float_type = self.float_type if exact else np.float32
-            return self.shared(mil, stored.float().numpy().astype(float_type))
-        code_type = _CODE_TYPES[stored.scheme.code_bits]
-        codes, scales = stored.codes.numpy(), stored.scales.numpy()
-        return mb.constexpr_blockwise_shift_scale(
-            data=self.shared(f"{mil}_codes", codes.astype(code_type)),
-            scale=self.shared(f"{mil}_scales", scales.astype(self.float_type)),
-            name=mil,
-        )
-
-    def vector(self, name: str) -> Var:
-        """The weight of an RMS norm. It is float32, like the norm itself."""
-        return self.shared(mil_name(name), self.quantized.float_weight(name).numpy())
-
-    def table(self, name: str, values: Tensor) -> Var:
-        return self.shared(name, values.numpy().astype(self.float_type))
+#: The smallest float16 with full precision.
+_SMALLEST_NORMAL = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -127,15 +51,15 @@ class _Heads:
         return replace(self, steps=(*self.steps, step))
 
 
-class _Decoder:
-    """One function of the program: the operations of the walk as ML Program operations.
+class Decoder:
+    """One function of the program, for CPU and GPU.
 
     Products and operations on heads are deferred. A product is emitted just before its first use,
     and the operations on queries and keys alternate. This order determines the program's bytes.
     """
 
     def __init__(
-        self, config: ModelConfig, target: Target, constants: _Constants, steps: int
+        self, config: ModelConfig, target: Target, constants: Constants, steps: int
     ) -> None:
         self.config, self.target, self.constants, self.steps = config, target, constants, steps
         self.kind = "fp16" if target.activations == "float16" else "fp32"
@@ -226,12 +150,16 @@ class _Decoder:
         # Rows for every query head that shares a k/v head: [groups * steps, context].
         groups = config.num_attention_heads // config.num_key_value_heads
         self.mask = mb.concat(values=[masked] * groups, axis=0) if groups > 1 else masked
-        self.end = mb.add(x=position, y=_indices(self.steps))
         if self.padded:
-            length = self.inputs["length"]
-            self.last = mb.sub(x=length, y=_indices(1))
+            self.last = mb.sub(x=self.inputs["length"], y=_indices(1))
             # [steps, 1]: which rows of the chunk are text and not padding
-            self.is_text = mb.expand_dims(x=mb.less(x=offsets, y=length), axes=[1])
+            is_text = mb.less(x=offsets, y=self.inputs["length"])
+            self.is_text = mb.expand_dims(x=is_text, axes=[1])
+        self._prepare_writes(positions)
+
+    def _prepare_writes(self, positions: Var) -> None:
+        """Emit what writing to the cache needs in every layer. `positions` is [steps]."""
+        self.end = mb.add(x=self.inputs["position"], y=_indices(self.steps))
 
     def attend(self, layer: int, q: "_Heads", k: "_Heads", v: "_Heads") -> Var:
         """Grouped-query attention over the cache, without the output projection."""
@@ -248,25 +176,29 @@ class _Decoder:
         # The queries of a group are rows of one product, so that no key is repeated.
         q = mb.reshape(x=q, shape=[self.steps, kv_heads, groups, size])
         q = mb.transpose(x=q, perm=[1, 2, 0, 3])
-        first, after = _indices(layer, 0), _indices(layer + 1, 0)
-        window = {
-            "begin": mb.concat(values=[first, self.inputs["position"], _indices(0)], axis=0),
-            "end": mb.concat(values=[after, self.end, _indices(0)], axis=0),
-            "end_mask": [False, True, False, True],
-        }
+        q = mb.reshape(x=q, shape=[1, kv_heads, groups * self.steps, size])
+        window = self._window(layer)
         keys, values = (
             self._extend(state, mb.transpose(x=new, perm=[1, 0, 2]), layer, window)
             for state, new in ((KEYS, k), (VALUES, v))
         )
-        attended = mb.scaled_dot_product_attention(
-            query=mb.reshape(x=q, shape=[1, kv_heads, groups * self.steps, size]),
-            key=keys,
-            value=values,
-            attn_mask=self.mask,
-        )
+        attended = self._weighted_values(q, keys, values)
         attended = mb.reshape(x=attended, shape=[kv_heads, groups, self.steps, size])
         attended = mb.transpose(x=attended, perm=[2, 0, 1, 3])
         return mb.reshape(x=attended, shape=[1, self.steps, heads * size])
+
+    def _weighted_values(self, q: Var, keys: Var, values: Var) -> Var:
+        """Attention [1, kv_heads, groups * steps, head_dim] of queries of the same shape."""
+        return mb.scaled_dot_product_attention(query=q, key=keys, value=values, attn_mask=self.mask)
+
+    def _window(self, layer: int) -> Mapping[str, Any]:
+        """The positions of this call in a layer's cache, as a slice of a state."""
+        first, after = _indices(layer, 0), _indices(layer + 1, 0)
+        return {
+            "begin": mb.concat(values=[first, self.inputs["position"], _indices(0)], axis=0),
+            "end": mb.concat(values=[after, self.end, _indices(0)], axis=0),
+            "end_mask": [False, True, False, True],
+        }
 
     def _extend(self, state: str, new: Var, layer: int, window: Mapping[str, Any]) -> Var:
         """Write `new` [kv_heads, steps, head_dim] into its window of a layer's cache.
@@ -280,8 +212,12 @@ class _Decoder:
             new = mb.select(cond=self.is_text, a=new, b=mb.reshape(x=kept, shape=new.shape))
         after = mb.slice_update(x=before, update=new, **window)
         after = mb.coreml_update_state(state=self.inputs[state], value=after)
-        whole = [1, *self.cache_shape[1:]]
-        return self._activation(mb.slice_by_size(x=after, begin=[layer, 0, 0, 0], size=whole))
+        return self._activation(self._layer(after, layer))
+
+    def _layer(self, cache: Var, layer: int) -> Var:
+        """A layer [1, kv_heads, max_context, head_dim] of a whole cache."""
+        size = [1, *self.cache_shape[1:]]
+        return mb.slice_by_size(x=cache, begin=[layer, 0, 0, 0], size=size)
 
     def _rotate(self, x: Var) -> Var:
         """RoPE on x [steps, heads, head_dim]. The product with `quarter_turn` is exact: it only
@@ -290,14 +226,33 @@ class _Decoder:
         return mb.add(x=mb.mul(x=x, y=self.cos), y=mb.mul(x=turned, y=self.sin))
 
     def _norm(self, x: Var, name: str | None) -> Var:
-        """RMS norm, with a weight if `name` is given. float32, since float16 overflows at 256²."""
-        wide = _as("fp32", x)
-        mean = mb.reduce_mean(x=mb.square(x=wide), axes=[-1], keep_dims=True)
-        root = mb.rsqrt(x=mean, epsilon=np.float32(self.config.rms_norm_eps))
-        normal = mb.mul(x=wide, y=root)
+        """RMS norm, with a weight if `name` is given."""
+        normal = self._normal_in_half(x) if self.kind == "fp16" else self._normal(x)
         if name:
-            normal = mb.mul(x=normal, y=self.constants.vector(name))
-        return self._activation(normal)
+            normal = mb.mul(x=normal, y=self._activation(self.constants.vector(name)))
+        return normal
+
+    def _normal(self, x: Var) -> Var:
+        mean = mb.reduce_mean(x=mb.square(x=x), axes=[-1], keep_dims=True)
+        return mb.mul(x=x, y=mb.rsqrt(x=mean, epsilon=np.float32(self.config.rms_norm_eps)))
+
+    def _normal_in_half(self, x: Var) -> Var:
+        """x / sqrt(mean(x²) + eps) with every step in float16, which overflows at 256².
+
+        Casts to float32 would not help: lowerings to the Neural Engine drop them (reported in
+        pytorch/executorch 19523), and it runs no float32 (apple/coremltools 2585). So x is divided
+        by ``m = max(|x|, sqrt(eps))`` first: x / m / sqrt(mean((x / m)²) + (sqrt(eps) / m)²). Both
+        terms of the sum are at most 1, and one of them is at least 1 / hidden_size. The eps is
+        divided too, or large activations would have a larger one (apple/coremltools 2821).
+        """
+        root = math.sqrt(self.config.rms_norm_eps)
+        largest = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
+        unit = mb.maximum(x=largest, y=np.float16(max(root, _SMALLEST_NORMAL)))
+        scaled = mb.real_div(x=x, y=unit)
+        mean = mb.reduce_mean(x=mb.square(x=scaled), axes=[-1], keep_dims=True)
+        share = mb.square(x=mb.real_div(x=np.float16(root), y=unit))
+        inverse = mb.rsqrt(x=mb.add(x=mean, y=share), epsilon=np.float16(0))
+        return mb.mul(x=scaled, y=inverse)
 
     def _linear(self, x: Var, name: str) -> Var:
         """x times the transpose of a weight, computed in the weight's type."""

@@ -5,7 +5,7 @@ mobilellm inspect build/nano/coreml/model.mlpackage
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from exporter.backends import InspectedTable
 from exporter.backends.coreml.interpreter import STATEFUL
 from exporter.backends.coreml.operators import OPERATORS
 from exporter.backends.coreml.package import (
-    TYPES,
     Package,
     open_package,
     open_shape_of,
     place_of,
     shape_of,
+    type_of,
+    weights_warning,
 )
 
 
@@ -70,12 +71,14 @@ class Inspection:
     metadata: Mapping[str, str]
     functions: tuple[Function, ...]
     weights: tuple[WeightFormat, ...]
+    notes: tuple[str, ...]
 
 
 def inspect_package(path: Path) -> Inspection:
     """Read a .mlpackage without running it. Raises InputError."""
     package = open_package(path)
     described = package.spec.description
+    functions = tuple(_function(package, name) for name in package.functions)
     known = {
         "author": described.metadata.author,
         "license": described.metadata.license,
@@ -89,8 +92,9 @@ def inspect_package(path: Path) -> Inspection:
             **{name: text for name, text in known.items() if text},
             **dict(sorted(described.metadata.userDefined.items())),
         },
-        functions=tuple(_function(package, name) for name in package.functions),
+        functions=functions,
         weights=tuple(_weights(package)),
+        notes=tuple(_notes(path, functions)),
     )
 
 
@@ -120,7 +124,6 @@ def describe(package: Inspection) -> backends.Inspection:
         for weight in package.weights
     ]
     functions = tuple(function.name for function in package.functions)
-    unknown = sorted({name for function in package.functions for name in function.unknown})
     return backends.Inspection(
         content=asdict(package),
         title=package.path,
@@ -130,10 +133,17 @@ def describe(package: Inspection) -> backends.Inspection:
             InspectedTable(("operator", *functions), operators, numbers=True),
             InspectedTable(("weights", "tensors", "size"), weights, numbers=True),
         ),
-        notes=[f"The reference interpreter does not support: {', '.join(unknown)}"]
-        if unknown
-        else [],
+        notes=package.notes,
     )
+
+
+def _notes(path: Path, functions: Sequence[Function]) -> Iterator[str]:
+    """What a user should know of the package."""
+    if warning := weights_warning(path):
+        yield warning
+    unknown = sorted({name for function in functions for name in function.unknown})
+    if unknown:
+        yield f"The reference interpreter does not support: {', '.join(unknown)}"
 
 
 def _function(package: Package, name: str) -> Function:
@@ -176,7 +186,7 @@ def _feature(name: str, declared: Any, allowed: Any = None) -> Feature:
         return Feature(name, declared.WhichOneof("type"), ())
     tensor = declared.tensorType
     shape = tuple("?" if size is None else size for size in open_shape_of(tensor))
-    return Feature(name, TYPES[tensor.dataType][0], _flexible(allowed) or shape)
+    return Feature(name, type_of(tensor)[0], _flexible(allowed) or shape)
 
 
 def _flexible(allowed: Any) -> tuple[int | str, ...]:
@@ -235,11 +245,11 @@ def _constants_of(operation: Any, constants: Mapping[str, Any]) -> dict[str, Any
 
 def _stored_bytes(value: Any) -> int:
     declared = value.type.tensorType
-    return -(-math.prod(shape_of(declared)) * TYPES[declared.dataType][2] // 8)
+    return -(-math.prod(shape_of(declared)) * type_of(declared)[2] // 8)
 
 
 def _kind(value: Any) -> str:
-    return TYPES[value.type.tensorType.dataType][0]
+    return type_of(value.type.tensorType)[0]
 
 
 def _format(operator: str, given: Mapping[str, Any]) -> str:

@@ -4,6 +4,9 @@ It computes each operator in float32 and rounds the result to its declared type.
 from those of a GPU or a Neural Engine in the last bits, since these sum in other orders and types.
 It is strict: an unsupported operator is an error, and so is a value whose type or shape is not the
 declared one.
+
+It can also compute everything that a program declares as float32 in float16. Lowerings to the
+Neural Engine are reported to do so: they drop casts to float32 (pytorch/executorch 19523).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,11 +16,24 @@ from typing import Any
 import torch
 
 from exporter.backends.coreml.operators import OPERATORS, Operator, overwrite
-from exporter.backends.coreml.package import TYPES, Package, Value, open_shape_of, place_of
+from exporter.backends.coreml.package import (
+    FLOATS,
+    Package,
+    Value,
+    open_shape_of,
+    place_of,
+    rounded,
+    type_of,
+)
 from exporter.errors import InputError
 
 #: The operators that read or write a state. All others are in `OPERATORS`.
 STATEFUL = frozenset({"read_state", "write_state"})
+#: The operators that move numbers and compute none. Whole states go through them.
+_MOVES = frozenset(
+    "concat expand_dims gather read_state reshape select slice_by_index slice_by_size slice_update "
+    "split squeeze transpose".split()
+)
 #: States by name. A run replaces the states that it writes.
 State = dict[str, Value]
 
@@ -66,11 +82,12 @@ class _Function:
 class Interpreter:
     """Runs the functions of a package. Constants are decoded once for all functions.
 
-    Raises InputError for an unsupported operator before anything runs.
+    With `half`, every float32 value is rounded to float16, and an overflow that this hides is an
+    error. Raises InputError for an unsupported operator before anything runs.
     """
 
-    def __init__(self, package: Package) -> None:
-        self._package = package
+    def __init__(self, package: Package, half: bool = False) -> None:
+        self._package, self._half = package, half
         self._stored = dict[Any, Value]()
         self._functions = {name: self._prepare(name) for name in package.functions}
 
@@ -90,20 +107,36 @@ class Interpreter:
     def run(
         self, name: str, inputs: Mapping[str, Value], state: State, also: Sequence[str] = ()
     ) -> dict[str, Value]:
-        """The outputs of a function and the values named in `also`. Updates `state` in place."""
+        """The outputs of a function and the values named in `also`. Updates `state` in place.
+
+        With `half`, raises InputError for the first operation whose result is not finite although
+        its inputs are. It does not if a run without `half` shows it too: if the result is float16
+        by declaration, and the outputs are not finite.
+        """
         function = self._functions[name]
         self._check_inputs(name, inputs)
         values: dict[str, Any] = {**function.constants, **inputs}
-        wanted = {*function.outputs, *also}
+        wanted, overflow, hidden = {*function.outputs, *also}, "", False
         for step in function.steps:
             for declared, value in zip(
                 step.outputs, self._compute(step, function, values, state), strict=True
             ):
                 what = f"{name}: {declared.name} ({step.operator})"
                 values[declared.name] = declared.check(value, what)
+                if self._half:
+                    values[declared.name] = _in_half(value)
+                    if not overflow and _overflows(step, declared, values):
+                        overflow, hidden = what, declared.kind == "fp32"
             for spent in step.spent - wanted:
                 del values[spent]
-        return {output: values[output] for output in wanted}
+        outputs = {output: values[output] for output in wanted}
+        if overflow and (hidden or all(_finite(value) for value in outputs.values())):
+            raise InputError(
+                overflow,
+                "is not finite in float16, though its inputs are",
+                "Set the target's activations to float32",
+            )
+        return outputs
 
     def _compute(
         self, step: _Step, function: _Function, values: Mapping[str, Any], state: State
@@ -180,10 +213,14 @@ class Interpreter:
         """A constant, decoded once for each place in the weight file."""
         place = place_of(value)
         if place is None:
-            return self._package.value(value)
+            return self._decoded(value)
         if place not in self._stored:
-            self._stored[place] = self._package.value(value)
+            self._stored[place] = self._decoded(value)
         return self._stored[place]
+
+    def _decoded(self, value: Any) -> Any:
+        decoded = self._package.value(value)
+        return _in_half(decoded) if self._half and isinstance(decoded, Value) else decoded
 
     def _constant_expression(
         self, operation: Any, constants: Mapping[str, Any], output: Declared
@@ -199,8 +236,33 @@ class Interpreter:
                 else self._package.value(binding.value)
                 for name, binding in bindings.items()
             }
-            self._stored[key] = _apply(OPERATORS[operation.type], arguments, what)[0]
+            computed = _apply(OPERATORS[operation.type], arguments, what)[0]
+            self._stored[key] = _in_half(computed) if self._half else computed
         return output.check(self._stored[key], what)
+
+
+def _in_half(value: Value) -> Value:
+    """A float32 value rounded to float16; its type is still called fp32."""
+    return Value(rounded(value.data, "fp16").data, "fp32") if value.kind == "fp32" else value
+
+
+def _overflows(step: _Step, declared: Declared, values: Mapping[str, Any]) -> bool:
+    """Whether a result is not finite although all inputs are."""
+    if step.operator in _MOVES or _finite(values[declared.name]):
+        return False
+    return all(_finite(values[name]) for name in _read_by(step))
+
+
+def _finite(value: Any) -> bool:
+    """Whether a value has no infinity and no NaN. A text, such as a type, has none."""
+    has_numbers = isinstance(value, Value) and value.kind in FLOATS
+    return not has_numbers or bool(value.data.isfinite().all())
+
+
+def _read_by(step: _Step) -> Iterator[str]:
+    """The names of the values that a step reads. The name of a state is not one of them."""
+    for given in step.inputs.values():
+        yield from [given] if isinstance(given, str) else given
 
 
 def _apply(compute: Operator, arguments: Mapping[str, Any], what: str) -> tuple[Value, ...]:
@@ -236,7 +298,7 @@ def _step(operation: Any, constants: dict[str, Any], constant: Any) -> _Step:
 
 def _declared(name: str, declared: Any) -> Declared:
     tensor = declared.tensorType
-    return Declared(name, TYPES[tensor.dataType][0], tuple(open_shape_of(tensor)))
+    return Declared(name, type_of(tensor)[0], tuple(open_shape_of(tensor)))
 
 
 def _with_last_uses(steps: Sequence[_Step]) -> list[_Step]:
@@ -244,11 +306,7 @@ def _with_last_uses(steps: Sequence[_Step]) -> list[_Step]:
     made = {output.name for step in steps for output in step.outputs}
     needed, result = set[str](), list[_Step]()
     for step in reversed(steps):
-        read = {
-            name
-            for given in step.inputs.values()
-            for name in ([given] if isinstance(given, str) else given)
-        }
+        read = set(_read_by(step))
         result.append(replace(step, spent=frozenset((read & made) - needed)))
         needed |= read
     return result[::-1]

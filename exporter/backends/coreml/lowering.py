@@ -1,6 +1,7 @@
 """Write the package of a Core ML artifact, read its weights back, and run it."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version as metadata_version
@@ -13,15 +14,18 @@ from torch import Tensor
 
 from exporter.backends import Artifact
 from exporter.backends.coreml import FILE_NAME, FILES, MODEL, WEIGHTS, Target
-from exporter.backends.coreml.graph import (
-    DECODE,
-    LOGITS,
-    PREFILL,
-    build_program,
-    mil_name,
-)
+from exporter.backends.coreml.constants import mil_name
+from exporter.backends.coreml.graph import LOGITS
 from exporter.backends.coreml.interpreter import Interpreter, State, readers_of
-from exporter.backends.coreml.package import Package, Value, open_package, write_manifest
+from exporter.backends.coreml.package import (
+    Package,
+    Value,
+    open_package,
+    weights_warning,
+    write_manifest,
+)
+from exporter.backends.coreml.palette import read_palettes
+from exporter.backends.coreml.program import DECODE, PREFILL, build_program
 from exporter.backends.coreml.schemes import CODE_KINDS
 from exporter.backends.coreml.toolkit import Program, coremltools
 from exporter.backends.coreml.toolkit import load as to_specification
@@ -31,6 +35,12 @@ from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MAN
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor, Scheme
 
+#: The processors that may run a package. The Neural Engine computes int4 in blocks wrongly
+#: (apple/coreai-models 279), so only a package in its own form may run there.
+_COMPUTE_UNITS = {
+    "cpu_and_gpu": coremltools.ComputeUnit.CPU_AND_GPU,
+    "neural_engine": coremltools.ComputeUnit.CPU_AND_NE,
+}
 _IOS_18 = 9  # the specification version of iOS 18 and macOS 15
 
 
@@ -52,6 +62,8 @@ def write_package(
     _describe(specification.description.metadata, quantized, target)
     (folder / MODEL).write_bytes(specification.SerializeToString(deterministic=True))
     write_manifest(folder)
+    if warning := weights_warning(folder):
+        logging.getLogger(__name__).warning(warning)
     return specification
 
 
@@ -62,6 +74,8 @@ def _describe(metadata: Any, quantized: QuantizedCheckpoint, target: Target) -> 
         "max_context": str(target.max_context),
         "prefill": str(target.prefill),
         "output": target.output,
+        "compute": target.compute,
+        "tested": "in a reference interpreter, not run on hardware",
         "vocab_size": str(config.vocab_size),
         "bos_token_id": json.dumps(quantized.bos_token_id),
         "eos_token_ids": json.dumps(list(quantized.eos_token_ids)),
@@ -110,6 +124,13 @@ def package_weights(
             raise InputError(f"{name} ({function})", "is not in the program")
 
 
+#: The operations that make a weight, and the constants that each has.
+_PARTS = {
+    "constexpr_blockwise_shift_scale": {"data", "scale"},
+    "constexpr_lut_to_dense": {"indices", "lut"},
+}
+
+
 def _stored(
     package: Package, operation: Any, name: str, scheme: Scheme
 ) -> QuantizedTensor | Tensor:
@@ -117,11 +138,18 @@ def _stored(
     if operation.type == "const":
         value: Tensor = package.value(operation.attributes["val"]).data
         return value
-    if operation.type != "constexpr_blockwise_shift_scale":
+    parts = _PARTS.get(operation.type)
+    if parts is None:
         raise InputError(name, f"is made by {operation.type}, not by codes and scales")
     given = {part: binding.arguments[0].value for part, binding in operation.inputs.items()}
-    if "offset" in given:
-        raise InputError(name, "has an offset, but symmetric quantization has none")
+    if given.keys() != parts:
+        found, wanted = (" and ".join(sorted(one)) for one in (given, parts))
+        raise InputError(name, f"is made of {found}, not of {wanted}")
+    if operation.type == "constexpr_lut_to_dense":
+        indices, palettes = package.value(given["indices"]), package.value(given["lut"])
+        if indices.kind != "uint4" or scheme != Scheme(4):
+            raise InputError(name, f"has {indices.kind} indices of palettes, not {scheme}")
+        return read_palettes(indices.data, palettes.data, scheme, name)
     codes, scales = package.value(given["data"]), package.value(given["scale"])
     if codes.kind != CODE_KINDS[scheme.code_bits]:
         raise InputError(name, f"has {codes.kind} codes, not {scheme}")
@@ -181,17 +209,33 @@ class CoreMLRunner:
         return self._execute(function, tensors, self._state)[0, -1]
 
 
+#: The ways to run a package in the reference interpreter: as it is, and with every float32 value
+#: rounded to float16.
+AS_IT_IS, WITHOUT_FLOAT32 = "interpreter", "float32_casts_ignored"
+
+
 def load(artifact: Artifact, variant: str = "") -> CoreMLRunner:
     """The artifact in Core ML on a Mac, and in the reference interpreter elsewhere or as `variant`.
 
     With `output: token` it runs in the interpreter everywhere, since Core ML gives no logits then.
     """
-    return _on_mac(artifact) if _runs_here(artifact) and not variant else interpreted(artifact)
+    if _runs_here(artifact) and not variant:
+        return _on_mac(artifact)
+    return interpreted(artifact, half=variant == WITHOUT_FLOAT32)
 
 
 def cross_checks(artifact: Artifact) -> tuple[str, ...]:
-    """The reference interpreter, if `load` runs Core ML itself."""
-    return ("interpreter",) if _runs_here(artifact) else ()
+    """The reference interpreter, if `load` runs Core ML itself; and, if activations are float16
+    but something else is float32, the interpreter without float32."""
+    assert isinstance(artifact.target, Target)
+    interpreter = (AS_IT_IS,) if _runs_here(artifact) else ()
+    return interpreter + without_float32(artifact.target, open_package(artifact.path / FILE_NAME))
+
+
+def without_float32(target: Target, package: Package) -> tuple[str, ...]:
+    """The run without float32, for a package that has any but whose activations are float16."""
+    float16 = target.activations == "float16"
+    return (WITHOUT_FLOAT32,) if float16 and package.has_float32 else ()
 
 
 def _runs_here(artifact: Artifact) -> bool:
@@ -200,9 +244,11 @@ def _runs_here(artifact: Artifact) -> bool:
     return sys.platform == "darwin" and artifact.target.output == "logits"
 
 
-def interpreted(artifact: Artifact) -> CoreMLRunner:
-    """The artifact in the reference interpreter, on any machine."""
-    interpreter = Interpreter(open_package(artifact.path / FILE_NAME))
+def interpreted(artifact: Artifact, half: bool = False) -> CoreMLRunner:
+    """The artifact in the reference interpreter, on any machine; `half` as in `Interpreter`."""
+    package = open_package(artifact.path / FILE_NAME)
+    # Where nothing is float32, this run is the one without float32, which finds overflows.
+    interpreter = Interpreter(package, half or not package.has_float32)
 
     def execute(function: str, inputs: Mapping[str, Tensor], state: State) -> Tensor:
         values = {name: Value(tensor, "int32") for name, tensor in inputs.items()}
@@ -213,9 +259,12 @@ def interpreted(artifact: Artifact) -> CoreMLRunner:
 
 def _on_mac(artifact: Artifact) -> CoreMLRunner:
     """The artifact in Core ML itself. Untested: no Mac was available."""
+    assert isinstance(artifact.target, Target)
     path = str(artifact.path / FILE_NAME)
+    units = _COMPUTE_UNITS[artifact.target.compute]
     functions = {
-        name: coremltools.models.MLModel(path, function_name=name) for name in (PREFILL, DECODE)
+        name: coremltools.models.MLModel(path, compute_units=units, function_name=name)
+        for name in (PREFILL, DECODE)
     }
 
     def execute(function: str, inputs: Mapping[str, Tensor], state: Any) -> Tensor:

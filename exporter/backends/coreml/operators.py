@@ -82,6 +82,19 @@ def _spread(blocks: Tensor, shape: Sequence[int]) -> Tensor:
     return blocks
 
 
+def constexpr_lut_to_dense(indices: Value, lut: Value, vector_axis: Value | None = None) -> Value:
+    """The entries of palettes at indices. There is one palette for each block of indices."""
+    *blocks, entries, width = lut.data.shape
+    if width != 1 or vector_axis is not None:
+        raise InputError("lut", "has entries of several values; only single ones are supported")
+    shape, places = indices.data.shape, indices.data.long()
+    if int(places.max()) >= entries:
+        raise InputError("indices", f"go beyond the {entries} entries of a palette")
+    palette = _spread(torch.arange(math.prod(blocks)).reshape(blocks), shape)
+    entry = lut.data.reshape(-1)[palette.expand(shape) * entries + places]
+    return rounded(entry, float_kind(lut))
+
+
 def cast(x: Value, dtype: str) -> Value:
     return rounded(x.data, dtype)
 
@@ -288,6 +301,7 @@ OPERATORS: dict[str, Operator] = {
     "greater_equal": _comparison(torch.ge),
     "logical_and": _comparison(torch.logical_and),
     "logical_or": _comparison(torch.logical_or),
+    "abs": _unary(torch.abs),
     "square": _unary(torch.square),
     "sqrt": _unary(torch.sqrt),
     "exp": _unary(torch.exp),
@@ -300,10 +314,10 @@ OPERATORS: dict[str, Operator] = {
     **{
         operator.__name__: operator
         for operator in (
-            cast, concat, constexpr_blockwise_shift_scale, expand_dims, gather, linear, matmul,
-            range_1d, reduce_argmax, reduce_max, reduce_mean, reduce_sum, reshape, rsqrt,
-            scaled_dot_product_attention, select, shape, slice_by_index, slice_by_size,
-            slice_update, softmax, split, squeeze, transpose,
+            cast, concat, constexpr_blockwise_shift_scale, constexpr_lut_to_dense, expand_dims,
+            gather, linear, matmul, range_1d, reduce_argmax, reduce_max, reduce_mean, reduce_sum,
+            reshape, rsqrt, scaled_dot_product_attention, select, shape, slice_by_index,
+            slice_by_size, slice_update, softmax, split, squeeze, transpose,
         )
     },
 }  # fmt: skip

@@ -9,6 +9,7 @@ import json
 import math
 import struct
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,12 @@ from exporter.errors import InputError
 from exporter.files import read_json
 
 _AUTHOR, _SENTINEL = "com.apple.CoreML", 0xDEADBEEF
-_RECORD = struct.Struct("<IIQQQ")
+_RECORD, _ALIGNMENT = struct.Struct("<IIQQQ"), 64
+
+_LARGEST_MODEL = 2**31 - 1
+#: Bytes of a weight file that apps on iOS are reported to load (Anemll/Anemll 28). The Neural
+#: Engine of a Mac takes 2 GB (apple/coremltools 2593).
+LARGEST_WEIGHTS = 1_000_000_000
 
 #: Declared type → its name in ML Programs, its NumPy dtype (if any), and the bits of a value.
 _Kind = MIL_pb2.DataType
@@ -98,19 +104,37 @@ class Package:
         declared = self.spec.mlProgram.functions[function]
         return declared.block_specializations[declared.opset]
 
+    @property
+    def has_float32(self) -> bool:
+        """Whether an operation of any function has a float32 result."""
+        return any(
+            output.type.tensorType.dataType == _Kind.Value("FLOAT32")
+            for function in self.functions
+            for operation in self.block(function).operations
+            for output in operation.outputs
+        )
+
     def value(self, value: Any) -> Any:
         """A constant: a `Value`, a string, or a list of these. Raises InputError if damaged."""
-        if (place := place_of(value)) is not None:
-            return self._stored(value.type.tensorType, *place)
+        if place_of(value) is not None:
+            return _decode(self.blob(value).content.tobytes(), value.type.tensorType)
         kind = value.type.WhichOneof("type")
         if kind == "tupleType":
             return [self.value(item) for item in value.immediateValue.tuple.values]
         if kind == "listType":
             return [self.value(item) for item in value.immediateValue.list.values]
-        return _immediate(value)
+        try:
+            return _immediate(value)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError("a constant", f"does not fill its type ({error})") from error
 
-    def _stored(self, declared: Any, name: str, offset: int) -> Value:
-        """A constant from a weight file. Raises InputError for an invalid record."""
+    def blob(self, value: Any) -> "Blob":
+        """The record and the data of a constant in a weight file, which is mapped, not read.
+
+        Raises InputError for an invalid record.
+        """
+        name, offset = place_of(value) or ("", 0)
+        declared = value.type.tensorType
         path = (self.weights / name.removeprefix("@model_path/")).resolve()
         if not path.is_relative_to(self.path.resolve()):
             raise InputError(self.path, f"names a weight file outside of itself ({name})")
@@ -122,16 +146,39 @@ class Package:
         if offset + _RECORD.size > content.size:
             raise InputError(subject, f"lies beyond its {content.size} bytes")
         record = _RECORD.unpack(content[offset : offset + _RECORD.size].tobytes())
-        sentinel, _, size, start, _ = record
+        sentinel, kind, size, start, padding = record
         if sentinel != _SENTINEL:
             raise InputError(subject, "is not the record of a weight")
         shape = shape_of(declared)
-        bits = TYPES[declared.dataType][2]
+        bits = type_of(declared)[2]
         if size != -(-math.prod(shape) * bits // 8):
             raise InputError(subject, f"holds {size} bytes, which do not fill the shape {shape}")
         if start + size > content.size:
             raise InputError(subject, f"ends beyond the {content.size} bytes of the file")
-        return _decode(content[start : start + size].tobytes(), declared)
+        return Blob(path, kind, padding, content[start : start + size])
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A constant in a weight file: its type and unused bits by its record, and its bytes."""
+
+    path: Path
+    kind: int
+    padding: int
+    content: np.ndarray
+
+
+def weight_file_rest(path: Path, used: Mapping[int, int]) -> tuple[int, int, int]:
+    """What is in a weight file besides its records in use: records, bytes, and its version.
+
+    `used` maps the offset of a record to the bytes of its data. The file begins with a header;
+    header, records and data each fill a multiple of 64 bytes.
+    """
+    with path.open("rb") as file:
+        records, version = struct.unpack("<II", file.read(8))
+    aligned = sum(_ALIGNMENT + -(-size // _ALIGNMENT) * _ALIGNMENT for size in used.values())
+    end = -(-path.stat().st_size // _ALIGNMENT) * _ALIGNMENT
+    return records - len(used), end - _ALIGNMENT - aligned, version
 
 
 def open_package(path: Path) -> Package:
@@ -145,6 +192,8 @@ def open_package(path: Path) -> Package:
     file = (path / "Data" / name).resolve()
     if not file.is_relative_to(path.resolve()) or not file.is_file():
         raise InputError(path / MANIFEST, f"names the model {name!r}, which is not in the package")
+    if file.stat().st_size > _LARGEST_MODEL:
+        raise InputError(file, f"has {file.stat().st_size} bytes, more than a protobuf can")
     spec = Model_pb2.Model()
     try:
         spec.ParseFromString(file.read_bytes())
@@ -153,6 +202,18 @@ def open_package(path: Path) -> Package:
     if spec.WhichOneof("Type") != "mlProgram":
         raise InputError(file, f"is a {spec.WhichOneof('Type')}, not an ML Program")
     return Package(path, spec, file.parent)
+
+
+def weights_warning(folder: Path) -> str:
+    """A warning of a weight file that iOS may refuse; empty for any other package."""
+    path = folder / WEIGHTS
+    size = path.stat().st_size if path.is_file() else 0
+    if size <= LARGEST_WEIGHTS:
+        return ""
+    return (
+        f"{path.name} has {size / 1e9:.1f} GB; apps on iOS are reported to fail with more than "
+        f"{LARGEST_WEIGHTS / 1e9:.1f} GB: use a scheme of fewer bits, or a smaller model"
+    )
 
 
 def write_manifest(folder: Path) -> None:
@@ -188,6 +249,13 @@ def place_of(value: Any) -> tuple[str, int] | None:
     return value.blobFileValue.fileName, value.blobFileValue.offset
 
 
+def type_of(declared: Any) -> tuple[str, str, int]:
+    """The entry of `TYPES` for a constant. Raises InputError for a type that is not in it."""
+    if declared.dataType not in TYPES:
+        raise InputError("a constant", f"has the unknown type {declared.dataType}")
+    return TYPES[declared.dataType]
+
+
 def shape_of(declared: Any) -> list[int]:
     """The shape of a constant."""
     return [int(dimension.constant.size) for dimension in declared.dimensions]
@@ -206,7 +274,7 @@ def _immediate(value: Any) -> Any:
     declared, tensor = value.type.tensorType, value.immediateValue.tensor
     field_name = tensor.WhichOneof("value")
     content = getattr(tensor, field_name).values
-    kind = TYPES[declared.dataType][0]
+    kind = type_of(declared)[0]
     if kind == "string":
         return content[0]
     if field_name == "bytes":
@@ -218,7 +286,7 @@ def _immediate(value: Any) -> Any:
 
 def _decode(content: bytes, declared: Any) -> Value:
     """The bytes of a constant as a value of the declared type and shape."""
-    kind, numpy_kind, bits = TYPES[declared.dataType]
+    kind, numpy_kind, bits = type_of(declared)
     shape = shape_of(declared)
     if numpy_kind:
         array = np.frombuffer(content, numpy_kind).reshape(shape)

@@ -1,14 +1,21 @@
-"""Import coremltools without its warnings.
+"""Import coremltools without its warnings, and without the packages that it can also convert from.
 
-Its import warns about scikit-learn, versions of torch and the operating system, which do not matter
-for an export. Other modules take its names from here.
+Its import warns about versions of torch and the operating system, which do not matter for an
+export. It looks for packages that have nothing to do with an export either, and importing these
+takes most of its time. Other modules take its names from here.
 """
 
 import logging
+import sys
 import warnings
+from typing import Any
+
+#: What its import looks for. Those that are already imported stay visible.
+_hidden = {"executorch", "sklearn", "torchao"} - sys.modules.keys()
 
 _level = logging.root.manager.disable
 logging.disable(logging.WARNING)
+sys.modules.update(dict.fromkeys(_hidden))  # type: ignore[arg-type]  # None: cannot be imported
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -19,5 +26,19 @@ try:
         from coremltools.proto import MIL_pb2, Model_pb2
 finally:
     logging.disable(_level)
+    for _name in _hidden:
+        del sys.modules[_name]
 
-__all__ = ["Function", "MIL_pb2", "Model_pb2", "Program", "coremltools", "load", "mb", "types"]
+Var = Any  # a value of a program; coremltools has no annotations
+
+__all__ = [
+    "Function",
+    "MIL_pb2",
+    "Model_pb2",
+    "Program",
+    "Var",
+    "coremltools",
+    "load",
+    "mb",
+    "types",
+]

@@ -4,9 +4,10 @@
 
 The program consists of the embedding, the attentions, and one XNNPACK call between two attentions
 for everything else. `segments` decides which operations are in each call, `graph` serializes a
-call, `program` is the program around the calls, `file` reads and writes the bytes of a .pte, and
-`lowering` makes the artifact. With ``delegate=coreml`` the program is one call: see
-`coreml_delegate`.
+call, `program` is the program around the calls, `file` stores the embedding once, and `lowering`
+makes the artifact, which `runtime` runs. `contents` reads a .pte, by its schemas alone: `decoding`
+decodes the weights that it finds there, and `comparison` compares two programs. With
+``delegate=coreml`` the program is one call: see `coreml_delegate`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,7 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
                 "Leave it out",
             )
         backend("coreml")
+        coreml.check_cache(config, target)
         check_stored(config, schemes, stored_by_coreml)
         return
     if target.activations != "float32":
@@ -135,16 +137,16 @@ def load(artifact: Artifact, variant: str = "") -> Runner:
     The Core ML delegate runs on a Mac only, which is untested, since none was available. Elsewhere
     its package runs in the reference interpreter, and so it does as `variant`.
     """
-    from exporter.backends.executorch import lowering
+    from exporter.backends.executorch import runtime
 
-    return lowering.load(artifact, variant)
+    return runtime.load(artifact, variant)
 
 
 def cross_checks(artifact: Artifact) -> tuple[str, ...]:
-    """The reference interpreter, if `load` runs the Core ML delegate. None for XNNPACK."""
-    from exporter.backends.executorch import lowering
+    """Those of Core ML for its delegate. None for XNNPACK."""
+    from exporter.backends.executorch import runtime
 
-    return lowering.cross_checks(artifact)
+    return runtime.cross_checks(artifact)
 
 
 def weights(
@@ -154,3 +156,14 @@ def weights(
     from exporter.backends.executorch import lowering
 
     return lowering.weights(artifact, quantized)
+
+
+def differences(found: Artifact, expected: Artifact) -> "Iterator[tuple[str, str]]":
+    """How the program in `found` differs from the one in `expected`: (place, what differs).
+
+    Left out are the order and the places of data in the file, and the version numbers of the
+    program and of XNNPACK's graphs.
+    """
+    from exporter.backends.executorch import lowering
+
+    return lowering.differences(found, expected)

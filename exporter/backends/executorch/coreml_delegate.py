@@ -15,6 +15,7 @@ later positions are masked.
 
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,17 +32,24 @@ from executorch.backends.apple.coreml.compiler import CoreMLBackend
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 
 from exporter.backends.coreml import Target
-from exporter.backends.coreml.graph import LOGITS, MAIN, build_step
+from exporter.backends.coreml.graph import LOGITS
 from exporter.backends.coreml.interpreter import Interpreter
-from exporter.backends.coreml.lowering import check_room, write_package
+from exporter.backends.coreml.lowering import (
+    AS_IT_IS,
+    WITHOUT_FLOAT32,
+    check_room,
+    without_float32,
+    write_package,
+)
 from exporter.backends.coreml.package import Package, Value, open_package
+from exporter.backends.coreml.program import MAIN, build_step
 from exporter.backends.executorch.file import delegate_payload
 from exporter.errors import InputError
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 
 #: An upper bound for the file list at the end of a payload, in bytes. It lists four files.
 _LONGEST_LIST = 1 << 16
-_FOLDER, _PACKAGE = "lowered_module", "model.mlpackage"
+_FOLDER, _PACKAGE, METADATA = "lowered_module", "model.mlpackage", "metadata.json"
 _FILE, _DIRECTORY = 0, 1
 
 
@@ -82,6 +90,8 @@ def export_step(quantized: QuantizedCheckpoint, target: Target) -> torch.export.
         CoreMLBackend.generate_compile_specs(
             minimum_deployment_target=coremltools.target.iOS18,
             compute_precision=coremltools.precision(target.activations),
+            # The Neural Engine computes int4 in blocks wrongly (apple/coreai-models 279).
+            compute_unit=coremltools.ComputeUnit.CPU_AND_GPU,
         ),
     )
     return torch.export.export(_Call(delegate), example, strict=False)
@@ -97,16 +107,21 @@ def _payload(quantized: QuantizedCheckpoint, target: Target) -> bytes:
         specification = write_package(build_step(quantized, target), quantized, target, root)
         paths = sorted(path for path in root.rglob("*") if path.is_file())
         files = {f"{_PACKAGE}/{path.relative_to(root)}": path.read_bytes() for path in paths}
-    digest = hashlib.sha256()
-    for content in files.values():
-        digest.update(content)
     described = specification.description
     metadata = {
         "inputNames": [given.name for given in described.input],
         "outputNames": [output.name for output in described.output],
-        "identifier": f"executorch_{digest.hexdigest()}",
+        "identifier": identifier(files),
     }
-    return flatten({"metadata.json": json.dumps(metadata).encode(), **files})
+    return flatten({METADATA: json.dumps(metadata).encode(), **files})
+
+
+def identifier(files: Mapping[str, bytes | memoryview]) -> str:
+    """The name under which a phone caches the compiled model: a hash of the files of a package."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(files[name])
+    return f"executorch_{digest.hexdigest()}"
 
 
 def flatten(files: Mapping[str, bytes]) -> bytes:
@@ -144,10 +159,19 @@ def unflatten(payload: memoryview) -> dict[str, memoryview]:
     """The inverse of `flatten`. Raises InputError for damaged lists and unsafe file names."""
     try:
         listed = bytes(payload[-_LONGEST_LIST:])[::-1].lstrip(b"\0").decode("latin-1")
-        nodes = json.JSONDecoder().raw_decode(listed)[0]["nodes"]
-        return dict(_files_of(nodes, len(nodes) - 1, payload))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        decoder = json.JSONDecoder(object_pairs_hook=_entries)
+        nodes = decoder.raw_decode(listed)[0]["nodes"]
+        return _entries(list(_files_of(nodes, len(nodes) - 1, payload)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError("Core ML payload", f"has no list of files ({error})") from error
+
+
+def _entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary. A name that occurs twice is refused: the runtime may read the other one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
 
 
 def _files_of(
@@ -167,10 +191,15 @@ def _files_of(
             yield name, payload[start : start + size]
 
 
+def payload_files(program: Path) -> dict[str, memoryview]:
+    """The files of the payload in a .pte: its metadata and the package. Raises InputError."""
+    return unflatten(delegate_payload(program, CoreMLBackend.__name__))
+
+
 @contextmanager
 def embedded_package(program: Path) -> Iterator[Package]:
     """The package inside a .pte, extracted to a temporary folder. Raises InputError."""
-    files = unflatten(delegate_payload(program, CoreMLBackend.__name__))
+    files = payload_files(program)
     with tempfile.TemporaryDirectory() as scratch:
         for name, content in files.items():
             path = Path(scratch) / name
@@ -200,10 +229,19 @@ class StepRunner:
         return logits
 
 
-def interpret_step(program: Path, context: int) -> StepRunner:
+def cross_checks(program: Path, target: Target) -> tuple[str, ...]:
+    """The reference interpreter, if the runtime runs the delegate; and, if activations are float16
+    but something else is float32, the interpreter without float32."""
+    interpreter = (AS_IT_IS,) if sys.platform == "darwin" else ()
+    with embedded_package(program) as package:
+        return interpreter + without_float32(target, package)
+
+
+def interpret_step(program: Path, context: int, variant: str) -> StepRunner:
     """The embedded package in the reference interpreter, on any machine. Raises InputError."""
     with embedded_package(program) as package:
-        interpreter = Interpreter(package)
+        half = variant == WITHOUT_FLOAT32 or not package.has_float32
+        interpreter = Interpreter(package, half)
         vocab_size = int(package.spec.description.metadata.userDefined["vocab_size"])
     state = interpreter.new_state()
 

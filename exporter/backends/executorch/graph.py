@@ -21,7 +21,7 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import (
 from executorch.exir._serialize._named_data_store import NamedDataStore
 
 from exporter.backends.executorch.schemes import FILTER
-from exporter.quantization.schemes import QuantizedTensor, Scheme
+from exporter.quantization.schemes import QuantizedTensor
 
 _TYPES = schema.XNNDatatype
 #: Bits of the codes → XNNPACK's datatype of weights with a scale per group, or per row.
@@ -45,20 +45,6 @@ def scale_bytes(weight: QuantizedTensor) -> bytes:
     if weight.scheme.group_size:
         return weight.scales.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
     return weight.scales.numpy().tobytes()
-
-
-def decode_filter(
-    codes: bytes, scales: bytes, shape: tuple[int, int], scheme: Scheme
-) -> QuantizedTensor:
-    """The inverse of `filter_bytes` and `scale_bytes`."""
-    raw = torch.from_numpy(np.frombuffer(codes, np.uint8).copy())
-    values = FILTER.unpack(raw.view(shape[0], -1), scheme.code_bits)
-    if scheme.group_size:
-        pairs = torch.from_numpy(np.frombuffer(scales, np.int16).copy())
-        decoded = pairs.view(torch.bfloat16).to(torch.float32)
-    else:
-        decoded = torch.from_numpy(np.frombuffer(scales, np.float32).copy())
-    return QuantizedTensor(values.view(shape), decoded.view(shape[0], -1), scheme)
 
 
 @dataclass

@@ -1,17 +1,12 @@
-"""Write the .pte of an ExecuTorch artifact, read its weights back, and run it."""
+"""Write the .pte of an ExecuTorch artifact, and read its weights back."""
 
-import contextlib
 import io
 import logging
-import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 with warnings.catch_warnings():
@@ -20,14 +15,17 @@ with warnings.catch_warnings():
         logging.getLogger(_name).setLevel(logging.ERROR)
     from executorch import exir
     from executorch.exir.passes import MemoryPlanningPass
-    from executorch.extension.pybindings import portable_lib
 
-    from exporter.backends.executorch.file import read_weights, store_embedding_once
+    from exporter.backends.executorch import comparison
+    from exporter.backends.executorch.contents import open_contents
+    from exporter.backends.executorch.decoding import read_weights
+    from exporter.backends.executorch.file import store_embedding_once
     from exporter.backends.executorch.program import Program, delegate, export_program
     from exporter.backends.executorch.segments import Segments
 
-from exporter.backends import Artifact, Runner, backend
+from exporter.backends import Artifact
 from exporter.backends.executorch import FILE_NAME, FILES, Target, embedded
+from exporter.backends.executorch.runtime import coreml_delegate, options_of, quietly
 from exporter.files import replacing
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
@@ -35,9 +33,9 @@ from exporter.quantization.schemes import QuantizedTensor
 
 def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact:
     """Write `out`/model.pte."""
-    with _quietly():
+    with quietly():
         if target.delegate == "coreml":
-            exported = _coreml().export_step(quantized, embedded(target))
+            exported = coreml_delegate().export_step(quantized, embedded(target))
         else:
             segments = Segments(quantized, target)
             exported = export_program(Program(quantized, target, segments))
@@ -87,99 +85,21 @@ def weights(
     artifact: Artifact, quantized: QuantizedCheckpoint
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
     """Every weight decoded from the .pte: name, place in the file, codes and scales or floats."""
-    if _target_of(artifact).delegate == "xnnpack":
-        yield from read_weights(artifact.path / FILE_NAME, quantized)
+    if options_of(artifact).delegate == "xnnpack":
+        yield from read_weights(open_contents(artifact.path / FILE_NAME), quantized)
         return
-    with _coreml().embedded_package(artifact.path / FILE_NAME) as package:
+    with coreml_delegate().embedded_package(artifact.path / FILE_NAME) as package:
         from exporter.backends.coreml.lowering import package_weights
 
         yield from package_weights(package, quantized)
 
 
-class ExecuTorchRunner:
-    """A `Runner` of a .pte in ExecuTorch's own runtime."""
+def differences(found: Artifact, expected: Artifact) -> Iterator[tuple[str, str]]:
+    """How `found` differs from `expected`, as (place, what differs). Raises InputError."""
+    files = [one.path / FILE_NAME for one in (found, expected)]
+    yield from comparison.differences(*map(open_contents, files))
+    if options_of(expected).delegate == "coreml":
+        coreml_delegate()
+        from exporter.backends.executorch.payload_comparison import payload_differences
 
-    def __init__(self, path: Path) -> None:
-        with _quietly():
-            self._module = portable_lib._load_for_executorch(str(path))
-            self.context = int(self._module.run_method("get_max_context_len", ())[0])
-            self.vocab_size = int(self._module.run_method("get_vocab_size", ())[0])
-        self._position = 0
-
-    def prefill(self, tokens: list[int]) -> Tensor:
-        self._position = 0
-        return self._read(tokens)
-
-    def decode(self, token: int) -> Tensor:
-        return self._read([token])
-
-    def _read(self, tokens: list[int]) -> Tensor:
-        logits = self.run(tokens, self._position)
-        self._position += len(tokens)
-        return logits
-
-    def run(self, tokens: list[int], position: int) -> Tensor:
-        """Read `tokens` from `position` on. Returns the last logits, float32 [vocab_size]."""
-        inputs = torch.tensor([tokens]), torch.tensor([position])
-        with _quietly():
-            logits: Tensor = self._module.run_method("forward", inputs)[0]
-        return logits.reshape(-1).float().clone()
-
-
-def load(artifact: Artifact, variant: str = "") -> Runner:
-    """The artifact in ExecuTorch's runtime.
-
-    The Core ML delegate runs on a Mac only, which is untested, since none was available. Elsewhere
-    its package runs in the reference interpreter, and so it does as `variant`.
-    """
-    if _target_of(artifact).delegate == "xnnpack":
-        return ExecuTorchRunner(artifact.path / FILE_NAME)
-    if variant or sys.platform != "darwin":
-        return _interpret(artifact)
-    program = ExecuTorchRunner(artifact.path / FILE_NAME)
-    runner: Runner = _coreml().StepRunner(program.run, program.context, program.vocab_size)
-    return runner
-
-
-def cross_checks(artifact: Artifact) -> tuple[str, ...]:
-    """The reference interpreter, if `load` runs the Core ML delegate. None for XNNPACK."""
-    on_mac = _target_of(artifact).delegate == "coreml" and sys.platform == "darwin"
-    return ("interpreter",) if on_mac else ()
-
-
-def _interpret(artifact: Artifact) -> Runner:
-    path, context = artifact.path / FILE_NAME, artifact.target.max_context
-    runner: Runner = _coreml().interpret_step(path, context)
-    return runner
-
-
-def _target_of(artifact: Artifact) -> Target:
-    assert isinstance(artifact.target, Target)
-    return artifact.target
-
-
-def _coreml() -> ModuleType:
-    """The module of the Core ML delegate. Raises MissingExtraError without coremltools."""
-    backend("coreml")
-    with _quietly():
-        from exporter.backends.executorch import coreml_delegate
-    return coreml_delegate
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Suppress the toolkit's warnings and its C++ log, which goes to file descriptor 2."""
-    if logging.getLogger("exporter").isEnabledFor(logging.DEBUG):
-        yield
-        return
-    saved = os.dup(2)
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 2)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(sink)
+        yield from payload_differences(*files)

@@ -3,8 +3,9 @@
     mobilellm lower build/nano-int4 --target onnx -o build/nano-onnx
 
 The graph is built node by node, not traced. `forms` decides which nodes it has, `graph` builds it,
-`layout` packs and unpacks codes and scales, and `lowering` makes the artifact. onnxruntime-genai
-runs the artifact's folder unchanged.
+`layout` packs and unpacks codes and scales, and `lowering` makes the artifact. `contents` and `ort`
+read the files again, `decoding` decodes the weights that it finds there, and `comparison` compares
+two models. onnxruntime-genai runs the artifact's folder unchanged.
 """
 
 from collections.abc import Iterator, Mapping
@@ -135,6 +136,17 @@ def weights(
     artifact: Artifact, quantized: "QuantizedCheckpoint"
 ) -> "Iterator[tuple[str, str, QuantizedTensor | Tensor]]":
     """Every weight decoded from the model and its data file: name, place, codes and scales."""
-    from exporter.backends.onnx import lowering
+    from exporter.backends.onnx import contents, decoding
 
-    return lowering.weights(artifact, quantized)
+    return decoding.read_weights(contents.open_contents(artifact.path), quantized)
+
+
+def differences(found: Artifact, expected: Artifact) -> "Iterator[tuple[str, str]]":
+    """How the model and its companions in `found` differ from those in `expected`.
+
+    Left out are the places of tensors in the data file, the order of initializers, attributes,
+    metadata and operator sets, and ``producer_version``.
+    """
+    from exporter.backends.onnx import comparison
+
+    return comparison.differences(found.path, expected.path, expected.files)

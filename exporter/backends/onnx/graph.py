@@ -121,10 +121,10 @@ class OnnxGraph:
         return name
 
     def model(self, opset: int, metadata: dict[str, str]) -> onnx.ModelProto:
-        """The finished model, with its metadata."""
-        graph = helper.make_graph(
-            self._nodes, "decoder", self._inputs, self._outputs, list(self._initializers.values())
-        )
+        """The finished model, with its metadata and the constants that a node reads."""
+        read = {name for node in self._nodes for name in node.input}
+        initializers = [one for one in self._initializers.values() if one.name in read]
+        graph = helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs, initializers)
         domains = [helper.make_opsetid("", opset)]
         if any(node.domain == CONTRIB for node in self._nodes):
             domains.append(helper.make_opsetid(CONTRIB, 1))

@@ -1,22 +1,16 @@
-"""The memory layout of codes and scales in an ONNX model, and its inverse.
+"""The memory layout of codes and scales in an ONNX model.
 
 `contrib` weights have the layout of ``MatMulNBits``: unsigned codes around a zero point, packed low
 nibble first, with one scale per block. `portable` weights are standard INT4 and INT8 tensors. int8
 weights with one scale per row can also be stored transposed, for ``DynamicQuantizeMatMul``.
 """
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from exporter.backends.onnx.schemes import UNSIGNED, block_of
 from exporter.quantization.packing import TWOS_COMPLEMENT
-from exporter.quantization.schemes import QuantizedTensor, Scheme
-
-#: Layout → packing of its codes. `transposed` codes are [in_features, out_features].
-_PACKINGS = {"unsigned": UNSIGNED, "signed": TWOS_COMPLEMENT, "transposed": TWOS_COMPLEMENT}
+from exporter.quantization.schemes import QuantizedTensor
 
 
 def block_size(weight: QuantizedTensor) -> int:
@@ -48,28 +42,6 @@ def transposed_bytes(weight: QuantizedTensor) -> bytes:
 def _bytes(packed: Tensor) -> bytes:
     content: bytes = packed.contiguous().numpy().tobytes()
     return content
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A weight as it is stored: layout, bytes of the codes, and scales [out_features, blocks]."""
-
-    layout: str
-    content: bytes
-    scales: np.ndarray
-
-    def decode(self, scheme: Scheme, shape: tuple[int, ...]) -> QuantizedTensor:
-        """Codes and scales of a weight [out_features, in_features] of this scheme."""
-        raw = torch.from_numpy(np.frombuffer(self.content, np.uint8).copy())
-        transposed = self.layout == "transposed"
-        packed = raw.view(shape[1] if transposed else shape[0], -1)
-        codes = _PACKINGS[self.layout].unpack(packed, scheme.code_bits)
-        codes = codes.t().contiguous() if transposed else codes
-        scales = torch.from_numpy(self.scales.astype(np.float32)).view(shape[0], -1)
-        by_row = scheme.scale_shape(shape)[1] == 1
-        if by_row and (scales == scales[:, :1]).all():
-            scales = scales[:, :1].contiguous()
-        return QuantizedTensor(codes, scales, scheme)
 
 
 def concatenate(weights: list[QuantizedTensor]) -> QuantizedTensor:

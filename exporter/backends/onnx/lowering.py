@@ -4,15 +4,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
-from onnx import TensorProto
 from torch import Tensor
 
 from exporter.backends import Artifact
@@ -26,12 +23,11 @@ from exporter.backends.onnx import (
 )
 from exporter.backends.onnx.forms import ContribForm, PortableForm
 from exporter.backends.onnx.graph import OnnxGraph
-from exporter.backends.onnx.layout import StoredWeight
+from exporter.backends.onnx.ort import in_order
 from exporter.errors import InputError
-from exporter.files import copy_file, replacing, write_json
+from exporter.files import replacing, write_json
 from exporter.model.walk import walk
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 
 
 def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact:
@@ -108,114 +104,16 @@ def _write_ort(out: Path) -> list[str]:
     options = ["--optimization_style", "Fixed", "--target_platform", "arm", "--output_dir"]
     with tempfile.TemporaryDirectory() as scratch:  # not in `out`, where a kill would leave it
         command = [*converter, *options, scratch, str(out / FILE_NAME)]
-        result = subprocess.run(
-            [*_without_address_randomization(), *command],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
         if result.returncode:
             reason = (result.stderr.strip() or "no message").splitlines()[-1]
             raise InputError(FILE_NAME, f"ONNX Runtime cannot convert it to .ort ({reason})")
-        copy_file(Path(scratch) / ORT_NAME, out / ORT_NAME)
+        with replacing(out / ORT_NAME) as file:
+            file.write(in_order((Path(scratch) / ORT_NAME).read_bytes()))
         lines = (Path(scratch) / OPERATORS_NAME).read_text().splitlines(keepends=True)
         with replacing(out / OPERATORS_NAME) as file:  # the comments name the scratch folder
             file.write("".join(line for line in lines if not line.startswith("#")).encode())
     return [ORT_NAME, OPERATORS_NAME]
-
-
-def _without_address_randomization() -> list[str]:
-    """A command prefix that makes the converter reproducible, or [] if the system has none.
-
-    The converter orders a table by hashes that depend on a memory address. With fixed addresses two
-    runs give the same bytes.
-    """
-    prefix = ["setarch", "--addr-no-randomize"]
-    try:
-        subprocess.run([*prefix, "true"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return prefix
-
-
-def weights(
-    artifact: Artifact, quantized: QuantizedCheckpoint
-) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
-    """Every weight decoded from the model and its data file: name, place, codes and scales.
-
-    Merged weights are split again. A tied embedding is given twice: as the lookup table and as the
-    output layer's filter. Raises InputError for data that is missing.
-    """
-    model = onnx.load(str(artifact.path / FILE_NAME), load_external_data=False)
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    data = artifact.path / DATA_NAME
-
-    def content(name: str) -> bytes:
-        return _content(tensors[name], data)
-
-    shapes = quantized.config.parameter_shapes()
-    for stored, tensor in tensors.items():
-        base = stored.removesuffix(".transposed")
-        names = tuple(base.split("+"))
-        if not all(name in quantized.schemes for name in names):
-            continue
-        like = {name: (quantized.schemes[name], shapes[name]) for name in names}
-        if any(scheme == FLOAT for scheme, _ in like.values()):
-            array = np.frombuffer(content(stored), _numpy_type(tensor))
-            value = torch.from_numpy(array.astype(np.float32)).view(*tensor.dims)
-            yield base, "float", value.t().contiguous() if stored != base else value
-            continue
-        scales = np.frombuffer(content(f"{base}.scales"), _numpy_type(tensors[f"{base}.scales"]))
-        yield from _split_weights(tensor, content(stored), scales, like)
-        table = f"{stored}.table"
-        if table in tensors:
-            read = _split_weights(tensor, content(table), scales, like)
-            yield from ((name, "table", weight) for name, _, weight in read)
-
-
-def _split_weights(
-    tensor: TensorProto,
-    content: bytes,
-    scales: np.ndarray,
-    like: Mapping[str, tuple[Scheme, tuple[int, ...]]],
-) -> Iterator[tuple[str, str, QuantizedTensor]]:
-    """Split the weights that are concatenated along out_features in one tensor.
-
-    `like` has the scheme and shape of each weight.
-    """
-    total = sum(shape[0] for _, shape in like.values())
-    columns = next(iter(like.values()))[1][1]
-    codes, layout = np.frombuffer(content, np.uint8), "signed"
-    if tensor.name.endswith(".transposed"):
-        codes, layout = codes.reshape(columns, total), "transposed"
-    else:
-        codes = codes.reshape(total, -1)
-        layout = "unsigned" if tensor.data_type == TensorProto.UINT8 else "signed"
-    by_row, start = scales.reshape(total, -1), 0
-    for name, (scheme, shape) in like.items():
-        rows = slice(start, start + shape[0])
-        part = codes[:, rows] if layout == "transposed" else codes[rows]
-        stored = StoredWeight(layout, part.tobytes(), by_row[rows])
-        yield name, "filter", stored.decode(scheme, shape)
-        start += shape[0]
-
-
-def _content(tensor: TensorProto, data: Path) -> bytes:
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return tensor.raw_data
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    if place["location"] != data.name:
-        raise InputError(tensor.name, f"is stored in {place['location']!r}, not in {data.name}")
-    with data.open("rb") as file:
-        file.seek(int(place["offset"]))
-        content = file.read(int(place["length"]))
-    if len(content) != int(place["length"]):
-        raise InputError(tensor.name, f"ends beyond the end of {data.name}")
-    return content
-
-
-def _numpy_type(tensor: TensorProto) -> type[np.floating[Any]]:
-    return np.float16 if tensor.data_type == TensorProto.FLOAT16 else np.float32
 
 
 class OnnxRunner:

@@ -1,0 +1,1 @@
+"""Compare an artifact with the quantized checkpoint: files, codes and scales, logits."""

@@ -1,0 +1,80 @@
+"""The findings of a verification, and those about files and about the quantized checkpoint itself.
+
+A check does not raise: each function returns a list of findings with the place, the value and its
+limit.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.bundle.bundle import (
+    CHECKSUMS,
+    file_problems,
+    is_bundle,
+    open_bundle,
+    read_checksums,
+    tree,
+)
+from exporter.errors import InputError
+from exporter.files import differing_files
+from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, damaged_tensors
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding; a `limit` of None means that the value is reported only."""
+
+    check: str
+    target: str | None
+    subject: str
+    passed: bool
+    value: float
+    limit: float | None
+    note: str = ""
+
+
+def failures(checks: Sequence[Check]) -> Iterator[Check]:
+    """The checks that did not pass."""
+    return (check for check in checks if not check.passed)
+
+
+def check_quantized_files(quantized: QuantizedCheckpoint) -> list[Check]:
+    """The hash of every file of a quantized checkpoint; one check per file. A file that the
+    manifest does not list fails."""
+    hashes = quantized.manifest["files"]
+    files, foreign = tree(quantized.path)
+    unlisted = files - hashes.keys() - {QUANTIZED_MANIFEST}
+    problems = differing_files(quantized.path, hashes) | foreign
+    problems |= dict.fromkeys(sorted(unlisted), f"is not listed in {QUANTIZED_MANIFEST}")
+    return _file_checks(hashes, problems)
+
+
+def check_bundle_files(path: Path) -> list[Check]:
+    """The hash of every file of a bundle; one check per file. Raises InputError if the folder is
+    not a finished bundle."""
+    if not is_bundle(path):
+        open_bundle(path)  # raises with the reason
+    try:
+        return _file_checks(read_checksums(path), file_problems(path))
+    except InputError as error:  # SHA256SUMS itself is damaged
+        return [Check("files", None, CHECKSUMS, False, 1, 0, error.problem)]
+
+
+def _file_checks(names: Iterable[str], problems: Mapping[str, str]) -> list[Check]:
+    return [
+        Check(
+            "files", None, name, name not in problems, name in problems, 0, problems.get(name, "")
+        )
+        for name in dict.fromkeys((*names, *problems))
+    ]
+
+
+def check_quantized(quantized: QuantizedCheckpoint) -> list[Check]:
+    """Codes in range, scales on the portable grid, floats finite; one check per tensor."""
+    problems = damaged_tensors(quantized)
+    return [
+        Check("quantized", None, name, name not in problems, 0.0, None, problems.get(name, ""))
+        for name in quantized.schemes
+    ]

@@ -1,0 +1,65 @@
+"""Change a bundle and write every checksum anew, as somebody does who has write access to it."""
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from exporter.bundle.bundle import CHECKSUMS
+from exporter.files import json_bytes, sha256
+from exporter.model.checkpoint import COMPANION_FILES
+
+
+def reseal(bundle: Path, kept: Path | None = None) -> None:
+    """Write the hashes of every manifest and of ``SHA256SUMS`` anew.
+
+    The manifest `kept` is left as it is, and so is one that is no JSON object any more.
+    """
+    quantized = bundle / "quantized" / "quantization.json"
+    if quantized != kept:
+        with edited(quantized) as manifest:
+            _renew(manifest.get("files"), bundle / "quantized")
+            _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
+    if bundle / "bundle.json" != kept:
+        with edited(bundle / "bundle.json") as manifest:
+            _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
+    for path in sorted(bundle.glob("*/artifact.json")):
+        if path != kept:
+            with edited(path) as manifest:
+                _renew(manifest.get("files"), path.parent)
+                if "quantized" in manifest and quantized.is_file():
+                    manifest["quantized"] = sha256(quantized)
+    names = sorted(
+        path.relative_to(bundle).as_posix()
+        for path in bundle.rglob("*")
+        if path.is_file() and path.name != CHECKSUMS
+    )
+    lines = [f"{sha256(bundle / name)}  {name}\n" for name in names]
+    (bundle / CHECKSUMS).write_text("".join(lines))
+
+
+@contextmanager
+def edited(path: Path) -> Iterator[dict[str, Any]]:
+    """The object in a JSON file, which is written again as this tool writes it. Nothing is written
+    if the file holds no object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        yield {}
+        return
+    before = json.dumps(content)
+    yield content
+    if json.dumps(content) != before:
+        path.write_bytes(json_bytes(content))
+
+
+def _renew(hashes: object, folder: Path, names: Collection[str] | None = None) -> None:
+    """Write the hashes of the listed files anew, or of those in `names` only."""
+    if isinstance(hashes, dict):
+        for name in hashes:
+            path = folder / name
+            if (names is None or name in names) and ".." not in path.parts and path.is_file():
+                hashes[name] = sha256(path)
