@@ -40,13 +40,9 @@ from exporter.calibration.quantize import (
     quantize_checkpoint,
 )
 from exporter.calibration.torchrun import joined_processes
-from exporter.derivation import (
-    bundle_recipe,
-    check_derived,
-    check_manifests,
-    check_quantized_manifest,
-    check_source,
-)
+from exporter.derivation.artifacts import check_derived
+from exporter.derivation.manifests import bundle_recipe, check_manifests, check_quantized_manifest
+from exporter.derivation.source import check_source
 from exporter.errors import InputError
 from exporter.files import check_apart, check_folder, claim_folder, made_from, may_be_made_from
 from exporter.model.checkpoint import Checkpoint

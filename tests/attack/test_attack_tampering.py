@@ -25,13 +25,9 @@ from tampering import edited, reseal
 from exporter import pipeline
 from exporter.bundle.artifact import FinishedArtifact, artifact_identity, write_artifact
 from exporter.bundle.bundle import CHECKSUMS, file_problems, open_bundle
-from exporter.derivation import (
-    bundle_recipe,
-    check_derived,
-    check_manifests,
-    check_source,
-    compare_artifacts,
-)
+from exporter.derivation.artifacts import check_derived, compare_artifacts
+from exporter.derivation.manifests import bundle_recipe, check_manifests
+from exporter.derivation.source import check_source
 from exporter.errors import InputError
 from exporter.files import sha256
 from exporter.model.checkpoint import open_checkpoint
