@@ -5,9 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from exporter.backends import backend
-from exporter.bundle.artifact import FinishedArtifact, artifact_identity, write_artifact
+from exporter.bundle.artifact import (
+    MANIFEST,
+    FinishedArtifact,
+    artifact_identity,
+    write_artifact,
+)
 from exporter.errors import InputError
-from exporter.files import differing_files
+from exporter.files import differing_files, sha256
 from exporter.progress import Progress
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.verification.checks import Check
@@ -32,14 +37,15 @@ def check_derived(
 
 
 def compare_artifacts(found: FinishedArtifact, derived: FinishedArtifact) -> list[Check]:
-    """Compare an artifact with one that was derived just now: one check per file, and one for each
-    difference of the models that is named.
+    """Compare an artifact with one that was derived just now: one check per file, its manifest
+    included, and one for each difference of the models that is named.
 
     If other versions of the toolkit wrote the artifact, its bytes may differ, and the models must
     have no difference.
     """
     folder, target = found.artifact.path, derived.artifact.target.target
-    module, hashes = backend(target), derived.manifest["files"]
+    module, manifest = backend(target), derived.artifact.path / MANIFEST
+    hashes = {**derived.manifest["files"], MANIFEST: sha256(manifest)}
     problems = differing_files(folder, hashes)
     extra = [name for name in found.manifest["files"] if name not in hashes]
     problems |= dict.fromkeys(extra, "is not a file of this artifact")
@@ -52,7 +58,7 @@ def compare_artifacts(found: FinishedArtifact, derived: FinishedArtifact) -> lis
         versions = [f"{name} {written.get(name)}, here {here.get(name)}" for name in here]
         note = "the structure of the models is compared instead of their bytes"
         checks.append(Check("derived", target, ", ".join(versions), True, 0, None, note))
-    may_vary = () if written == here else module.FILES
+    may_vary = () if written == here else (*module.FILES, MANIFEST)
     for name in (*hashes, *extra):
         problem = problems.get(name, "")
         varies = name in may_vary and name in hashes and (folder / name).is_file()
