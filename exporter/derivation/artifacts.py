@@ -1,10 +1,9 @@
 """Lower the quantized checkpoint again, and compare every file of an artifact."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from exporter.backends import backend
+from exporter.backends import Artifact, backend
 from exporter.bundle.artifact import (
     MANIFEST,
     FinishedArtifact,
@@ -51,7 +50,7 @@ def compare_artifacts(found: FinishedArtifact, derived: FinishedArtifact) -> lis
     problems |= dict.fromkeys(extra, "is not a file of this artifact")
     named = list[tuple[str, str]]()
     if not problems.keys().isdisjoint(module.FILES):
-        named = _named_differences(module.differences(found.artifact, derived.artifact))
+        named = _named_differences(found.artifact, derived.artifact)
     checks = list[Check]()
     written, here = found.manifest["versions"], derived.manifest["versions"]
     if written != here:
@@ -68,11 +67,11 @@ def compare_artifacts(found: FinishedArtifact, derived: FinishedArtifact) -> lis
     return checks + [Check("derived", target, place, False, 1, 0, what) for place, what in named]
 
 
-def _named_differences(found: Iterator[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The first differences. A file that cannot be parsed is one of them."""
+def _named_differences(found: Artifact, derived: Artifact) -> list[tuple[str, str]]:
+    """The first differences of the models. A file that cannot be parsed is one of them."""
     named = list[tuple[str, str]]()
     try:
-        for place, what in found:
+        for place, what in backend(derived.target.target).differences(found, derived):
             if len(named) == _MOST_LISTED:
                 return [*named, ("model", f"has more than these {_MOST_LISTED} differences")]
             named.append((place, what))

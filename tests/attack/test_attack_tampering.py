@@ -427,6 +427,23 @@ def test_a_change_exits_with_1_and_names_what_was_changed(
     assert "rope.cos" in outcome.out
 
 
+@pytest.mark.parametrize(
+    "name", ["executorch/model.pte", "onnx/model.onnx", "coreml/model.mlpackage/Manifest.json",
+             "coreml/model.mlpackage/Data/com.apple.CoreML/model.mlmodel"]
+)  # fmt: skip
+def test_a_model_that_cannot_be_parsed_is_a_difference(
+    name: str, originals: Mapping[str, Original], tmp_path: Path
+) -> None:
+    """Not an error of its own, so that `verify` goes on and exits with 1."""
+    original = originals["default"]
+    bundle = Path(shutil.copytree(original.path, tmp_path / "bundle"))
+    (bundle / name).write_bytes(b"\xff" * 1000)
+    reseal(bundle)
+    target = name.split("/", maxsplit=1)[0]
+    checks = compare_artifacts(open_bundle(bundle).artifacts[target], original.derived[target])
+    assert len(list(failures(checks))) >= 3  # the file, the manifest, and what is wrong with it
+
+
 def requantized(original: Original, tmp_path: Path) -> Path:
     """A bundle that is made from other weights and claims to be made from the source."""
     other = Path(shutil.copytree(original.source, tmp_path / "other"))
