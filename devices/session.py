@@ -92,7 +92,7 @@ def _identify(sessions: Sequence[SessionState], transport: ModuleType) -> None:
 
 @contextlib.contextmanager
 def _keep_failure(session: SessionState, what: str) -> Iterator[None]:
-    """Store a failure of the block, which handles `what`, in the session."""
+    """Store an error of the block in the session; `what` names the step in its message."""
     try:
         with contained(session.device, what):
             yield

@@ -113,7 +113,7 @@ def _by_name(entries: Sequence[Any]) -> dict[str, Any] | None:
 
 
 def _name(entry: Any) -> str | None:
-    """The name by which an entry of a list is known, if it has one."""
+    """The `name` or `key` of an entry of a list, or None."""
     if not isinstance(entry, Mapping):
         return None
     names = (entry[key] for key in _NAMES if isinstance(entry.get(key), str))

@@ -1,6 +1,7 @@
 """Quantize the source again, and compare it with a quantized checkpoint."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from exporter.calibration.quantize import (
@@ -49,7 +50,7 @@ def check_source(
         return [*checks, Check("source", None, "config.json", False, 1, 0, note)]
     with tempfile.TemporaryDirectory(prefix="mobilellm-") as scratch:
         try:
-            again = _quantize_again(quantized, checkpoint, recipe, Path(scratch), progress)
+            again = _quantize_again(quantized, checkpoint, source, recipe, Path(scratch), progress)
         except InputError as error:
             note = f"the weights were not quantized again: {error}"
             checks.append(Check("source", None, str(quantized.path), True, 0, None, note))
@@ -68,11 +69,13 @@ def check_source(
 def _quantize_again(
     quantized: QuantizedCheckpoint,
     checkpoint: Checkpoint,
+    source: Mapping[str, str],
     recipe: Recipe | None,
     out: Path,
     progress: Progress,
 ) -> QuantizedCheckpoint:
-    """Quantize the source as the manifest says. Raises InputError if that is not possible."""
+    """Quantize the source as the manifest says; `source` has the hashes of its files. Raises
+    InputError if that is not possible."""
     calibration = quantized.manifest.get("calibration")
     if calibration is None:
         plan = recorded_plan(quantized)
@@ -91,7 +94,7 @@ def _quantize_again(
         recipe.calibration,
         checkpoint,
         plan,
-        source_hashes(checkpoint),
+        source,
         progress,
     )
     for key in ("text", "precision", "processes"):
