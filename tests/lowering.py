@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import no_progress
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.recipe import parse_recipe
+from exporter.verification.checks import Check
+from exporter.verification.logits import compare_with_reference, reference_logits
+from exporter.verification.runs import Text, run_artifact
 
 #: Widths that groups of 64 divide.
 MODELS: dict[str, dict[str, Any]] = {
@@ -108,3 +112,13 @@ def lower_once(tmp_path_factory: pytest.TempPathFactory) -> Lower:
         return found
 
     return run
+
+
+def check_logits(
+    quantized: QuantizedCheckpoint, finished: FinishedArtifact, text: Text
+) -> list[Check]:
+    """The checks of an artifact's logits; the artifact runs in this process."""
+    target = finished.artifact.target.target
+    reference = reference_logits(quantized, {target: finished}, {target: text})[target]
+    run = partial(run_artifact, finished.artifact, text)
+    return compare_with_reference(finished, text, reference, run)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from commands import contents, flip, run
 from conftest import ROOT
-from lowering import MODELS, SCHEMES, SHAPES, Change, Lower, Lowered, Weights, tokens
+from lowering import MODELS, SCHEMES, SHAPES, Change, Lower, Lowered, Weights, check_logits, tokens
 from mil import function, write
 
 from exporter.backends import coreml as backend
@@ -51,7 +51,6 @@ from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor, Scheme
 from exporter.text.tokenizer import load_tokenizer
 from exporter.verification.integers import check_integers
-from exporter.verification.logits import check_logits
 from exporter.verification.runs import run_teacher_forced, verification_text
 
 CONTEXT, CHUNK = 64, 7

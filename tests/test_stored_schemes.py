@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LLAMA, LLAMA4, MakeCheckpoint, random_weights
+from lowering import check_logits
 
 from exporter import pipeline
 from exporter.backends import backend, parse_target
@@ -17,7 +18,6 @@ from exporter.quantization.schemes import CODE_RANGE, Scheme, parse_scheme
 from exporter.recipe import Recipe, parse_recipe
 from exporter.verification.checks import failures
 from exporter.verification.integers import check_integers
-from exporter.verification.logits import check_logits
 from exporter.verification.runs import verification_text
 
 #: Rows of 72 codes in the down projections: no group divides them, and no block above 8.

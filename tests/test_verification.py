@@ -11,6 +11,7 @@ import torch
 from commands import contents, flip, run
 from conftest import LLAMA4, NANO, MakeCheckpoint
 from executorch.exir._serialize import _program as pte
+from lowering import check_logits
 from safetensors.torch import load_file, save_file
 from tampering import reseal
 
@@ -25,7 +26,6 @@ from exporter.quantization.schemes import QuantizedTensor
 from exporter.recipe import load_recipe
 from exporter.verification.checks import Check, check_bundle_files, failures
 from exporter.verification.integers import check_integers
-from exporter.verification.logits import check_logits
 from exporter.verification.runs import verification_text
 
 Q_PROJ = "model.layers.2.self_attn.q_proj.weight"

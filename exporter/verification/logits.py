@@ -15,7 +15,7 @@ from exporter.inference.reference import score_each
 from exporter.quantization.activations import Rounding
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.verification.checks import Check
-from exporter.verification.runs import Text, run_artifact
+from exporter.verification.runs import Text
 
 #: Limits with float activations: mean KL in nats, top-1 disagreement, and the largest difference
 #: of a logit in standard deviations of the logits.
@@ -65,17 +65,6 @@ def reference_logits(
             checks = ranges[target].checks(target)
             found[target] = Reference(logits, rounded.get(target), checks)
     return found
-
-
-def check_logits(
-    quantized: QuantizedCheckpoint, finished: FinishedArtifact, text: Text
-) -> list[Check]:
-    """`compare_with_reference` for an artifact that runs in this process."""
-    target = finished.artifact.target.target
-    reference = reference_logits(quantized, {target: finished}, {target: text})[target]
-    return compare_with_reference(
-        finished, text, reference, partial(run_artifact, finished.artifact, text)
-    )
 
 
 def compare_with_reference(
