@@ -30,7 +30,7 @@ LAYERS = (
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "packaging", "profiling"},
+    {"derivation", "forecast", "packaging", "profiling", "report"},
     {"pipeline"},
     {"cli"},
     {"__main__"},
