@@ -256,17 +256,17 @@ def _verification_problem(folder: Path, content: bytes, config: "verifying.Confi
 def _envelope(payload: bytes, key: "EllipticCurvePrivateKey") -> bytes:
     """The content of ``provenance.dsse.json``."""
     from securesystemslib.dsse import Envelope
-    from securesystemslib.signer import CryptoSigner, SSlibKey
+    from securesystemslib.signer import CryptoSigner
 
     envelope = Envelope(payload, PAYLOAD_TYPE, {})
-    envelope.sign(CryptoSigner(key, SSlibKey.from_crypto(key.public_key())))
+    envelope.sign(CryptoSigner(key))
     return json_bytes(envelope.to_dict())
 
 
 def _envelope_problem(folder: Path, key: "EllipticCurvePublicKey") -> str:
     """What is wrong with ``provenance.dsse.json``; empty if the key signed ``provenance.json``."""
     from securesystemslib.dsse import Envelope
-    from securesystemslib.signer import SSlibKey
+    from securesystemslib.signer import Key, SSlibKey
 
     try:
         content: Mapping[str, Any] = read_json(inside(folder, ENVELOPE, links=False))
@@ -276,7 +276,7 @@ def _envelope_problem(folder: Path, key: "EllipticCurvePublicKey") -> str:
     try:
         envelope = Envelope.from_dict(dict(content))
         # An id of a key is a hint that nothing protects: only the signature counts.
-        keys = [SSlibKey.from_crypto(key, keyid) for keyid in envelope.signatures]
+        keys: list[Key] = [SSlibKey.from_crypto(key, keyid) for keyid in envelope.signatures]
         envelope.verify(keys, 1)
     except Exception as error:  # a foreign parser may raise anything for a malformed file
         return f"has no valid signature of this key ({_reason(error)})"
