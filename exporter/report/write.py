@@ -52,8 +52,7 @@ def _check_output(path: Path, inputs: Sequence[Path]) -> None:
     """Raise InputError for a file that cannot be written, or that must not be replaced."""
     if path.is_dir():
         raise InputError(path, "is a folder", "Give the name of a file")
-    if not path.parent.is_dir():
-        raise InputError(path.parent, "is no folder", "Create it, or give another name")
+    place = path.parent.resolve() / path.name  # a link is replaced, not followed
     for given in inputs:
-        if path.resolve().is_relative_to(given.resolve()):
+        if place.is_relative_to(given.resolve()):
             raise InputError(path, f"lies in what is read ({given})", "Give another name")
