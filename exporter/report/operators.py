@@ -1,6 +1,7 @@
 """The time of each operator, and which of them ran in a delegate."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from exporter.errors import printable
 from exporter.report.blocks import Figure, Missing, Section, Table
@@ -73,7 +74,7 @@ def _figure(one: Session, number: int) -> Figure:
     note = f"{len(rows) - _LISTED} more operators are left out." if len(rows) > _LISTED else ""
     columns = ("operator", "delegate or optimized kernel", "calls", "ms", "share")
     table = Table(text.title, columns, listed, 2, note=note)
-    return Figure(text.name, text.title, text.about, bars(text, drawn, legend), table)
+    return Figure(text.title, partial(bars, text, drawn, legend), table)
 
 
 def delegation(subjects: Sequence[Subject]) -> Section:

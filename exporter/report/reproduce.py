@@ -11,7 +11,7 @@ from typing import Any
 
 from exporter.bundle.results import PROFILE
 from exporter.errors import InputError, printable
-from exporter.recipe import Recipe, all_recipes, load_recipe
+from exporter.recipe import Recipe, all_recipes, load_recipe, parse_recipe
 from exporter.report.blocks import Section, Table
 from exporter.report.subjects import Subject
 from exporter.report.values import mapping, text, whole
@@ -75,16 +75,21 @@ def recipe_words(recipe: Mapping[str, Any]) -> list[str] | None:
     name = recipe.get("name")
     if name not in {known.name for known in all_recipes()}:
         return None
-    base, wanted = load_recipe(str(name)).to_dict(), dict(recipe)
-    kinds = [target.get("target") for target in wanted.get("targets", [])]
-    places = {target["target"]: place for place, target in enumerate(base["targets"])}
-    if not kinds or not set(kinds) <= places.keys():
+    try:
+        wanted = parse_recipe(recipe, "recipe").to_dict()
+    except InputError:  # the manifest may be of another version, or of anyone
         return None
-    chosen = ["--target", *kinds] if list(places) != kinds else []
-    chosen = [word for kind in kinds for word in ("--target", kind)] if chosen else []
+    base = load_recipe(str(name)).to_dict()
+    kinds = [target["target"] for target in wanted["targets"]]
+    places = {target["target"]: place for place, target in enumerate(base["targets"])}
+    if not set(kinds) <= places.keys():
+        return None
+    chosen = list[str]()
+    if kinds != list(places):
+        chosen = [word for kind in kinds for word in ("--target", kind)]
     overrides = list[str]()
     for key in base.keys() - {"model", "targets"}:
-        overrides += _differences(key, base[key], wanted.get(key))
+        overrides += _differences(key, base[key], wanted[key])
     for target in wanted["targets"]:
         place = places[target["target"]]
         overrides += _differences(f"targets.{place}", base["targets"][place], target)
@@ -158,7 +163,6 @@ def _evaluate(content: Mapping[str, Any]) -> str:
     for option in options:
         value = whole(settings, option)
         words += [f"--{option.replace('_', '-')}", str(value)] if value else []
-    words += ["--simulate"] if settings.get("simulate") is True else []
     figures = mapping(content, "figures")
     words += ["--layers"] if figures.get("kl_by_layer") else []
     return command("evaluate", *words, "-o", "QUALITY.json")
@@ -188,6 +192,11 @@ def _count(content: Mapping[str, Any]) -> str:
     words = ["--target", str(content["target"])]
     for counted in content["counts"]:
         words += ["--cpu", str(counted["cpu"])]
+    first = content["counts"][0]
+    for entry in first["decode"]:
+        words += ["--depth", str(entry["depth"])]
+    for entry in first["prefill"]:
+        words += ["--prompt", f"{entry['from']}:{entry['to']}"]
     return command("count", BUNDLE, *words, "-o", "COUNTS.json")
 
 

@@ -4,6 +4,7 @@ Sessions of real, virtual and emulated machines never share a plot.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from exporter.errors import printable
@@ -11,7 +12,7 @@ from exporter.report.blocks import Figure, Missing, Section, Table
 from exporter.report.plots import Bar, Strip, Style, Text, bars, strips
 from exporter.report.reproduce import profile_command
 from exporter.report.subjects import Subject
-from exporter.report.values import count, figure, megabytes, whole
+from exporter.report.values import count, figure, megabytes, number, whole
 
 #: The kinds of machines, and how a figure of each was got.
 MACHINES = {
@@ -19,6 +20,8 @@ MACHINES = {
     "virtual": "run on a virtual machine",
     "emulated": "run under emulation: its times say nothing",
 }
+#: Sessions of a page, and lengths or depths of a plot: more cannot be read.
+_MOST_SESSIONS, _MOST_PLACES = 40, 8
 #: Dots of one plot: more would make the page large and the plot no clearer.
 _DOTS = 1200
 _FEWEST_DOTS = 20
@@ -38,7 +41,7 @@ def sessions(subjects: Sequence[Subject]) -> list[Session]:
 
 def complete(subjects: Sequence[Subject]) -> list[Session]:
     """The sessions that measured something."""
-    return [one for one in sessions(subjects) if one[1]["status"] == "complete"]
+    return [one for one in sessions(subjects) if one[1]["status"] == "complete"][:_MOST_SESSIONS]
 
 
 def session_label(one: Session) -> str:
@@ -81,6 +84,12 @@ def speed(subjects: Sequence[Subject]) -> Section:
         "speed", "Latency by device", notes if figures else (), figures, tables,
         missing=[*_failed(subjects), *_unmeasured(subjects)],
     )  # fmt: skip
+
+
+def _left_out(subjects: Sequence[Subject]) -> list[str]:
+    every = [one for one in sessions(subjects) if one[1]["status"] == "complete"]
+    number_left = len(every) - len(complete(subjects))
+    return [f"{number_left} more sessions are left out."] if number_left else []
 
 
 def _failed(subjects: Sequence[Subject]) -> Iterator[Missing]:
@@ -130,8 +139,8 @@ def _summaries(session: Mapping[str, Any], phase: str) -> dict[int, Mapping[str,
 def _phase_figure(phase: str, machine: str, found: Sequence[Session]) -> Figure | None:
     title, _, panel_title = _PHASES[phase]
     measured = [(one, _summaries(one[1], phase)) for one in found]
-    places = sorted({place for _, values in measured for place in values})
-    rows = sum(len(values) for _, values in measured)
+    places = sorted({place for _, values in measured for place in values})[:_MOST_PLACES]
+    rows = sum(place in values for _, values in measured for place in places)
     if not rows:
         return None
     most = max(_FEWEST_DOTS, _DOTS // rows)
@@ -161,7 +170,7 @@ def _phase_figure(phase: str, machine: str, found: Sequence[Session]) -> Figure 
     table = Table(f"{title}, in ms", columns, cells, 2, note=note)
     about = f"Strips of samples in milliseconds. {MACHINES[machine].capitalize()}."
     text = Text(f"speed-{machine}-{phase}", title, about, "ms")
-    return Figure(text.name, title, about, strips(text, panels), table)
+    return Figure(title, partial(strips, text, panels), table)
 
 
 def _speeds(found: Sequence[Session]) -> Table:
@@ -213,7 +222,7 @@ def memory(subjects: Sequence[Subject]) -> Section:
     for machine in MACHINES:
         rows = list[Bar]()
         for one in found:
-            peak = one[1]["memory"]["peak_rss"]
+            peak = number(one[1]["memory"], "peak_rss")
             if one[1]["kind"] == machine and peak and peak > 0:
                 part = [(peak / 1e6, style_of(one))]
                 rows.append(Bar(session_label(one), part, megabytes(peak)))
@@ -231,8 +240,7 @@ def memory(subjects: Sequence[Subject]) -> Section:
                 f"Peak memory{mark}", ("model and device", "peak"),
                 [(row.label, row.shown) for row in rows],
             )  # fmt: skip
-            svg = bars(text, rows)
-            figures.append(Figure(text.name, text.title, text.about, svg, table))
+            figures.append(Figure(text.title, partial(bars, text, rows), table))
     rows_of_phases = list(_phases(found))
     if rows_of_phases:
         columns = ("model and device", "phase", "peak resident", "anonymous", "mapped files",
@@ -248,7 +256,7 @@ def memory(subjects: Sequence[Subject]) -> Section:
 def _phases(found: Sequence[Session]) -> Iterator[tuple[str, ...]]:
     for one in found:
         for phase, seen in one[1]["memory"]["phases"].items():
-            sizes = [seen[key] for key in ("peak_rss", "anonymous", "file", "pss")]
-            if sizes[0] > 0:
-                shown = (megabytes(size) if size >= 0 else "–" for size in sizes)
+            sizes = [number(seen, key) for key in ("peak_rss", "anonymous", "file", "pss")]
+            if sizes[0] is not None and sizes[0] > 0:
+                shown = (megabytes(None if size is None or size < 0 else size) for size in sizes)
                 yield (session_label(one), printable(phase), *shown)

@@ -10,7 +10,17 @@ from exporter.report.quality import evaluated
 from exporter.report.sizes import folder_of
 from exporter.report.speed import MACHINES, complete, device_name
 from exporter.report.subjects import Subject
-from exporter.report.values import count, figure, megabytes, number, share
+from exporter.report.values import (
+    count,
+    figure,
+    mapping,
+    mappings,
+    megabytes,
+    number,
+    share,
+    text,
+    whole,
+)
 
 NOT_RUN = "not run"
 
@@ -49,8 +59,7 @@ def _facts(subject: Subject) -> Iterator[tuple[str, str]]:
         f"{printable(model.model_type)}: {count(model.parameters)} parameters, {model.layers} "
         f"layers of {count(model.hidden_size)}, vocabulary {count(model.vocab_size)} ({tied})",
     )
-    section = recipe.get("quantization")
-    quantization = section if isinstance(section, dict) else {}
+    quantization = mapping(recipe, "quantization")
     yield (
         "Weights",
         printable(
@@ -74,13 +83,11 @@ def licence(subject: Subject) -> str:
 
 def _targets(subject: Subject) -> Iterator[str]:
     settings = {
-        target.get("target"): target
-        for target in subject.manifest.recipe.get("targets", [])
-        if isinstance(target, dict)
+        text(target, "target"): target for target in mappings(subject.manifest.recipe, "targets")
     }
     for name in subject.manifest.targets:
-        context = settings.get(name, {}).get("max_context")
-        yield f"{name} ({context:,} tokens)" if isinstance(context, int) else name
+        context = whole(settings.get(name, {}), "max_context")
+        yield name if context is None else f"{name} ({context:,} tokens)"
 
 
 def _checks(subject: Subject) -> Iterator[tuple[bool, str]]:
@@ -144,7 +151,7 @@ def _speeds(subject: Subject, target: str) -> Iterator[Headline]:
         for entry in session["decode"][-1:]:
             name = f"Decoding after {entry['depth']} tokens"
             yield Headline(name, figure(entry["tokens_per_second"]["p50"], "tokens/s"), how)
-        peak = session["memory"]["peak_rss"]
+        peak = number(session["memory"], "peak_rss")
         if peak and peak > 0:
             yield Headline("Peak memory", megabytes(peak), how)
 

@@ -25,10 +25,12 @@ WIDTH = 340
 _SETTINGS = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "figure.facecolor": "none",
     "font.size": 13,
     "grid.color": GRID,
     "hatch.linewidth": 1.0,
@@ -58,6 +60,7 @@ def render(
     """Draw on a new matplotlib figure of `WIDTH` by `height` CSS pixels, and return it as an
     element with the role ``img``. `name` makes its ids unique in the page."""
     from matplotlib import style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     # The user's own settings have no effect. With 72 dots per inch a point is a pixel.
@@ -67,7 +70,8 @@ def render(
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         draw(figure)
         file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata=_NO_METADATA, transparent=True)
+        # `savefig` would draw everything twice.
+        FigureCanvasSVG(figure).print_svg(file, metadata=_NO_METADATA)
     return Markup(_inline(file.getvalue(), name, title, description))
 
 
