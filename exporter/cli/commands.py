@@ -8,11 +8,15 @@ import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exporter.cli import display, display_models
 from exporter.cli.exit_codes import CHECK_FAILED, SUCCESS
 from exporter.cli.packaging_commands import PACKAGING
 from exporter.errors import InputError
+
+if TYPE_CHECKING:
+    from exporter.bundle.signature import Signer
 
 #: The longest prompt on standard input, in bytes.
 PROMPT_BYTES = 1 << 24
@@ -94,10 +98,25 @@ def verify(args: argparse.Namespace) -> int:
 
     source = open_checkpoint(args.source) if args.source else None
     with display.progress() as progress:
-        checks = pipeline.verify(args.bundle, progress, args.text, source=source, quick=args.quick)
+        checks = pipeline.verify(
+            args.bundle, progress, args.text, source=source, quick=args.quick, signer=_signer(args)
+        )
     passed = all(check.passed for check in checks)
     display_models.print_verification(checks, passed, args.json)
     return SUCCESS if passed else CHECK_FAILED
+
+
+def _signer(args: argparse.Namespace) -> "Signer | None":
+    """Who must have signed the bundle. Raises InputError for options that do not go together."""
+    if bool(args.identity) != bool(args.issuer) or (args.key and args.identity):
+        raise InputError(
+            "--key, --identity, --issuer", "do not go together", "Give --key, or the other two"
+        )
+    if not args.key and not args.identity:
+        return None
+    from exporter.bundle.signature import Signer
+
+    return Signer(args.key, args.identity, args.issuer)
 
 
 def evaluate(args: argparse.Namespace) -> int:
