@@ -23,7 +23,8 @@ DEVICES = ROOT / "devices"
 LAYERS = (
     {"errors"},
     {
-        "child_process", "files", "foreign", "progress", "settings", "tensors", "yaml_reader",
+        "child_process", "files", "foreign", "progress", "settings", "stages", "tensors",
+        "yaml_reader",
     },
     {"model", "text"},
     {"quantization"},
