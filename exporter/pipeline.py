@@ -23,16 +23,16 @@ from exporter.bundle.artifact import (
 from exporter.bundle.bundle import (
     CHECKSUMS,
     Bundle,
-    bundle_identity,
     bundle_output,
     file_problems,
     is_bundle,
     is_bundle_of,
     open_bundle,
-    write_checksums,
+    write_bundle,
 )
-from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
 from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
+from exporter.bundle.manifest import MANIFEST as BUNDLE_MANIFEST
+from exporter.bundle.manifest import bundle_identity
 from exporter.calibration.quantize import (
     QuantizationInputs,
     join_distillation,
@@ -217,8 +217,10 @@ def export(
     packages: dict[str, dict[str, str]] = {
         target.target: artifact_versions(target) for target in recipe.targets
     }
-    manifest = bundle_identity(recipe.to_dict(), inputs.identity, packages)
-    same = is_bundle_of(out, manifest, inputs.identity)
+    identity = bundle_identity(recipe.to_dict(), inputs.identity, packages)
+    same = is_bundle_of(out, identity, inputs.identity) and may_be_made_from(
+        out / BUNDLE_QUANTIZED / QUANTIZED_MANIFEST, inputs.identity
+    )
     with claim_folder(out, bundle_output(), same, overwrite):
         unchanged = _unchanged(out, recipe, inputs, stages) if same and text is None else None
         if unchanged:
@@ -235,12 +237,12 @@ def export(
         )
         artifacts = dict[str, FinishedArtifact]()
         for target in recipe.targets:
-            identity, folder = artifact_identity(quantized, target), out / target.target
+            lowered, folder = artifact_identity(quantized, target), out / target.target
             artifacts[target.target] = stages.run(
                 f"lower {target.target}",
-                identity,
+                lowered,
                 folder / ARTIFACT_MANIFEST,
-                partial(_lower, quantized, target, identity, folder, progress),
+                partial(_lower, quantized, target, lowered, folder, progress),
                 open_artifact,
             )
         # In this process: the artifacts are our own, and their toolkits are loaded.
@@ -252,7 +254,7 @@ def export(
         if not all(check.passed for check in checks):
             return Export(None, quantized, artifacts, checks, stages)
         if not is_bundle(out) or file_problems(out):
-            write_checksums(out, manifest, quantized, artifacts)
+            write_bundle(out, identity, quantized, artifacts)
         return Export(open_bundle(out), quantized, artifacts, checks, stages)
 
 

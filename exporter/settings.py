@@ -47,8 +47,15 @@ def _check_hashes(hashes: dict[str, str]) -> dict[str, str]:
     return hashes
 
 
+def _check_hash(value: str) -> str:
+    if not _SHA256.fullmatch(value):
+        raise refusal(f"{short(value)} is not a SHA-256")
+    return value
+
+
 #: The hashes of files of a folder in its manifest: plain name → SHA-256.
 FileHashes = Annotated[dict[str, str], AfterValidator(_check_hashes)]
+Sha256 = Annotated[str, AfterValidator(_check_hash)]
 
 
 def refusal(problem: str, remedy: str = "", key: str = "") -> PydanticCustomError:

@@ -108,8 +108,9 @@ class Stages:
         result = make()
         if not finished:
             self.results[stage] = MADE
-        hashes = {**read_json(manifest)["files"], manifest.name: sha256(manifest)}
-        self.keep(stage, identity, manifest.parent, hashes)
+        if self.folder is not None:
+            hashes = {**read_json(manifest)["files"], manifest.name: sha256(manifest)}
+            self.keep(stage, identity, manifest.parent, hashes)
         return result
 
     def unchanged(self, *stages: str) -> None:

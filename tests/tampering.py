@@ -21,8 +21,8 @@ def reseal(bundle: Path, kept: Path | None = None) -> None:
         with edited(quantized) as manifest:
             _renew(manifest.get("files"), bundle / "quantized")
             _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
-    if bundle / "bundle.json" != kept:
-        with edited(bundle / "bundle.json") as manifest:
+    if bundle / "manifest.json" != kept:
+        with edited(bundle / "manifest.json") as manifest:
             _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
     for path in sorted(bundle.glob("*/artifact.json")):
         if path != kept:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from exporter.backends import names
+from exporter.cli import packaging_arguments
 
 DESCRIPTION = """\
 Export MobileLLM-R1 and other small language models to phones. A checkpoint is
@@ -200,6 +201,7 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
             "marked as such.",
         )
     )
+    packaging_arguments.add_commands(command)
     sub = command(
         "devices", "List the connected devices and the catalogue, or remove our files from devices",
         "mobilellm devices",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # they load torch
     from exporter.forecast import Forecast
     from exporter.inference.answer import Answer
     from exporter.model.checkpoint import Checkpoint
+    from exporter.packaging import Packaged
     from exporter.pipeline import Export
     from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
     from exporter.recipe import Recipe
@@ -191,6 +192,17 @@ def _stage_facts(stages: "Stages") -> dict[str, str]:
         facts["unchanged"] += ": every file has its hash, and nothing was done"
     damaged = (f"{stage} was made again ({why})" for stage, why in stages.damaged.items())
     return facts | ({"damaged": "; ".join(damaged)} if stages.damaged else {})
+
+
+def print_packaged(packaged: "Packaged", clock: Clock, as_json: bool) -> None:
+    """Print what was packaged."""
+    if as_json:
+        content = asdict(packaged) | {"path": str(packaged.path)}
+        display.print_json({**content, **clock.figures()})
+        return
+    signed = "yes" if packaged.signed else "no (--sign KEY signs it)"
+    facts = {"size": megabytes(packaged.bytes), "files": f"{len(packaged.files):,}"}
+    print_facts(str(packaged.path), facts | {"signed": signed} | clock.facts())
 
 
 def print_verification(checks: Sequence[Any], passed: bool, as_json: bool) -> None:

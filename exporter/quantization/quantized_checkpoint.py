@@ -45,7 +45,12 @@ from exporter.quantization.schemes import (
     unpack_entry,
 )
 from exporter.settings import FileHashes, Section, parse_section
-from exporter.tensors import SAFETENSORS_NAMES, read_header, write_safetensors
+from exporter.tensors import (
+    SAFETENSORS_NAMES,
+    read_header,
+    tensor_bytes,
+    write_safetensors,
+)
 
 FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "quantized.safetensors", "quantization.json"
@@ -196,6 +201,18 @@ def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     weights = {stored.file for stored in checkpoint.tensors.values()}
     beside = {checkpoint.path / name for name in companions(checkpoint.path)}
     return {file.name: sha256(file) for file in sorted(weights | beside)}
+
+
+def weight_bytes(quantized: "QuantizedCheckpoint") -> dict[str, int]:
+    """The bytes of every weight in the file, codes and scales together."""
+    header, shapes = read_header(quantized.path / WEIGHTS), quantized.config.parameter_shapes()
+    return {
+        name: sum(
+            tensor_bytes(*header[entry])
+            for entry in _entries(name, quantized.schemes[name], shape, torch.float32)
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def _entries(
