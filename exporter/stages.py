@@ -71,7 +71,8 @@ class Stages:
     def __init__(self, folder: Path | None = None, progress: Progress = no_progress) -> None:
         self.folder = folder
         self.results, self.damaged = dict[str, str](), dict[str, str]()
-        self._progress, self._started = progress, time.time()
+        # A second earlier: the times of files are less exact than the clock.
+        self._progress, self._started = progress, time.time() - 1
 
     def check(self, out: Path) -> None:
         """Raise InputError if the store cannot be written, or if it and the output folder `out` are
