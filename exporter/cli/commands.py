@@ -109,7 +109,7 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     with display.progress() as progress, display.Clock() as clock:
         evaluation = measure.evaluate(args.path, args.target, measures, progress)
-    return display_models.print_evaluation(args.path, evaluation, clock, args.json)
+    return display_models.print_evaluation(args.path, evaluation, args.output, clock, args.json)
 
 
 def generate(args: argparse.Namespace) -> int:
