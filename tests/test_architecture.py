@@ -31,7 +31,7 @@ LAYERS = (
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "packaging", "profiling"},
+    {"derivation", "forecast", "gate", "packaging", "profiling"},
     {"pipeline"},
     {"cli"},
     {"__main__"},
