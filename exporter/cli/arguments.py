@@ -125,6 +125,16 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="lower to this target of the recipe only; can be repeated",
     )  # fmt: skip
     _text_argument(sub)
+    sub.add_argument(
+        "--stages", type=Path, metavar="DIR",
+        help="find finished stages of earlier exports in this folder, and keep this one's there; "
+        "exports can share it",
+    )  # fmt: skip
+    sub.add_argument(
+        "--prune-stages", type=float, metavar="DAYS",
+        help="afterwards remove the stages that were not used for so many days (0: that this "
+        "export did not use)",
+    )  # fmt: skip
 
     sub = command(
         "verify", "Verify a bundle: derive every file again, and compare integers and logits",

@@ -81,13 +81,19 @@ def export(args: argparse.Namespace) -> int:
     from exporter.model.checkpoint import open_checkpoint
     from exporter.recipe import load_recipe
 
+    days = args.prune_stages
+    if days is not None and (args.stages is None or not days >= 0):
+        problem = f"{days:g} is not a number of days" if args.stages else "needs --stages"
+        raise InputError("--prune-stages", problem, "Write --stages DIR --prune-stages 14")
     recipe = pipeline.with_targets(load_recipe(args.recipe, args.overrides), args.target)
     checkpoint = open_checkpoint(args.checkpoint)
     with display.progress() as progress, display.Clock() as clock:
         result = pipeline.export(
-            recipe, checkpoint, args.output, progress, overwrite=args.overwrite, text=args.text
-        )
-    display_models.print_export(result, args.output, clock, args.json)
+            recipe, checkpoint, args.output, progress,
+            overwrite=args.overwrite, text=args.text, store=args.stages,
+        )  # fmt: skip
+        pruned = None if days is None else result.stages.prune(days)
+    display_models.print_export(result, args.output, pruned, clock, args.json)
     return SUCCESS if result.bundle is not None else CHECK_FAILED
 
 
