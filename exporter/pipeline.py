@@ -22,16 +22,16 @@ from exporter.bundle.artifact import (
 from exporter.bundle.bundle import (
     CHECKSUMS,
     Bundle,
-    bundle_identity,
     bundle_output,
     file_problems,
     is_bundle,
     is_bundle_of,
     open_bundle,
-    write_checksums,
+    write_bundle,
 )
-from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
 from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
+from exporter.bundle.manifest import MANIFEST as BUNDLE_MANIFEST
+from exporter.bundle.manifest import bundle_identity
 from exporter.calibration.quantize import (
     QuantizationInputs,
     join_distillation,
@@ -207,8 +207,8 @@ def export(
     packages: dict[str, dict[str, str]] = {
         target.target: artifact_versions(target) for target in recipe.targets
     }
-    manifest = bundle_identity(recipe.to_dict(), inputs.identity, packages)
-    same = is_bundle_of(out, manifest, inputs.identity)
+    identity = bundle_identity(recipe.to_dict(), inputs.identity, packages)
+    same = is_bundle_of(out, identity, inputs.identity)
     with claim_folder(out, bundle_output(), same, overwrite):
         # Folders left by an unfinished run with other targets.
         for other in set(backend_names()) - packages.keys():
@@ -233,7 +233,7 @@ def export(
         if not all(check.passed for check in checks):
             return Export(None, quantized, artifacts, checks)
         if not is_bundle(out) or file_problems(out):
-            write_checksums(out, manifest, quantized, artifacts)
+            write_bundle(out, identity, quantized, artifacts)
         return Export(open_bundle(out), quantized, artifacts, checks)
 
 

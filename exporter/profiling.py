@@ -19,7 +19,7 @@ from devices.session_state import Job, Settings
 from devices.transports import connected_devices, parse_device, transport_of
 from exporter.backends import front
 from exporter.bundle.artifact import FinishedArtifact
-from exporter.bundle.bundle import MANIFEST, Bundle, open_bundle
+from exporter.bundle.bundle import Bundle, open_bundle
 from exporter.errors import InputError
 from exporter.files import differing_files, package_versions, read_json
 from exporter.forecast import workload
@@ -128,8 +128,7 @@ def clean(names: Sequence[str], progress: Progress) -> list[Cleaned]:
 
 def _settings(bundle: Bundle, request: Request) -> Settings:
     """The profile section of the bundle's recipe, with overrides. Raises InputError."""
-    recipe = read_json(bundle.path / MANIFEST).get("recipe", {})
-    section = recipe.get("profile") or Profile().model_dump(mode="json")
+    section = bundle.manifest.recipe.get("profile") or Profile().model_dump(mode="json")
     chosen = parse_profile(section, f"{bundle.path}: profile", request.overrides)
     if not 0 <= request.threads <= _MOST_THREADS:
         raise InputError(f"--threads {request.threads}", f"is not from 0 to {_MOST_THREADS}")

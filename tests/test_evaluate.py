@@ -441,7 +441,7 @@ def test_a_task_is_scored_by_answers_and_by_texts_that_never_end(
 
 
 def speaker_of(runner: Runner, ends: tuple[int, ...]) -> LoadedModel:
-    return LoadedModel(runner, NANO, 0, ends, "test")
+    return LoadedModel(runner, NANO, 0, ends, "test", open_checkpoint(NANO))
 
 
 def test_a_text_that_never_ends_is_cut_off_and_counted() -> None:

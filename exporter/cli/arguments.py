@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from exporter.backends import names
+from exporter.cli import packaging_arguments
 
 DESCRIPTION = """\
 Export MobileLLM-R1 and other small language models to phones. A checkpoint is
@@ -190,6 +191,7 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
             "marked as such.",
         )
     )
+    packaging_arguments.add_commands(command)
     sub = command(
         "devices", "List the connected devices and the catalogue, or remove our files from devices",
         "mobilellm devices",
@@ -212,6 +214,10 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
         "--reference", metavar="CHECKPOINT",
         help="model to compare with, for KL divergence, top-1 agreement and --generations",
     )  # fmt: skip
+    sub.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help="write the result as JSON, for mobilellm package, gate and report",
+    )  # fmt: skip
     text = sub.add_argument_group("text")
     text.add_argument("--data", type=Path, metavar="FILE", help="text file, JSONL or parquet")
     text.add_argument(
@@ -230,6 +236,11 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
         "--simulate", action="store_true",
         help="run the bundle's quantized checkpoint in torch, with activations rounded as in the "
         "runtime of the target",
+    )  # fmt: skip
+    text.add_argument(
+        "--layers", action="store_true",
+        help="also measure, in torch, the KL divergence that the quantized weights of each layer "
+        "alone cause; the work grows with the square of the number of layers",
     )  # fmt: skip
     task = sub.add_argument_group("problems")
     task.add_argument(

@@ -10,12 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from exporter.cli import display, display_models
+from exporter.cli.exit_codes import CHECK_FAILED, SUCCESS
+from exporter.cli.packaging_commands import PACKAGING
 from exporter.errors import InputError
 
 #: The longest prompt on standard input, in bytes.
 PROMPT_BYTES = 1 << 24
-
-SUCCESS, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -109,7 +109,7 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     with display.progress() as progress, display.Clock() as clock:
         evaluation = measure.evaluate(args.path, args.target, measures, progress)
-    return display_models.print_evaluation(args.path, evaluation, clock, args.json)
+    return display_models.print_evaluation(args.path, evaluation, args.output, clock, args.json)
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -189,8 +189,8 @@ def doctor(args: argparse.Namespace) -> int:
 COMMANDS = {
     function.__name__: function
     for function in (
-        inspect, quantize, lower, export, verify, evaluate, generate, profile, devices, recipes,
-        doctor,
+        inspect, quantize, lower, export, verify, evaluate, generate, profile, *PACKAGING, devices,
+        recipes, doctor,
     )
 }
 # fmt: on

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # they load torch
     from exporter.forecast import Forecast
     from exporter.inference.answer import Answer
     from exporter.model.checkpoint import Checkpoint
+    from exporter.packaging import Packaged
     from exporter.pipeline import Export
     from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
     from exporter.recipe import Recipe
@@ -168,6 +169,17 @@ def print_export(result: "Export", path: Path, clock: Clock, as_json: bool) -> N
         display.err.print("[bold red]no bundle:[/] a check failed")
 
 
+def print_packaged(packaged: "Packaged", clock: Clock, as_json: bool) -> None:
+    """Print what was packaged."""
+    if as_json:
+        content = asdict(packaged) | {"path": str(packaged.path)}
+        display.print_json({**content, **clock.figures()})
+        return
+    signed = "yes" if packaged.signed else "no (--sign KEY signs it)"
+    facts = {"size": megabytes(packaged.bytes), "files": f"{len(packaged.files):,}"}
+    print_facts(str(packaged.path), facts | {"signed": signed} | clock.facts())
+
+
 def print_verification(checks: Sequence[Any], passed: bool, as_json: bool) -> None:
     """Print the checks of a bundle or of a quantized checkpoint."""
     if as_json:
@@ -249,8 +261,10 @@ def print_checks(checks: Sequence[Any]) -> None:
         out.print(f"[bold green]all {len(checks)} checks passed[/]")
 
 
-def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
-    """Print the figures of one model, then the figures by position."""
+def print_evaluation(
+    path: str, found: Any, output: Path | None, clock: Clock, as_json: bool
+) -> int:
+    """Print the figures of one model, then those by position and by layer."""
     if as_json:
         return display.print_json({"path": path, **found.figures(), **clock.figures()})
     facts = {"runs as": found.kind}
@@ -260,7 +274,7 @@ def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
             f" (reference {text.reference_perplexity:.3f})" if text.kl is not None else ""
         )
         if text.kl is not None:
-            facts["KL"] = f"{text.kl:.4g} nats"
+            facts["KL"] = f"{text.kl:.4g} ± {text.kl_error:.2g} nats"
             facts["top-1 agreement"] = f"{text.top1_agreement:.1%}"
         facts["measured on"] = f"{text.tokens:,} predictions in {text.sequences:,} sequences"
     if task:
@@ -272,6 +286,8 @@ def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
         count = generations.generations
         facts["same generations"] = f"{generations.identical_generations:.1%} of {count:,}"
         facts["first divergence"] = f"at {generations.median_first_divergence:g} (median)"
+    if output is not None:
+        facts["written to"] = str(output)
     print_facts(path, facts | clock.facts())
     if text:
         rows = table(
@@ -281,6 +297,11 @@ def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
             top1 = "" if band.top1_agreement is None else f"{band.top1_agreement:.1%}"
             cells = figure(band.perplexity), figure(band.kl), top1
             rows.add_row(f"{band.first}–{band.last}", *cells)
+        wide.print("", rows)
+    if found.layers:
+        rows = table("layer", "KL", title="By quantized layer")
+        for layer in found.layers:
+            rows.add_row(layer.layer, figure(layer.kl))
         wide.print("", rows)
     if generations:
         rows = table("positions", "same token", title="By position in the generation")

@@ -19,18 +19,21 @@ from exporter.quantization.quantized_checkpoint import (
     QuantizedCheckpoint,
     open_quantized,
     require_whole,
+    source_hashes,
 )
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to run. `kind` names its form and runtime."""
+    """A model that is ready to run, and what it was loaded from. `kind` names its form and
+    runtime."""
 
     runner: Runner
     tokenizer_folder: Path
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     kind: str
+    source: Checkpoint | QuantizedCheckpoint | FinishedArtifact
 
 
 #: The largest KV cache, in tokens, of a model that runs in torch.
@@ -75,6 +78,32 @@ def open_simulated(source: str, target: str | None, prompt: int) -> LoadedModel:
     return _load_in_torch(bundle.quantized, f"{chosen.target} simulated in torch", rounding)
 
 
+def open_quantized_of(source: str) -> QuantizedCheckpoint | None:
+    """The quantized checkpoint of a bundle, or at `source` itself, with its files checked; None for
+    anything else. Raises InputError."""
+    path = Path(source)
+    if _is_bundle(path):
+        quantized = open_bundle(path).quantized
+    elif (path / QUANTIZED_MANIFEST).is_file():
+        quantized = open_quantized(path)
+    else:
+        return None
+    require_whole(quantized)
+    return quantized
+
+
+def file_hashes(model: LoadedModel) -> dict[str, str]:
+    """The SHA-256 of the files that the model was loaded from: name → hash.
+
+    Those of an artifact or a quantized checkpoint are the ones of its manifest, with which the
+    files were compared at loading. Those of a checkpoint are computed, which reads all of it.
+    """
+    source = model.source
+    if isinstance(source, Checkpoint):
+        return source_hashes(source)
+    return dict(source.manifest["files"])
+
+
 def _is_bundle(path: Path) -> bool:
     return is_bundle(path) or (path / BUNDLE_QUANTIZED).is_dir()
 
@@ -97,7 +126,7 @@ def _load_in_torch(
         require_whole(model)
     context = min(model.config.max_position_embeddings, REFERENCE_CONTEXT)
     runner = ReferenceRunner(model, context, rounding)
-    return LoadedModel(runner, model.path, model.bos_token_id, model.eos_token_ids, kind)
+    return LoadedModel(runner, model.path, model.bos_token_id, model.eos_token_ids, kind, model)
 
 
 def _load_artifact(finished: FinishedArtifact) -> LoadedModel:
@@ -114,4 +143,5 @@ def _load_artifact(finished: FinishedArtifact) -> LoadedModel:
         finished.manifest.get("bos_token_id"),
         finished.eos_token_ids,
         artifact.target.target,
+        finished,
     )

@@ -1,0 +1,105 @@
+"""Measurements of a bundle: what evaluate, profile and count write with ``-o``.
+
+    mobilellm package build/nano --result nano.json -o nano.tar.zst
+
+A measurement has the hashes of the files that were measured, so that it cannot be added to another
+bundle.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from devices import report as profiles
+from devices.errors import DeviceError
+from exporter.bundle.manifest import BundleManifest
+from exporter.errors import InputError, short
+from exporter.foreign import read_json
+from exporter.settings import FileHashes, Section, Sha256, parse_section
+
+#: The folder of the measurements in a bundle.
+RESULTS = "results"
+#: The largest file of a measurement, in bytes: raw samples of many devices.
+RESULT_BYTES = 32 << 20
+EVALUATION, PROFILE, INSTRUCTIONS = "evaluation", "profile", "instructions"
+
+
+class DataFile(Section):
+    """The plain name and the SHA-256 of a file of texts or problems."""
+
+    file: str
+    sha256: Sha256
+
+
+class Evaluation(Section):
+    """The content of a measurement by ``mobilellm evaluate``.
+
+    `files` has the hashes of the artifact's files, or of the quantized checkpoint's where `target`
+    is None; `reference` those of the reference checkpoint.
+    """
+
+    result: Literal["evaluation"]
+    schema_version: Literal[1]
+    target: str | None
+    files: FileHashes
+    data: DataFile | None
+    task: DataFile | None
+    reference: FileHashes | None
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measurement; `kind` is `EVALUATION`, `PROFILE` or `INSTRUCTIONS`."""
+
+    kind: str
+    content: Mapping[str, Any]
+
+    def measured(self) -> Iterator[tuple[str | None, Mapping[str, str]]]:
+        """What was measured: the target, None for the quantized checkpoint, and the SHA-256 of its
+        files."""
+        if self.kind != PROFILE:
+            yield self.content["target"], self.content["files"]
+            return
+        for session in self.content["sessions"]:
+            artifact = session["artifact"]
+            hashes = {name: entry["sha256"] for name, entry in artifact["files"].items()}
+            yield artifact["format"], hashes
+
+
+def read_result(path: Path) -> Result:
+    """Read a measurement and check it against the schema of its kind. Raises InputError."""
+    content = read_json(path, RESULT_BYTES)
+    if "sessions" in content:
+        try:
+            profiles.validate(content)
+        except DeviceError as error:
+            raise InputError(f"{path}: {error.subject}", error.problem, error.remedy) from error
+        return Result(PROFILE, content)
+    if content.get("result") == EVALUATION:
+        parse_section(Evaluation, content, str(path), remedy="Run mobilellm evaluate again")
+        return Result(EVALUATION, content)
+    raise InputError(
+        path,
+        f"is not a measurement (result: {short(content.get('result'))})",
+        "Give a file that mobilellm evaluate, profile or count wrote with -o",
+    )
+
+
+def check_belongs(result: Result, manifest: BundleManifest, subject: object) -> None:
+    """Raise InputError unless every file that was measured is in the bundle as it was."""
+    for target, hashes in result.measured():
+        folder = target or "quantized"
+        for name, found in hashes.items():
+            entry = manifest.files.get(f"{folder}/{name}")
+            if entry is None or entry.sha256 != found:
+                raise InputError(
+                    subject,
+                    f"measured another {folder}/{name} than that of the bundle",
+                    "Measure this bundle again",
+                )
+        if not hashes:
+            raise InputError(subject, f"names no file of {folder}", "Measure this bundle again")

@@ -1,0 +1,50 @@
+"""One function per command that packages a bundle, judges it or publishes it.
+
+As in `exporter.cli.commands`, each imports what it needs, displays the result and returns the exit
+code.
+"""
+
+import argparse
+
+from exporter.cli import display
+from exporter.cli.exit_codes import SUCCESS
+
+
+def package(args: argparse.Namespace) -> int:
+    """Add measurements to a bundle, sign it, and write it as a folder or as an archive."""
+    from exporter import packaging
+    from exporter.cli import display_models
+
+    with display.progress() as progress, display.Clock() as clock:
+        packaged = packaging.package(
+            args.bundle,
+            args.output,
+            packaging.Request(args.result, args.sign, args.sign_keyless, args.overwrite),
+            progress,
+        )
+    display_models.print_packaged(packaged, clock, args.json)
+    return SUCCESS
+
+
+def gate(args: argparse.Namespace) -> int:
+    """Compare a bundle with a budget and a baseline."""
+    raise NotImplementedError
+
+
+def count(args: argparse.Namespace) -> int:
+    """Count the instructions of an Arm CPU."""
+    raise NotImplementedError
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write a report on bundles."""
+    raise NotImplementedError
+
+
+def publish(args: argparse.Namespace) -> int:
+    """Publish a bundle."""
+    raise NotImplementedError
+
+
+#: The commands, in the order of the help.
+PACKAGING = (package, gate, count, report, publish)
