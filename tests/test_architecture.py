@@ -31,7 +31,7 @@ LAYERS = (
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "gate", "packaging", "profiling"},
+    {"counting", "derivation", "forecast", "gate", "packaging", "profiling", "report"},
     {"pipeline"},
     {"cli"},
     {"__main__"},
