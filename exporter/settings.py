@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -149,6 +150,8 @@ def _section_at(model: type[Section], place: Sequence[int | str]) -> type[Sectio
             kind = kind.model_fields[str(part)].annotation
         else:
             kind = get_args(kind)[1 if get_origin(kind) is dict else 0]
+        if get_origin(kind) is UnionType:  # a section that may be null
+            kind = get_args(kind)[0]
     section: type[Section] = kind
     return section
 

@@ -21,15 +21,16 @@ def reseal(bundle: Path, kept: Path | None = None) -> None:
         with edited(quantized) as manifest:
             _renew(manifest.get("files"), bundle / "quantized")
             _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
-    if bundle / "manifest.json" != kept:
-        with edited(bundle / "manifest.json") as manifest:
-            _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
     for path in sorted(bundle.glob("*/artifact.json")):
         if path != kept:
             with edited(path) as manifest:
                 _renew(manifest.get("files"), path.parent)
                 if "quantized" in manifest and quantized.is_file():
                     manifest["quantized"] = sha256(quantized)
+    if bundle / "manifest.json" != kept:
+        with edited(bundle / "manifest.json") as manifest:
+            _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
+            _renew_entries(manifest.get("files"), bundle)
     names = sorted(
         path.relative_to(bundle).as_posix()
         for path in bundle.rglob("*")
@@ -54,6 +55,14 @@ def edited(path: Path) -> Iterator[dict[str, Any]]:
     yield content
     if json.dumps(content) != before:
         path.write_bytes(json_bytes(content))
+
+
+def _renew_entries(files: object, bundle: Path) -> None:
+    """Write the hash and the size of each listed file anew."""
+    for name, entry in files.items() if isinstance(files, dict) else ():
+        path = bundle / name
+        if isinstance(entry, dict) and ".." not in path.parts and path.is_file():
+            entry |= {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def _renew(hashes: object, folder: Path, names: Collection[str] | None = None) -> None:

@@ -229,7 +229,9 @@ def test_recipes_as_json_are_those_of_the_recipe_folder(capsys: Capture) -> None
     found = run(capsys, "recipes", "--json").json["recipes"]
     files = {path.stem for path in (NANO.parent.parent / "recipes").glob("*.yaml")}
     assert {recipe["name"] for recipe in found} == files
-    assert set(found[0]) == {"name", "model", "quantization", "calibration", "targets", "profile"}
+    assert set(found[0]) == {
+        "name", "model", "license", "quantization", "calibration", "targets", "profile",
+    }  # fmt: skip
 
 
 def test_recipes_shows_a_line_for_each(capsys: Capture) -> None:

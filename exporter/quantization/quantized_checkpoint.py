@@ -32,6 +32,7 @@ from exporter.model.checkpoint import (
     special_tokens,
 )
 from exporter.model.config import ModelConfig, parse_config
+from exporter.model.licence import LicenceTerms
 from exporter.progress import OnTensor
 from exporter.quantization.plan import QuantizationPlan
 from exporter.quantization.rounding import LARGEST_SCALE, problem_with_values, quantize
@@ -80,6 +81,7 @@ class _Manifest(Section):
     versions: dict[str, str]
     files: FileHashes
     calibration: dict[str, Any] = Field(default_factory=dict)
+    license: LicenceTerms | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class QuantizedCheckpoint:
     eos_token_ids: tuple[int, ...]
     manifest: Mapping[str, Any]
     schemes: Mapping[str, Scheme]
+    licence: LicenceTerms | None
 
     def read(self, name: str) -> QuantizedTensor | torch.Tensor:
         """Codes and scales of a quantized weight, or the float tensor as stored."""
@@ -181,8 +184,10 @@ def quantized_identity(
 
     `source` has the hashes of the checkpoint's files (`source_hashes`).
     """
+    licence = checkpoint.licence
     return {
         **({"calibration": dict(calibration)} if calibration else {}),
+        **({"license": licence.model_dump()} if licence else {}),
         "format_version": FORMAT_VERSION,
         "model_type": checkpoint.config.model_type,
         "method": plan.method,
@@ -250,15 +255,15 @@ def open_quantized(folder: Path) -> QuantizedCheckpoint:
     bos, eos = special_tokens(folder, config.vocab_size)
     companions(folder)
     shapes = config.parameter_shapes()
-    tensors = parse_section(
-        _Manifest, manifest, str(folder / MANIFEST), remedy="Quantize again"
-    ).tensors
+    checked = parse_section(_Manifest, manifest, str(folder / MANIFEST), remedy="Quantize again")
+    tensors = checked.tensors
     if set(tensors) != set(shapes):
         raise InputError(
             f"{folder / MANIFEST}: tensors", "does not list the model's tensors", "Quantize again"
         )
     schemes = _stored_schemes(tensors, shapes, folder / MANIFEST)
-    quantized = QuantizedCheckpoint(folder, config, bos, eos, manifest, schemes)
+    licence = checked.license
+    quantized = QuantizedCheckpoint(folder, config, bos, eos, manifest, schemes, licence)
     _check_entries(quantized)
     return quantized
 

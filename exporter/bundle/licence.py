@@ -1,0 +1,36 @@
+"""The licence that a bundle states: that of the checkpoint, or else that of the recipe."""
+
+from collections.abc import Collection
+
+from pydantic import Field
+
+from exporter.model.licence import LICENCE_FILES, LicenceTerms
+
+#: Files that have the text of a licence; the others of `LICENCE_FILES` add to it.
+_TEXTS = tuple(name for name in LICENCE_FILES if name.startswith("LICEN"))
+
+
+class Licence(LicenceTerms):
+    """The licence of a bundle. `files` are the licence files of the checkpoint, which lie beside
+    ``manifest.json``."""
+
+    files: list[str] = Field(default_factory=list)
+
+
+def effective(
+    checkpoint: LicenceTerms | None, recipe: LicenceTerms | None, files: Collection[str]
+) -> Licence | None:
+    """The licence of a bundle, or None if it is not known.
+
+    What the checkpoint states comes before what the recipe states. If neither names a licence, but
+    the checkpoint has the text of one among its `files`, it is ``other``, with a link to the text.
+    A link to a file that the bundle lacks is left out.
+    """
+    present = [name for name in LICENCE_FILES if name in files]
+    text = next((name for name in present if name in _TEXTS), "")
+    terms = checkpoint or recipe
+    if terms is None:
+        return Licence(id="other", link=text, files=present) if text else None
+    is_file = terms.link in LICENCE_FILES
+    link = text if is_file and terms.link not in present else terms.link
+    return Licence(id=terms.id, name=terms.name, link=link, files=present)
