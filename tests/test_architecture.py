@@ -440,6 +440,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("predict", ["config", "schemes", "target"]),
         ("integers", ["config", "schemes", "target"]),
         ("portable", ["target"]),
+        ("interpreted", ["target"]),
         ("packages", ["target"]),
     ],
 )
