@@ -23,14 +23,15 @@ DEVICES = ROOT / "devices"
 LAYERS = (
     {"errors"},
     {
-        "child_process", "files", "foreign", "progress", "settings", "tensors", "yaml_reader",
+        "child_process", "files", "foreign", "progress", "settings", "stages", "tensors",
+        "yaml_reader",
     },
     {"model", "text"},
     {"quantization"},
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "packaging", "profiling"},
+    {"derivation", "forecast", "gate", "packaging", "profiling"},
     {"pipeline"},
     {"cli"},
     {"__main__"},

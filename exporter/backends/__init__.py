@@ -43,6 +43,7 @@ nor torch; its functions import them when they are called. Every format has thes
 import importlib
 import importlib.util
 import pkgutil
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,11 @@ class Inspection:
     notes: Sequence[str] = ()
 
 
+#: Held while a toolkit is imported that hides the packages of others meanwhile, and while packages
+#: are looked for.
+TOOLKIT_IMPORTS = threading.RLock()
+
+
 def names() -> tuple[str, ...]:
     """The formats in alphabetical order."""
     modules = {module.name for module in pkgutil.iter_modules(__path__)}
@@ -143,10 +149,15 @@ def backend(name: str) -> ModuleType:
     Raises MissingExtraError if a part of the toolkit is missing.
     """
     module = front(name)
+    with TOOLKIT_IMPORTS:
+        _check_toolkit(module)
+    return module
+
+
+def _check_toolkit(module: ModuleType) -> None:
     for package in module.TOOLKIT:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, module.EXTRA)
-    return module
 
 
 def inspector_of(path: Path) -> str | None:

@@ -7,10 +7,12 @@ bundle.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from devices import instructions
 from devices import report as profiles
 from devices.errors import DeviceError
 from exporter.bundle.manifest import BundleManifest
@@ -74,19 +76,30 @@ def read_result(path: Path) -> Result:
     """Read a measurement and check it against the schema of its kind. Raises InputError."""
     content = read_json(path, RESULT_BYTES)
     if "sessions" in content:
-        try:
+        with _schema_of(path):
             profiles.validate(content)
-        except DeviceError as error:
-            raise InputError(f"{path}: {error.subject}", error.problem, error.remedy) from error
         return Result(PROFILE, content)
     if content.get("result") == EVALUATION:
         parse_section(Evaluation, content, str(path), remedy="Run mobilellm evaluate again")
         return Result(EVALUATION, content)
+    if content.get("result") == INSTRUCTIONS:
+        with _schema_of(path):
+            instructions.validate(content)
+        return Result(INSTRUCTIONS, content)
     raise InputError(
         path,
         f"is not a measurement (result: {short(content.get('result'))})",
         "Give a file that mobilellm evaluate, profile or count wrote with -o",
     )
+
+
+@contextmanager
+def _schema_of(path: Path) -> Iterator[None]:
+    """Give the errors of a schema the name of the file."""
+    try:
+        yield
+    except DeviceError as error:
+        raise InputError(f"{path}: {error.subject}", error.problem, error.remedy) from error
 
 
 def check_belongs(result: Result, manifest: BundleManifest, subject: object) -> None:
