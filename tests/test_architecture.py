@@ -30,7 +30,7 @@ LAYERS = (
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "packaging", "profiling"},
+    {"counting", "derivation", "forecast", "packaging", "profiling"},
     {"pipeline"},
     {"cli"},
     {"__main__"},

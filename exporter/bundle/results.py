@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from devices import instructions
 from devices import report as profiles
 from devices.errors import DeviceError
 from exporter.bundle.manifest import BundleManifest
@@ -23,6 +24,8 @@ RESULTS = "results"
 #: The largest file of a measurement, in bytes: raw samples of many devices.
 RESULT_BYTES = 32 << 20
 EVALUATION, PROFILE, INSTRUCTIONS = "evaluation", "profile", "instructions"
+#: The schemas of what `devices` measures.
+_VALIDATE = {PROFILE: profiles.validate, INSTRUCTIONS: instructions.validate}
 
 
 class DataFile(Section):
@@ -73,13 +76,14 @@ class Result:
 def read_result(path: Path) -> Result:
     """Read a measurement and check it against the schema of its kind. Raises InputError."""
     content = read_json(path, RESULT_BYTES)
-    if "sessions" in content:
+    kind = PROFILE if "sessions" in content else content.get("result")
+    if kind in _VALIDATE:
         try:
-            profiles.validate(content)
+            _VALIDATE[kind](content)
         except DeviceError as error:
             raise InputError(f"{path}: {error.subject}", error.problem, error.remedy) from error
-        return Result(PROFILE, content)
-    if content.get("result") == EVALUATION:
+        return Result(kind, content)
+    if kind == EVALUATION:
         parse_section(Evaluation, content, str(path), remedy="Run mobilellm evaluate again")
         return Result(EVALUATION, content)
     raise InputError(
