@@ -44,7 +44,13 @@ def gate(args: argparse.Namespace) -> int:
 
 def count(args: argparse.Namespace) -> int:
     """Count the instructions of an Arm CPU."""
-    raise NotImplementedError
+    from exporter import counting
+    from exporter.cli import display_count
+
+    request = counting.Request(args.target, args.cpu, args.depth, args.prompt, args.output)
+    with display.progress() as progress:
+        counts = counting.count(args.bundle, request, progress)
+    return display_count.print_count(counts, args.json)
 
 
 def report(args: argparse.Namespace) -> int:
