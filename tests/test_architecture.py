@@ -30,7 +30,7 @@ LAYERS = (
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "packaging", "profiling"},
+    {"derivation", "forecast", "packaging", "profiling", "publishing"},
     {"pipeline"},
     {"cli"},
     {"__main__"},
@@ -440,6 +440,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("integers", ["config", "schemes", "target"]),
         ("portable", ["target"]),
         ("packages", ["target"]),
+        ("usage", ["target"]),
     ],
 )
 def test_every_backend_has_the_same_functions(

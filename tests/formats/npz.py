@@ -143,5 +143,9 @@ def integers(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target)
     return False
 
 
+def usage(target: Target) -> str:
+    return f"numpy reads `{FILE_NAME}`."
+
+
 def packages(target: Target) -> tuple[str, ...]:
     return ("numpy",)
