@@ -23,14 +23,18 @@ DEVICES = ROOT / "devices"
 LAYERS = (
     {"errors"},
     {
-        "child_process", "files", "foreign", "progress", "settings", "tensors", "yaml_reader",
+        "child_process", "files", "foreign", "progress", "settings", "stages", "tensors",
+        "yaml_reader",
     },
     {"model", "text"},
     {"quantization"},
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "packaging", "profiling", "publishing"},
+    {
+        "counting", "derivation", "forecast", "gate", "packaging", "profiling", "publishing",
+        "report",
+    },
     {"pipeline"},
     {"cli"},
     {"__main__"},
@@ -439,6 +443,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("predict", ["config", "schemes", "target"]),
         ("integers", ["config", "schemes", "target"]),
         ("portable", ["target"]),
+        ("interpreted", ["target"]),
         ("packages", ["target"]),
         ("usage", ["target"]),
     ],

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # they load torch
     from exporter.pipeline import Export
     from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
     from exporter.recipe import Recipe
+    from exporter.report.write import Written
+    from exporter.stages import Stages
 
 _ROUNDING = {
     "float32": "exact",
@@ -144,11 +146,15 @@ def print_artifact(
     return 0
 
 
-def print_export(result: "Export", path: Path, clock: Clock, as_json: bool) -> None:
-    """Print the sizes of a bundle's parts, and its checks."""
+def print_export(
+    result: "Export", path: Path, pruned: int | None, clock: Clock, as_json: bool
+) -> None:
+    """Print the sizes of a bundle's parts, what happened to each stage, and the checks. `pruned` is
+    the number of stages that were removed from the store."""
     sizes = {
         name: folder_bytes(finished.artifact.path) for name, finished in result.artifacts.items()
     }
+    stages = result.stages
     if as_json:
         display.print_json(
             {
@@ -156,17 +162,37 @@ def print_export(result: "Export", path: Path, clock: Clock, as_json: bool) -> N
                 "passed": result.bundle is not None,
                 "bytes": sizes,
                 "float_weights": float_weights(result.quantized),
+                "stages": stages.results,
+                "damaged_stages": stages.damaged,
                 "checks": [asdict(check) for check in result.checks],
+                **({} if pruned is None else {"pruned_stages": pruned}),
                 **clock.figures(),
             }
         )
         return
     facts = {"quantized": megabytes(folder_bytes(result.quantized.path))}
     facts |= {name: megabytes(size) for name, size in sizes.items()}
-    print_facts(str(path), facts | float_facts(result.quantized) | clock.facts())
+    facts |= float_facts(result.quantized) | _stage_facts(stages)
+    if pruned is not None:
+        facts["pruned"] = f"{pruned} stages of {stages.folder}"
+    print_facts(str(path), facts | clock.facts())
     print_checks(result.checks)
     if result.bundle is None:
         display.err.print("[bold red]no bundle:[/] a check failed")
+
+
+def _stage_facts(stages: "Stages") -> dict[str, str]:
+    """The stages by what happened to them, and what was damaged in the store."""
+    groups = dict[str, list[str]]()
+    for stage, happened in stages.results.items():
+        groups.setdefault(happened, []).append(stage)
+    facts = {happened: ", ".join(names) for happened, names in groups.items()}
+    if "found" in facts:
+        facts["found"] += f" (in {stages.folder})"
+    if groups.keys() == {"unchanged"}:
+        facts["unchanged"] += ": every file has its hash, and nothing was done"
+    damaged = (f"{stage} was made again ({why})" for stage, why in stages.damaged.items())
+    return facts | ({"damaged": "; ".join(damaged)} if stages.damaged else {})
 
 
 def print_packaged(packaged: "Packaged", clock: Clock, as_json: bool) -> None:
@@ -178,6 +204,18 @@ def print_packaged(packaged: "Packaged", clock: Clock, as_json: bool) -> None:
     signed = "yes" if packaged.signed else "no (--sign KEY signs it)"
     facts = {"size": megabytes(packaged.bytes), "files": f"{len(packaged.files):,}"}
     print_facts(str(packaged.path), facts | {"signed": signed} | clock.facts())
+
+
+def print_report(written: "Written", clock: Clock, as_json: bool) -> None:
+    """Print what a report was written to, and its size."""
+    if as_json:
+        content = {"path": str(written.page), "bytes": written.bytes, "bundles": written.bundles}
+        markdown = None if written.markdown is None else str(written.markdown)
+        display.print_json({**content, "markdown": markdown, **clock.figures()})
+        return
+    facts = {"size": megabytes(written.bytes), "bundles": ", ".join(written.bundles)}
+    facts |= {} if written.markdown is None else {"markdown": str(written.markdown)}
+    print_facts(str(written.page), facts | clock.facts())
 
 
 def print_verification(checks: Sequence[Any], passed: bool, as_json: bool) -> None:

@@ -85,6 +85,26 @@ def _package_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _gate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", metavar="BUNDLE", type=Path, help=_BUNDLE)
+    sub.add_argument(
+        "--budget", required=True, type=Path, metavar="FILE",
+        help="the limits and tolerances, as YAML; docs/gate.md describes them",
+    )  # fmt: skip
+    sub.add_argument(
+        "--baseline", type=Path, metavar="BUNDLE",
+        help="also compare with an earlier bundle, as a folder or an archive with its measurements",
+    )  # fmt: skip
+    result_argument(
+        sub,
+        "a measurement of this bundle that is not in it: a file from evaluate, profile or count "
+        "-o; can be repeated",
+    )
+    sub.add_argument(
+        "--junit", type=Path, metavar="FILE", help="write the verdict as JUnit XML, for CI servers"
+    )
+    sub.add_argument(
+        "--markdown", type=Path, metavar="FILE",
+        help="append the verdict as Markdown, for $GITHUB_STEP_SUMMARY",
+    )  # fmt: skip
 
 
 def _count_arguments(sub: argparse.ArgumentParser) -> None:
@@ -93,6 +113,15 @@ def _count_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _report_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundles", metavar="BUNDLE", type=Path, nargs="+", help=_BUNDLE)
+    result_argument(sub, "a measurement to show beside those in the bundles; can be repeated")
+    sub.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="FILE",
+        help="the HTML page; an earlier file is replaced",
+    )  # fmt: skip
+    sub.add_argument(
+        "--markdown", type=Path, metavar="FILE",
+        help="also write the tables as Markdown; an earlier file is replaced",
+    )  # fmt: skip
 
 
 def _publish_arguments(sub: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ code.
 import argparse
 
 from exporter.cli import display
-from exporter.cli.exit_codes import SUCCESS
+from exporter.cli.exit_codes import CHECK_FAILED, SUCCESS
 
 
 def package(args: argparse.Namespace) -> int:
@@ -28,7 +28,18 @@ def package(args: argparse.Namespace) -> int:
 
 def gate(args: argparse.Namespace) -> int:
     """Compare a bundle with a budget and a baseline."""
-    raise NotImplementedError
+    from exporter.cli import display_gate
+    from exporter.gate import outputs
+    from exporter.gate.gate import gate as judge_bundle
+
+    with display.progress() as progress:
+        verdict = judge_bundle(args.bundle, args.budget, args.baseline, args.result, progress)
+    if args.junit:
+        outputs.write_junit(verdict, args.junit)
+    if args.markdown:
+        outputs.write_markdown(verdict, args.bundle.name, args.markdown)
+    display_gate.print_verdict(verdict, args.json)
+    return SUCCESS if verdict.passed else CHECK_FAILED
 
 
 def count(args: argparse.Namespace) -> int:
@@ -38,7 +49,13 @@ def count(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Write a report on bundles."""
-    raise NotImplementedError
+    from exporter.cli import display_models
+    from exporter.report.write import write_report
+
+    with display.Clock() as clock:
+        written = write_report(args.bundles, args.output, args.markdown, args.result)
+    display_models.print_report(written, clock, args.json)
+    return SUCCESS
 
 
 def publish(args: argparse.Namespace) -> int:

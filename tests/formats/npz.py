@@ -147,5 +147,9 @@ def usage(target: Target) -> str:
     return f"numpy reads `{FILE_NAME}`."
 
 
+def interpreted(target: Target) -> bool:
+    return False
+
+
 def packages(target: Target) -> tuple[str, ...]:
     return ("numpy",)
