@@ -65,8 +65,14 @@ def report(args: argparse.Namespace) -> int:
 
 
 def publish(args: argparse.Namespace) -> int:
-    """Publish a bundle."""
-    raise NotImplementedError
+    """Publish a bundle to a folder, an OCI registry or the model hub."""
+    from exporter.cli import display_publishing
+    from exporter.publishing.publish import publish as publish_bundle
+
+    with display.progress() as progress:
+        published = publish_bundle(args.bundle, args.to, args.yes, progress, args.overwrite)
+    display_publishing.print_published(published, args.json)
+    return SUCCESS
 
 
 #: The commands, in the order of the help.
