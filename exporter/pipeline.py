@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from exporter.backends import Target, backend
 from exporter.backends import names as backend_names
+from exporter.bundle.archive import opened
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.artifact import (
     FinishedArtifact,
@@ -33,6 +35,7 @@ from exporter.bundle.bundle import (
 from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
 from exporter.bundle.manifest import MANIFEST as BUNDLE_MANIFEST
 from exporter.bundle.manifest import bundle_identity
+from exporter.bundle.signature import Signer
 from exporter.calibration.quantize import (
     QuantizationInputs,
     join_distillation,
@@ -67,6 +70,7 @@ from exporter.verification.checks import (
     check_bundle_files,
     check_quantized,
     check_quantized_files,
+    check_signature,
 )
 from exporter.verification.kept import check_or_find, verification_stage
 from exporter.verification.models import check_models
@@ -304,18 +308,40 @@ def verify(
     *,
     source: Checkpoint | None = None,
     quick: bool = False,
+    signer: Signer | None = None,
 ) -> list[Check]:
-    """All checks of a finished bundle, or of a quantized checkpoint.
+    """All checks of a finished bundle, as a folder or an archive, or of a quantized checkpoint.
 
     With `source`, the quantized checkpoint is compared with the checkpoint that it was made from.
-    With `quick`, artifacts are not derived again. Raises InputError for a path that is neither.
+    With `quick`, artifacts are not derived again. With `signer`, the bundle must be signed by it.
+    Raises InputError for a path that is neither.
     """
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(opened(path, partial(progress, "unpack")))
+        except InputError as error:
+            if not path.is_file():
+                raise
+            return [Check("archive", None, error.subject, False, 1, 0, error.problem)]
+        return _verify(folder, progress, text, source, quick, signer)
+
+
+def _verify(
+    path: Path,
+    progress: Progress,
+    text: Path | None,
+    source: Checkpoint | None,
+    quick: bool,
+    signer: Signer | None,
+) -> list[Check]:
     if (path / QUANTIZED_MANIFEST).is_file() and not is_bundle(path):
+        if signer is not None:
+            raise InputError("--key", f"is for a bundle; {path} is a quantized checkpoint")
         quantized = open_quantized(path)
         checks = check_quantized_files(quantized) + check_quantized_manifest(quantized)
         checks += check_quantized(quantized)
         return checks + (check_source(quantized, source, None, progress) if source else [])
-    files = check_bundle_files(path)
+    files = check_bundle_files(path) + check_signature(path, signer)
     try:
         bundle = open_bundle(path)
     except InputError as error:

@@ -31,7 +31,7 @@ LAYERS = (
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "gate", "packaging", "profiling"},
+    {"counting", "derivation", "forecast", "gate", "packaging", "profiling", "report"},
     {"pipeline"},
     {"cli"},
     {"__main__"},
@@ -440,6 +440,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("predict", ["config", "schemes", "target"]),
         ("integers", ["config", "schemes", "target"]),
         ("portable", ["target"]),
+        ("interpreted", ["target"]),
         ("packages", ["target"]),
     ],
 )

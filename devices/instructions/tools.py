@@ -80,9 +80,7 @@ def missing() -> dict[str, str]:
 
 
 def _compile(architecture: str, source: str, out: Path, *options: str) -> None:
-    runner.compile_for(
-        architecture, "gcc", "-O2", *options, str(SOURCES / source), "-o", str(out)
-    )
+    runner.compile_for(architecture, "gcc", "-O2", *options, str(SOURCES / source), "-o", str(out))
 
 
 def _emulator() -> str:

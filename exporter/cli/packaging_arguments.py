@@ -113,6 +113,15 @@ def _count_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _report_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundles", metavar="BUNDLE", type=Path, nargs="+", help=_BUNDLE)
+    result_argument(sub, "a measurement to show beside those in the bundles; can be repeated")
+    sub.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="FILE",
+        help="the HTML page; an earlier file is replaced",
+    )  # fmt: skip
+    sub.add_argument(
+        "--markdown", type=Path, metavar="FILE",
+        help="also write the tables as Markdown; an earlier file is replaced",
+    )  # fmt: skip
 
 
 def _publish_arguments(sub: argparse.ArgumentParser) -> None:

@@ -49,7 +49,13 @@ def count(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Write a report on bundles."""
-    raise NotImplementedError
+    from exporter.cli import display_models
+    from exporter.report.write import write_report
+
+    with display.Clock() as clock:
+        written = write_report(args.bundles, args.output, args.markdown, args.result)
+    display_models.print_report(written, clock, args.json)
+    return SUCCESS
 
 
 def publish(args: argparse.Namespace) -> int:

@@ -143,5 +143,9 @@ def integers(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target)
     return False
 
 
+def interpreted(target: Target) -> bool:
+    return False
+
+
 def packages(target: Target) -> tuple[str, ...]:
     return ("numpy",)

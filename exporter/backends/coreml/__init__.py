@@ -8,6 +8,7 @@ without Core ML, with `operators`. `inspection` shows the content of any package
 compares two.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -135,6 +136,12 @@ def packages(target: Target) -> tuple[str, ...]:
 def portable(target: Target) -> bool:
     """No: Core ML has no runner with a subset of its operators."""
     return False
+
+
+def interpreted(target: Target) -> bool:
+    """Whether `load` runs the artifact in the reference interpreter: unless this is a Mac and the
+    artifact gives logits."""
+    return sys.platform != "darwin" or target.output != "logits"
 
 
 def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> bool:

@@ -10,6 +10,7 @@ decodes the weights that it finds there, and `comparison` compares two programs.
 ``delegate=coreml`` the program is one call: see `coreml_delegate`.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,12 @@ def packages(target: Target) -> tuple[str, ...]:
 def portable(target: Target) -> bool:
     """Whether attention uses core operators only; ``custom_sdpa`` is not one."""
     return target.attention == "portable"
+
+
+def interpreted(target: Target) -> bool:
+    """Whether `load` runs the artifact in the reference interpreter: with the Core ML delegate,
+    unless this is a Mac."""
+    return target.delegate != "xnnpack" and sys.platform != "darwin"
 
 
 def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> bool:

@@ -80,6 +80,11 @@ def portable(target: Target) -> bool:
     return False
 
 
+def interpreted(target: Target) -> bool:
+    """No: ONNX Runtime runs here."""
+    return False
+
+
 def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> bool:
     """ONNX Runtime's own operators multiply integers, unless a weight is float."""
     multiplied = [scheme for name, scheme in schemes.items() if config.is_multiplied(name)]
