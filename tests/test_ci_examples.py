@@ -156,6 +156,17 @@ def test_gitlab_has_the_same_matrix(workflow: dict[str, Any], gitlab: dict[str, 
         assert (ROOT / "recipes" / f"{row['recipe']}.yaml").is_file()
 
 
+def test_what_is_installed_is_what_the_tests_use(workflow: dict[str, Any]) -> None:
+    """The step that the test does not run names packages that there are."""
+    (script,) = [s["run"] for s in steps(workflow, "model") if s.get("id") in INSTALLS]
+    tools = re.search(r"needed=\((.*)\)", (ROOT / "tests" / "tools.sh").read_text())
+    packages = re.search(r"--no-install-recommends (.*)", script)
+    assert tools and packages and set(packages[1].split()) <= set(tools[1].split())
+    extras = re.search(r"\[(.*)\]", script)
+    known = re.findall(r"^([\w-]+) =$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert extras and set(extras[1].split(",")) <= set(known)
+
+
 def test_the_cache_is_found_and_kept_by_the_same_name(workflow: dict[str, Any]) -> None:
     caches = [step for step in steps(workflow, "model") if "actions/cache" in step.get("uses", "")]
     restored, _, saved = (step["with"] for step in caches)
