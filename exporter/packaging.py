@@ -23,6 +23,7 @@ from exporter.bundle.bundle import (
 )
 from exporter.bundle.manifest import IDENTITY, MANIFEST
 from exporter.bundle.results import RESULTS, check_belongs, read_result
+from exporter.bundle.signature import sign, sign_keyless
 from exporter.errors import InputError
 from exporter.files import check_apart, check_folder, claim_folder, copy_file
 from exporter.progress import Progress
@@ -136,6 +137,10 @@ def _folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def _sign(folder: Path, request: Request) -> None:
     """Sign the folder as the request says, if it does."""
+    if request.private_key is not None:
+        sign(folder, request.private_key)
+    elif request.keyless:
+        sign_keyless(folder)
 
 
 def _size(out: Path, folder: Path) -> int:

@@ -23,14 +23,18 @@ DEVICES = ROOT / "devices"
 LAYERS = (
     {"errors"},
     {
-        "child_process", "files", "foreign", "progress", "settings", "tensors", "yaml_reader",
+        "child_process", "files", "foreign", "progress", "settings", "stages", "tensors",
+        "yaml_reader",
     },
     {"model", "text"},
     {"quantization"},
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "packaging", "profiling", "report"},
+    {
+        "counting", "derivation", "forecast", "gate", "packaging", "profiling", "publishing",
+        "report",
+    },
     {"pipeline"},
     {"cli"},
     {"__main__"},
@@ -439,7 +443,9 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("predict", ["config", "schemes", "target"]),
         ("integers", ["config", "schemes", "target"]),
         ("portable", ["target"]),
+        ("interpreted", ["target"]),
         ("packages", ["target"]),
+        ("usage", ["target"]),
     ],
 )
 def test_every_backend_has_the_same_functions(

@@ -124,7 +124,7 @@ def test_export_verify_and_generate_work_one_after_the_other(
 ) -> None:
     out = tmp_path / "bundle"
     exported = run(capsys, "export", RECIPE, "--checkpoint", nano, "-o", out, "--json").json
-    assert set(exported) == RESULT_KEYS | {"passed", "checks"}
+    assert set(exported) == RESULT_KEYS | {"passed", "checks", "stages", "damaged_stages"}
     assert exported["passed"] is True
     verified = run(capsys, "verify", out, "--json").json
     assert set(verified) == {"passed", "checks"}

@@ -15,7 +15,9 @@ from devices.instructions.tools import SHORT, binutil
 from devices.transports.client import run_client
 
 #: A line of ``readelf -SW``: name, address, offset in the file, size; then flags.
-_SECTION = re.compile(r"\s*\[ *\d+\] (\S+) +PROGBITS +([0-9a-f]+) ([0-9a-f]+) ([0-9a-f]+) [0-9a-f]+ +(\w+)")
+_SECTION = re.compile(
+    r"\s*\[ *\d+\] (\S+) +PROGBITS +([0-9a-f]+) ([0-9a-f]+) ([0-9a-f]+) [0-9a-f]+ +(\w+)"
+)
 #: A line of ``nm -S`` for a function: address, size where it is known, type, name.
 _SYMBOL = re.compile(r"([0-9a-f]+) (?:([0-9a-f]+) )?[TtWwi] (.+)")
 _LONGEST = 2000

@@ -36,7 +36,7 @@ _KINDS = {
     tarfile.FIFOTYPE: "is a pipe",
     tarfile.GNUTYPE_SPARSE: "is a sparse file",
 }
-_FOREIGN = "has a header that mobilellm package does not write"
+_FOREIGN = "has a header that mobilellm package does not write, or is damaged"
 
 
 def write(

@@ -33,7 +33,7 @@ _MODE = stat.S_IFREG | 0o644
 _DATE = 1 << 5 | 1
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 0x1, 0x8, 0x800
 _NAME_BYTES, _CHUNK = 1024, 1 << 20
-_FOREIGN = "has a header that mobilellm package does not write"
+_FOREIGN = "has a header that mobilellm package does not write, or is damaged"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from exporter.errors import InputError
 from exporter.files import (
     Output,
     copy_file,
-    differing_files,
-    made_from,
+    is_finished,
     package_versions,
     read_json,
     sha256,
@@ -94,10 +93,8 @@ def write_artifact(
     quantized: QuantizedCheckpoint, target: Target, identity: Mapping[str, Any], out: Path
 ) -> FinishedArtifact:
     """Lower into `out`; a complete artifact of the same identity is opened instead."""
-    if made_from(out / MANIFEST, identity):
-        hashes = read_json(out / MANIFEST)["files"]
-        if not differing_files(out, hashes):
-            return open_artifact(out)
+    if is_finished(out / MANIFEST, identity):
+        return open_artifact(out)
     (out / MANIFEST).unlink(missing_ok=True)
     module = backend(target.target)
     written = list(module.lower(quantized, target, out).files)

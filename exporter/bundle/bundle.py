@@ -39,7 +39,7 @@ from exporter.files import (
     replacing,
     sha256,
 )
-from exporter.foreign import is_plain_name, read_bytes
+from exporter.foreign import COMPANION_BYTES, is_plain_name, read_bytes
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 
@@ -106,7 +106,9 @@ def derived_files(folder: Path, manifest: BundleManifest) -> dict[str, bytes]:
     results = {name: read_result(folder / name) for name in measured}
     for name, result in results.items():
         check_belongs(result, manifest, folder / name)
-    derived = documents(manifest, results)
+    licence = manifest.licence.files if manifest.licence else []
+    derived = {name: read_bytes(folder / QUANTIZED / name, COMPANION_BYTES) for name in licence}
+    derived |= documents(manifest, results)
     entries = {name: entry_of(content) for name, content in derived.items()}
     files = dict(sorted({**manifest.files, **entries}.items()))
     whole = manifest.model_copy(update={"files": files})

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 from exporter.bundle.manifest import BundleManifest
 from exporter.bundle.results import Result
+from exporter.model.licence import LICENCE_FILES
 
-#: Every document that a bundle may have.
-DOCUMENTS: tuple[str, ...] = ()
+#: The names of the files beside ``manifest.json`` that a bundle may have.
+DOCUMENTS: tuple[str, ...] = LICENCE_FILES
 
 
 def documents(manifest: BundleManifest, results: Mapping[str, Result]) -> dict[str, bytes]:

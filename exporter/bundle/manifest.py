@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
+from exporter.bundle.licence import Licence, effective
 from exporter.errors import InputError
 from exporter.files import read_json, sha256
 from exporter.foreign import is_plain_name
+from exporter.model.licence import LICENCE_FILES, LicenceTerms
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, weight_bytes
 from exporter.settings import FileHashes, Section, Sha256, parse_section, refusal
 
@@ -58,16 +60,6 @@ class ModelSummary(Section):
     vocab_size: int
     context: int
     tied: bool
-
-
-class Licence(Section):
-    """The licence of the checkpoint. `id`, `name` and `link` are `license`, `license_name` and
-    `license_link` of a model card; `files` are the licence files in the bundle."""
-
-    id: str
-    name: str = ""
-    link: str = ""
-    files: list[str] = Field(default_factory=list)
 
 
 def _check_names(files: dict[str, FileEntry]) -> dict[str, FileEntry]:
@@ -139,13 +131,21 @@ def bundle_manifest(
             context=config.max_position_embeddings,
             tied=config.tie_word_embeddings,
         ),
-        "licence": None,
+        "licence": _licence(identity["recipe"], quantized),
         "calibration": calibration,
         "seeds": {} if calibration is None else {"calibration": calibration.get("seed")},
         "weights": weights,
         "files": dict(files),
     }
     return parse_section(BundleManifest, content, MANIFEST)
+
+
+def _licence(recipe: Mapping[str, Any], quantized: QuantizedCheckpoint) -> Licence | None:
+    """The licence of the checkpoint, or else that of the recipe."""
+    given = recipe.get("license")
+    terms = parse_section(LicenceTerms, given, "recipe", "license") if given else None
+    held = [name for name in LICENCE_FILES if name in quantized.manifest["files"]]
+    return effective(quantized.licence, terms, held)
 
 
 def _weights(quantized: QuantizedCheckpoint) -> dict[str, WeightEntry]:

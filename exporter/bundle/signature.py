@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,22 @@ _KEY_BYTES = 1 << 16
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _NEW_KEY = "Make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
 _PUBLIC_KEY = "Get the public key: openssl ec -in key.pem -pubout -out key.pub"
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Who must have signed a bundle: the owner of a public key in PEM, or an `identity` that an
+    `issuer` has confirmed."""
+
+    public_key: Path | None = None
+    identity: str = ""
+    issuer: str = ""
+
+    def findings(self, folder: Path) -> dict[str, str]:
+        """`key_findings` or `identity_findings`."""
+        if self.public_key is not None:
+            return key_findings(folder, self.public_key)
+        return identity_findings(folder, self.identity, self.issuer)
 
 
 def sign(folder: Path, private_key: Path) -> None:

@@ -125,6 +125,16 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="lower to this target of the recipe only; can be repeated",
     )  # fmt: skip
     _text_argument(sub)
+    sub.add_argument(
+        "--stages", type=Path, metavar="DIR",
+        help="find finished stages of earlier exports in this folder, and keep this one's there; "
+        "exports can share it",
+    )  # fmt: skip
+    sub.add_argument(
+        "--prune-stages", type=float, metavar="DAYS",
+        help="afterwards remove the stages that were not used for so many days (0: that this "
+        "export did not use)",
+    )  # fmt: skip
 
     sub = command(
         "verify", "Verify a bundle: derive every file again, and compare integers and logits",
@@ -133,19 +143,7 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         "byte for byte. The codes and scales decoded from each artifact are compared with the "
         "quantized checkpoint, and the logits of each artifact with the torch reference.",
     )  # fmt: skip
-    sub.add_argument(
-        "bundle", metavar="BUNDLE", type=Path,
-        help="folder from mobilellm export, or a quantized checkpoint",
-    )  # fmt: skip
-    sub.add_argument(
-        "--source", metavar="CHECKPOINT",
-        help="also quantize this checkpoint again and compare it with the quantized checkpoint",
-    )  # fmt: skip
-    sub.add_argument(
-        "--quick", action="store_true",
-        help="do not derive the artifacts again: compare hashes, manifests, integers and logits",
-    )  # fmt: skip
-    _text_argument(sub)
+    _verify_arguments(sub)
 
     sub = command(
         "evaluate", "Measure the quality of a model on text and on problems",
@@ -203,6 +201,31 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     command("recipes", "List the recipes that come with the tool", "mobilellm recipes")
     command("doctor", "Show which required and optional packages are installed", "mobilellm doctor")
     return parser
+
+
+def _verify_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "bundle", metavar="BUNDLE", type=Path,
+        help="folder or archive of a bundle, or a quantized checkpoint",
+    )  # fmt: skip
+    sub.add_argument(
+        "--key", type=Path, metavar="FILE",
+        help="require the signature of the owner of this public key (PEM)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--identity", default="", metavar="NAME",
+        help="require a keyless signature of this identity, such as an e-mail address",
+    )  # fmt: skip
+    sub.add_argument("--issuer", default="", metavar="URL", help="who has confirmed the --identity")
+    sub.add_argument(
+        "--source", metavar="CHECKPOINT",
+        help="also quantize this checkpoint again and compare it with the quantized checkpoint",
+    )  # fmt: skip
+    sub.add_argument(
+        "--quick", action="store_true",
+        help="do not derive the artifacts again: compare hashes, manifests, integers and logits",
+    )  # fmt: skip
+    _text_argument(sub)
 
 
 def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
@@ -308,7 +331,8 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
 def _model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "path", metavar="PATH",
-        help="a checkpoint (folder or hub id), a quantized checkpoint, an artifact or a bundle",
+        help="a checkpoint (folder or hub id), a quantized checkpoint, an artifact, or a bundle, "
+        "also as an archive",
     )  # fmt: skip
     sub.add_argument(
         "--target", metavar="NAME", help="the artifact of a bundle (default: its first one)"

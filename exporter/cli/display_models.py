@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # they load torch
     from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
     from exporter.recipe import Recipe
     from exporter.report.write import Written
+    from exporter.stages import Stages
 
 _ROUNDING = {
     "float32": "exact",
@@ -145,11 +146,15 @@ def print_artifact(
     return 0
 
 
-def print_export(result: "Export", path: Path, clock: Clock, as_json: bool) -> None:
-    """Print the sizes of a bundle's parts, and its checks."""
+def print_export(
+    result: "Export", path: Path, pruned: int | None, clock: Clock, as_json: bool
+) -> None:
+    """Print the sizes of a bundle's parts, what happened to each stage, and the checks. `pruned` is
+    the number of stages that were removed from the store."""
     sizes = {
         name: folder_bytes(finished.artifact.path) for name, finished in result.artifacts.items()
     }
+    stages = result.stages
     if as_json:
         display.print_json(
             {
@@ -157,17 +162,37 @@ def print_export(result: "Export", path: Path, clock: Clock, as_json: bool) -> N
                 "passed": result.bundle is not None,
                 "bytes": sizes,
                 "float_weights": float_weights(result.quantized),
+                "stages": stages.results,
+                "damaged_stages": stages.damaged,
                 "checks": [asdict(check) for check in result.checks],
+                **({} if pruned is None else {"pruned_stages": pruned}),
                 **clock.figures(),
             }
         )
         return
     facts = {"quantized": megabytes(folder_bytes(result.quantized.path))}
     facts |= {name: megabytes(size) for name, size in sizes.items()}
-    print_facts(str(path), facts | float_facts(result.quantized) | clock.facts())
+    facts |= float_facts(result.quantized) | _stage_facts(stages)
+    if pruned is not None:
+        facts["pruned"] = f"{pruned} stages of {stages.folder}"
+    print_facts(str(path), facts | clock.facts())
     print_checks(result.checks)
     if result.bundle is None:
         display.err.print("[bold red]no bundle:[/] a check failed")
+
+
+def _stage_facts(stages: "Stages") -> dict[str, str]:
+    """The stages by what happened to them, and what was damaged in the store."""
+    groups = dict[str, list[str]]()
+    for stage, happened in stages.results.items():
+        groups.setdefault(happened, []).append(stage)
+    facts = {happened: ", ".join(names) for happened, names in groups.items()}
+    if "found" in facts:
+        facts["found"] += f" (in {stages.folder})"
+    if groups.keys() == {"unchanged"}:
+        facts["unchanged"] += ": every file has its hash, and nothing was done"
+    damaged = (f"{stage} was made again ({why})" for stage, why in stages.damaged.items())
+    return facts | ({"damaged": "; ".join(damaged)} if stages.damaged else {})
 
 
 def print_packaged(packaged: "Packaged", clock: Clock, as_json: bool) -> None:

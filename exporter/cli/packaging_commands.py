@@ -7,7 +7,7 @@ code.
 import argparse
 
 from exporter.cli import display
-from exporter.cli.exit_codes import SUCCESS
+from exporter.cli.exit_codes import CHECK_FAILED, SUCCESS
 
 
 def package(args: argparse.Namespace) -> int:
@@ -28,12 +28,29 @@ def package(args: argparse.Namespace) -> int:
 
 def gate(args: argparse.Namespace) -> int:
     """Compare a bundle with a budget and a baseline."""
-    raise NotImplementedError
+    from exporter.cli import display_gate
+    from exporter.gate import outputs
+    from exporter.gate.gate import gate as judge_bundle
+
+    with display.progress() as progress:
+        verdict = judge_bundle(args.bundle, args.budget, args.baseline, args.result, progress)
+    if args.junit:
+        outputs.write_junit(verdict, args.junit)
+    if args.markdown:
+        outputs.write_markdown(verdict, args.bundle.name, args.markdown)
+    display_gate.print_verdict(verdict, args.json)
+    return SUCCESS if verdict.passed else CHECK_FAILED
 
 
 def count(args: argparse.Namespace) -> int:
     """Count the instructions of an Arm CPU."""
-    raise NotImplementedError
+    from exporter import counting
+    from exporter.cli import display_count
+
+    request = counting.Request(args.target, args.cpu, args.depth, args.prompt, args.output)
+    with display.progress() as progress:
+        counts = counting.count(args.bundle, request, progress)
+    return display_count.print_count(counts, args.json)
 
 
 def report(args: argparse.Namespace) -> int:
@@ -48,8 +65,14 @@ def report(args: argparse.Namespace) -> int:
 
 
 def publish(args: argparse.Namespace) -> int:
-    """Publish a bundle."""
-    raise NotImplementedError
+    """Publish a bundle to a folder, an OCI registry or the model hub."""
+    from exporter.cli import display_publishing
+    from exporter.publishing.publish import publish as publish_bundle
+
+    with display.progress() as progress:
+        published = publish_bundle(args.bundle, args.to, args.yes, progress, args.overwrite)
+    display_publishing.print_published(published, args.json)
+    return SUCCESS
 
 
 #: The commands, in the order of the help.

@@ -18,7 +18,7 @@ from exporter.files import (
     Output,
     copy_file,
     differing_files,
-    made_from,
+    is_finished,
     package_versions,
     read_json,
     sha256,
@@ -168,10 +168,7 @@ def write_quantized(
 
 def finished_quantized(out: Path, identity: Mapping[str, Any]) -> QuantizedCheckpoint | None:
     """The quantized checkpoint in `out` if it is complete and has this identity, else None."""
-    if not made_from(out / MANIFEST, identity):
-        return None
-    hashes = read_json(out / MANIFEST)["files"]
-    return None if differing_files(out, hashes) else open_quantized(out)
+    return open_quantized(out) if is_finished(out / MANIFEST, identity) else None
 
 
 def quantized_identity(

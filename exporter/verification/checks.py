@@ -10,12 +10,14 @@ from pathlib import Path
 
 from exporter.bundle.bundle import (
     CHECKSUMS,
+    SIGNATURES,
     file_problems,
     is_bundle,
     open_bundle,
     read_checksums,
     tree,
 )
+from exporter.bundle.signature import Signer
 from exporter.errors import InputError
 from exporter.files import differing_files
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
@@ -60,6 +62,21 @@ def check_bundle_files(path: Path) -> list[Check]:
         return _file_checks(read_checksums(path), file_problems(path))
     except InputError as error:  # SHA256SUMS itself is damaged
         return [Check("files", None, CHECKSUMS, False, 1, 0, error.problem)]
+
+
+def check_signature(path: Path, signer: Signer | None) -> list[Check]:
+    """Whether the signer signed the files of this bundle; one check per signature and per file that
+    contradicts it. Without a signer, one check that has no limit tells whether there is a
+    signature. Raises InputError for a key that cannot be used."""
+    if signer is not None:
+        found = signer.findings(path)
+        return [
+            Check("signature", None, name, not problem, bool(problem), 0, problem)
+            for name, problem in found.items()
+        ]
+    signed = [name for name in SIGNATURES if (path / name).is_file()]
+    note = "is not checked: --key gives the public key of the signer"
+    return [Check("signature", None, name, True, 0, None, note) for name in signed]
 
 
 def _file_checks(names: Iterable[str], problems: Mapping[str, str]) -> list[Check]:
