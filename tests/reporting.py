@@ -35,9 +35,10 @@ def hashes(manifest: BundleManifest, folder: str, *names: str) -> dict[str, str]
 
 
 def evaluation(
-    manifest: BundleManifest, target: str | None, kl: float, **figures: Any
+    manifest: BundleManifest, target: str | None, divergence: float, **figures: Any
 ) -> dict[str, Any]:
     """An evaluation with KL by position, and by layer for the quantized checkpoint (None)."""
+    kl = divergence
     layers = ["model.embed_tokens", *(f"model.layers.{n}" for n in range(manifest.model.layers))]
     bands = [
         {"first": a, "last": z, "perplexity": 1.6, "kl": kl * (1 + place / 4),
@@ -76,7 +77,8 @@ def session(
     rounds = [
         [
             {"phase": "load", "ms": [20.0 + repeat], "memory": memory},
-            {"phase": "prefill", "tokens": 64, "ms": [10 * milliseconds + repeat], "memory": memory},
+            {"phase": "prefill", "tokens": 64, "memory": memory,
+             "ms": [10 * milliseconds + repeat]},
             *(
                 {"phase": "decode", "depth": depth, "memory": memory,
                  "ms": [milliseconds * (1 + (7 * step + repeat) % 5 / 50) for step in range(8)]}

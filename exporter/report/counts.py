@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from exporter.errors import printable
 from exporter.report.blocks import Figure, Missing, Section, Table
 from exporter.report.plots import Bar, Style, Text, bars
 from exporter.report.reproduce import count_command
@@ -14,6 +13,8 @@ from exporter.report.values import count, number, share
 
 #: Counted phases of a page: more cannot be read.
 _MOST = 40
+#: Phases whose functions are shown.
+_PLOTS = 12
 #: Functions in a plot and in a table; the rest is one row.
 _DRAWN, _LISTED = 8, 30
 _AXIS = "million instructions a token (no time)"
@@ -32,7 +33,7 @@ class Counted:
     @property
     def label(self) -> str:
         """What was counted."""
-        return f"{self.subject.case(self.target)}, {printable(self.cpu)}, {self.phase}"
+        return f"{self.subject.case(self.target)}, {self.cpu}, {self.phase}"
 
 
 def counted(subjects: Sequence[Subject]) -> list[Counted]:
@@ -54,12 +55,17 @@ def instructions(subjects: Sequence[Subject]) -> Section:
     """The section: totals, then the functions of each phase."""
     found = counted(subjects)
     figures = [_totals(found)] if found else []
-    figures += [_functions(one, place) for place, one in enumerate(found)]
+    figures += [_functions(one, place) for place, one in enumerate(found[:_PLOTS])]
     notes = [
         "Counted under emulation: the same in every run, whatever else the machine does. A count "
         "is not a time: instructions differ in cost, and memory is not modelled. “prefill 64 → "
         "128” is a prompt of 128 tokens less one of 64; “decode at 16” starts with 16 tokens in "
-        "the cache."
+        "the cache.",
+        *(
+            [f"The functions of {len(found) - _PLOTS} more are left out."]
+            if len(found) > _PLOTS
+            else []
+        ),
     ]
     missing = [
         Missing(f"{subject.title}: no instructions are counted.", [count_command()])
@@ -120,7 +126,7 @@ def _functions(one: Counted, place: int) -> Figure:
         _AXIS,
     )
     listed = [
-        (_name(row), printable(row["library"]), count(row["per_token"]), share(_part(row, total)))
+        (_name(row), row["library"], count(row["per_token"]), share(_part(row, total)))
         for row in rows[:_LISTED]
     ]
     note = f"{len(rows) - _LISTED} more functions are left out." if len(rows) > _LISTED else ""
@@ -130,7 +136,7 @@ def _functions(one: Counted, place: int) -> Figure:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return printable(f"near {row['function']}" if row["near"] else row["function"])
+    return f"near {row['function']}" if row["near"] else row["function"]
 
 
 def _part(row: Mapping[str, Any], total: float) -> float | None:
@@ -144,8 +150,8 @@ def _emulators(subjects: Sequence[Subject]) -> Table:
             runner = content["runner"]
             versions = ", ".join(f"{k} {v}" for k, v in runner["versions"].items())
             rows.append(
-                (subject.case(content["target"]), printable(content["emulator"]),
-                 printable(f"{runner['name']} ({versions})"), count(content["context"]))
+                (subject.case(content["target"]), content["emulator"],
+                 f"{runner['name']} ({versions})", count(content["context"]))
             )  # fmt: skip
     columns = ("model", "emulator", "runner", "context (tokens)")
     return Table("Emulators and runners", columns, list(dict.fromkeys(rows)), 3)

@@ -55,7 +55,7 @@ def reproduce(subjects: Sequence[Subject]) -> Section:
     commands, tables = list[str](), list[Table]()
     for subject in subjects:
         if subject.letter:
-            commands.append(f"# {subject.title}")
+            commands.append(f"# {printable(subject.title)}")
         commands += [*_making(subject), *dict.fromkeys(_measuring(subject))]
         commands.append(command("package", BUNDLE, "--result", "FILE.json", "-o", "NEW.tar.zst"))
         tables += [_inputs(subject), _versions(subject)]
@@ -110,17 +110,11 @@ def _same(made: Recipe, kinds: Sequence[str], wanted: Mapping[str, Any]) -> bool
 
 def _differences(key: str, base: Any, wanted: Any) -> Iterator[str]:
     """Overrides that turn one value into the other."""
-    if base == wanted:
-        return
-    if (
-        isinstance(base, dict)
-        and isinstance(wanted, dict)
-        and base.keys() == wanted.keys() != set()
-    ):
-        for part in base:
-            yield from _differences(f"{key}.{part}", base[part], wanted[part])
-        return
-    yield f"{key}={json.dumps(wanted)}" if not _is_word(wanted) else f"{key}={wanted}"
+    if isinstance(base, dict) and isinstance(wanted, dict):
+        for part in {**base, **wanted}:
+            yield from _differences(f"{key}.{part}", base.get(part), wanted.get(part))
+    elif base != wanted:
+        yield f"{key}={wanted if _is_word(wanted) else json.dumps(wanted)}"
 
 
 def _is_word(value: Any) -> bool:
@@ -207,14 +201,14 @@ def _inputs(subject: Subject) -> Table:
             file = mapping(content, key)
             if file:
                 rows.append((f"evaluate --{key}", text(file, "file"), text(file, "sha256")))
-    rows = [(what, printable(name), digest) for what, name, digest in dict.fromkeys(rows)]
+    rows = [(what, name, digest) for what, name, digest in dict.fromkeys(rows)]
     caption = f"SHA-256 of the inputs, {subject.title}"
     return Table(caption, ("input", "file", "SHA-256"), rows, 3, folded=True)
 
 
 def _versions(subject: Subject) -> Table:
-    rows = [(printable(k), printable(v)) for k, v in subject.manifest.versions.items()]
-    rows += [(f"seed of the {printable(k)}", str(v)) for k, v in subject.manifest.seeds.items()]
+    rows = [(k, v) for k, v in subject.manifest.versions.items()]
+    rows += [(f"seed of the {k}", str(v)) for k, v in subject.manifest.seeds.items()]
     caption = f"Versions and seeds, {subject.title}"
     return Table(caption, ("package", "version"), rows, 2, folded=True)
 
@@ -222,7 +216,7 @@ def _versions(subject: Subject) -> Table:
 def _recipe_file(subject: Subject) -> Table:
     """The whole recipe, for the file that the export reads."""
     rows = [
-        (printable(key), printable(json.dumps(value, ensure_ascii=False)))
+        (key, json.dumps(value, ensure_ascii=False))
         for key, value in subject.manifest.recipe.items()
         if key != "name"
     ]

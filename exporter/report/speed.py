@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from exporter.errors import printable
 from exporter.report.blocks import Figure, Missing, Section, Table
 from exporter.report.plots import Bar, Strip, Style, Text, bars, strips
 from exporter.report.reproduce import profile_command
@@ -55,7 +54,7 @@ def device_name(session: Mapping[str, Any]) -> str:
     identity = session["identity"] or {}
     own = str(identity.get("name", ""))
     named = str(session["device"])
-    return printable(named if own in ("", "unknown", named) else f"{named} ({own})")
+    return named if own in ("", "unknown", named) else f"{named} ({own})"
 
 
 def style_of(one: Session) -> Style:
@@ -78,7 +77,8 @@ def speed(subjects: Sequence[Subject]) -> Section:
         "Dots are raw samples; the mark is the median of the repeats, and the bar through it holds "
         "that median with the confidence in the table. Axes begin at zero. Where there are more "
         "samples than a plot can show, those shown are evenly spaced in rank, the smallest and the "
-        "largest among them."
+        "largest among them.",
+        *_left_out(subjects),
     ]
     return Section(
         "speed", "Latency by device", notes if figures else (), figures, tables,
@@ -96,7 +96,7 @@ def _failed(subjects: Sequence[Subject]) -> Iterator[Missing]:
     for one in sessions(subjects):
         session = one[1]
         if session["status"] != "complete":
-            problem = printable(str(session["problem"]))
+            problem = str(session["problem"])
             yield Missing(f"{session_label(one)}: {session['status']}: {problem}", [])
 
 
@@ -207,9 +207,9 @@ def _devices(found: Sequence[Session]) -> Table:
         where = f"{engine['threads']} threads" + (f" on {engine['cores']}" if engine.get("cores")
                                                   else "")  # fmt: skip
         rows.append(
-            (session_label(one), MACHINES[one[1]["kind"]], printable(machine),
-             megabytes(identity["memory_bytes"]), printable(f"{engine['name']} ({versions})"),
-             printable(where))
+            (session_label(one), MACHINES[one[1]["kind"]], machine,
+             megabytes(identity["memory_bytes"]), f"{engine['name']} ({versions})",
+             where)
         )  # fmt: skip
     columns = ("model and device", "how", "machine", "memory", "engine", "threads")
     return Table("Devices and engines", columns, list(dict.fromkeys(rows)), 6)
@@ -259,4 +259,4 @@ def _phases(found: Sequence[Session]) -> Iterator[tuple[str, ...]]:
             sizes = [number(seen, key) for key in ("peak_rss", "anonymous", "file", "pss")]
             if sizes[0] is not None and sizes[0] > 0:
                 shown = (megabytes(None if size is None or size < 0 else size) for size in sizes)
-                yield (session_label(one), printable(phase), *shown)
+                yield (session_label(one), phase, *shown)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from exporter.errors import printable
 from exporter.report.blocks import Table
 from exporter.report.counts import counted
 from exporter.report.quality import evaluated
@@ -52,20 +51,18 @@ def card(subject: Subject) -> Card:
 def _facts(subject: Subject) -> Iterator[tuple[str, str]]:
     manifest = subject.manifest
     model, recipe = manifest.model, manifest.recipe
-    yield "Model", printable(str(recipe.get("model") or model.model_type))
+    yield "Model", str(recipe.get("model") or model.model_type)
     tied = "tied" if model.tied else "untied"
     yield (
         "Architecture",
-        f"{printable(model.model_type)}: {count(model.parameters)} parameters, {model.layers} "
+        f"{model.model_type}: {count(model.parameters)} parameters, {model.layers} "
         f"layers of {count(model.hidden_size)}, vocabulary {count(model.vocab_size)} ({tied})",
     )
     quantization = mapping(recipe, "quantization")
     yield (
         "Weights",
-        printable(
-            f"{quantization.get('linear')} (embedding {quantization.get('embedding')}), "
-            f"method {quantization.get('method')}"
-        ),
+        f"{quantization.get('linear')} (embedding {quantization.get('embedding')}), "
+        f"method {quantization.get('method')}",
     )
     yield "Bits per weight", f"{manifest.bits_per_weight():.2f}, scales included"
     yield "Licence", licence(subject)
@@ -78,7 +75,7 @@ def licence(subject: Subject) -> str:
     if known is None:
         return "not known: the checkpoint names none"
     named = f"{known.id} ({known.name})" if known.name else known.id
-    return printable(f"{named}, {known.link}" if known.link else named)
+    return f"{named}, {known.link}" if known.link else named
 
 
 def _targets(subject: Subject) -> Iterator[str]:
@@ -122,7 +119,7 @@ def _of_target(subject: Subject, target: str) -> Iterator[Headline]:
     for one in entries:
         name = f"Instructions per token, {one.phase}"
         value = f"{one.content['per_token'] / 1e6:,.2f} M"
-        yield Headline(name, value, f"counted, {printable(one.cpu)}")
+        yield Headline(name, value, f"counted, {one.cpu}")
     if not entries:
         yield Headline("Instructions per token", "–", NOT_RUN)
 
@@ -172,7 +169,7 @@ def comparison(subjects: Sequence[Subject]) -> Table:
     merged = [{**fact, **line} for fact, line in zip(facts, figures, strict=True)]
     return Table(
         "The bundles side by side",
-        ("", *(subject.title for subject in subjects)),
+        ("what", *(subject.title for subject in subjects)),
         [(name, *(one.get(name, "–") for one in merged)) for name in names],
         1 + len(subjects),
     )

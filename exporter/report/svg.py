@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from exporter.errors import printable
+
 #: Colours to draw with → the CSS variable that replaces each in the page.
 INK, MUTED, GRID, PAPER = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04"
 SERIES = tuple(f"#0a0b0{number}" for number in range(1, 7))
@@ -106,7 +108,7 @@ def _inline(svg: bytes, name: str, title: str, description: str) -> str:
         [(labels[0], "title", title), (labels[1], "desc", description)]
     ):
         element = ElementTree.Element(tag, {"id": label})
-        element.text = text
+        element.text = printable(text)
         root.insert(0, element)
     return re.sub(r">\s+<", "><", ElementTree.tostring(root, encoding="unicode"))
 

@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from exporter.errors import printable
-
 _SIGNIFICANT = 4
 #: No figure is larger, but a number in JSON may be.
 _LARGEST = 1e18
@@ -26,9 +24,9 @@ def whole(values: Mapping[str, Any], key: str) -> int | None:
 
 
 def text(values: Mapping[str, Any], key: str) -> str:
-    """A printable text, '' for anything else."""
+    """A text, '' for anything else."""
     found = values.get(key)
-    return printable(found) if isinstance(found, str) else ""
+    return found if isinstance(found, str) else ""
 
 
 def mappings(values: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
