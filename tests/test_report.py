@@ -46,6 +46,7 @@ TOPICS = {
     "delegation": "MatMul reached no delegate",
     "instructions": "kai_matmul_int4",
     "float": "a normalization weight, one vector",
+    "figures": "decode after 512",
     "reproduce": "mobilellm export mobilellm-r1-nano-int4 --checkpoint CHECKPOINT -o BUNDLE",
 }
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from exporter.errors import printable
 from exporter.report.blocks import Section
 from exporter.report.counts import instructions
+from exporter.report.gated import gated
 from exporter.report.operators import delegation, operators
 from exporter.report.quality import by_layer, by_position, quality
 from exporter.report.reproduce import reproduce
@@ -22,7 +23,7 @@ from exporter.report.weights import float_weights
 #: Every topic after the summary, in the order of the page.
 TOPICS = (
     sizes, quality, by_layer, by_position, speed, memory, operators, delegation, instructions,
-    float_weights, reproduce,
+    float_weights, gated, reproduce,
 )  # fmt: skip
 
 
