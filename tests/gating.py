@@ -75,7 +75,14 @@ def profile(
         "features": [], "governors": [], "temperatures": {},
     }  # fmt: skip
     operators = [
-        {"name": "MatMul", "calls": 1, "milliseconds": 1, "share": 1, "delegate": "", "product": True}
+        {
+            "name": "MatMul",
+            "calls": 1,
+            "milliseconds": 1,
+            "share": 1,
+            "delegate": "",
+            "product": True,
+        }
     ]
     engine = {"name": "onnxruntime-python", "versions": {}, "threads": 4, "cores": "4-7"}
     engine |= {k.removeprefix("engine_"): v for k, v in changes.items() if k.startswith("engine_")}

@@ -23,6 +23,7 @@ from exporter.bundle.results import EVALUATION, PROFILE, Result
 from exporter.errors import InputError
 from exporter.files import json_bytes
 
+BILL_OF_MATERIALS = "mlbom.cdx.json"
 _MODEL, _CHECKPOINT = "model", "checkpoint"
 _WEIGHTS = "quantized/quantized.safetensors"
 #: The figures of an evaluation that describe the model.
