@@ -31,7 +31,10 @@ LAYERS = (
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "gate", "packaging", "profiling"},
+    {
+        "counting", "derivation", "forecast", "gate", "packaging", "profiling", "publishing",
+        "report",
+    },
     {"pipeline"},
     {"cli"},
     {"__main__"},
@@ -440,7 +443,9 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("predict", ["config", "schemes", "target"]),
         ("integers", ["config", "schemes", "target"]),
         ("portable", ["target"]),
+        ("interpreted", ["target"]),
         ("packages", ["target"]),
+        ("usage", ["target"]),
     ],
 )
 def test_every_backend_has_the_same_functions(

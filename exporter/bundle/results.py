@@ -10,47 +10,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from devices import instructions
 from devices import report as profiles
 from devices.errors import DeviceError
+from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
+from exporter.bundle.evaluation_schema import Evaluation
 from exporter.bundle.manifest import BundleManifest
 from exporter.errors import InputError, short
 from exporter.foreign import read_json
-from exporter.settings import FileHashes, Section, Sha256, parse_section
+from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
+from exporter.settings import parse_section
 
 #: The folder of the measurements in a bundle.
 RESULTS = "results"
 #: The largest file of a measurement, in bytes: raw samples of many devices.
 RESULT_BYTES = 32 << 20
 EVALUATION, PROFILE, INSTRUCTIONS = "evaluation", "profile", "instructions"
-
-
-class DataFile(Section):
-    """The plain name and the SHA-256 of a file of texts or problems."""
-
-    file: str
-    sha256: Sha256
-
-
-class Evaluation(Section):
-    """The content of a measurement by ``mobilellm evaluate``.
-
-    `files` has the hashes of the artifact's files, or of the quantized checkpoint's where `target`
-    is None; `reference` those of the reference checkpoint.
-    """
-
-    result: Literal["evaluation"]
-    schema_version: Literal[1]
-    target: str | None
-    files: FileHashes
-    data: DataFile | None
-    task: DataFile | None
-    reference: FileHashes | None
-    settings: dict[str, Any]
-    versions: dict[str, str]
-    figures: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -103,7 +80,11 @@ def _schema_of(path: Path) -> Iterator[None]:
 
 
 def check_belongs(result: Result, manifest: BundleManifest, subject: object) -> None:
-    """Raise InputError unless every file that was measured is in the bundle as it was."""
+    """Raise InputError unless every file that was measured is in the bundle as it was.
+
+    An evaluation names every file of its folder but the manifest there: a model with the tokenizer
+    of another one would agree in some of them.
+    """
     for target, hashes in result.measured():
         folder = target or "quantized"
         for name, found in hashes.items():
@@ -116,3 +97,8 @@ def check_belongs(result: Result, manifest: BundleManifest, subject: object) -> 
                 )
         if not hashes:
             raise InputError(subject, f"names no file of {folder}", "Measure this bundle again")
+        named = {f"{folder}/{name}" for name in (*hashes, ARTIFACT_MANIFEST, QUANTIZED_MANIFEST)}
+        others = (name for name in manifest.files if name.startswith(f"{folder}/"))
+        left_out = next((name for name in others if name not in named), None)
+        if result.kind == EVALUATION and left_out is not None:
+            raise InputError(subject, f"does not name {left_out}", "Measure this bundle again")

@@ -331,7 +331,8 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
 def _model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "path", metavar="PATH",
-        help="a checkpoint (folder or hub id), a quantized checkpoint, an artifact or a bundle",
+        help="a checkpoint (folder or hub id), a quantized checkpoint, an artifact, or a bundle, "
+        "also as an archive",
     )  # fmt: skip
     sub.add_argument(
         "--target", metavar="NAME", help="the artifact of a bundle (default: its first one)"

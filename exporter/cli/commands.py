@@ -7,6 +7,7 @@ return the exit code.
 import argparse
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,12 +129,17 @@ def _signer(args: argparse.Namespace) -> "Signer | None":
 def evaluate(args: argparse.Namespace) -> int:
     """Measure the quality of a model."""
     from exporter.evaluation import measure
+    from exporter.inference.loaded_model import opened_source
 
     measures = measure.Measures(
         **{field.name: getattr(args, field.name) for field in fields(measure.Measures)}
     )
-    with display.progress() as progress, display.Clock() as clock:
-        evaluation = measure.evaluate(args.path, args.target, measures, progress)
+    with (
+        display.progress() as progress,
+        display.Clock() as clock,
+        opened_source(args.path, partial(progress, "unpack")) as source,
+    ):
+        evaluation = measure.evaluate(source, args.target, measures, progress)
     return display_models.print_evaluation(args.path, evaluation, args.output, clock, args.json)
 
 
@@ -141,11 +147,13 @@ def generate(args: argparse.Namespace) -> int:
     """Generate text with a model."""
     from exporter.inference.answer import begin_answer
     from exporter.inference.generation import Sampling
+    from exporter.inference.loaded_model import opened_source
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     prompt = _standard_input() if args.prompt == "-" else args.prompt
-    answer = begin_answer(args.path, args.target, prompt, sampling, args.raw, args.system)
-    return display_models.print_answer(answer, args.json)
+    with opened_source(args.path) as source:
+        answer = begin_answer(source, args.target, prompt, sampling, args.raw, args.system)
+        return display_models.print_answer(answer, args.json)
 
 
 def _standard_input() -> str:

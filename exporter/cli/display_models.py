@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # they load torch
     from exporter.pipeline import Export
     from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
     from exporter.recipe import Recipe
+    from exporter.report.write import Written
     from exporter.stages import Stages
 
 _ROUNDING = {
@@ -203,6 +204,18 @@ def print_packaged(packaged: "Packaged", clock: Clock, as_json: bool) -> None:
     signed = "yes" if packaged.signed else "no (--sign KEY signs it)"
     facts = {"size": megabytes(packaged.bytes), "files": f"{len(packaged.files):,}"}
     print_facts(str(packaged.path), facts | {"signed": signed} | clock.facts())
+
+
+def print_report(written: "Written", clock: Clock, as_json: bool) -> None:
+    """Print what a report was written to, and its size."""
+    if as_json:
+        content = {"path": str(written.page), "bytes": written.bytes, "bundles": written.bundles}
+        markdown = None if written.markdown is None else str(written.markdown)
+        display.print_json({**content, "markdown": markdown, **clock.figures()})
+        return
+    facts = {"size": megabytes(written.bytes), "bundles": ", ".join(written.bundles)}
+    facts |= {} if written.markdown is None else {"markdown": str(written.markdown)}
+    print_facts(str(written.page), facts | clock.facts())
 
 
 def print_verification(checks: Sequence[Any], passed: bool, as_json: bool) -> None:

@@ -101,7 +101,8 @@ class Measures:
         text = ("field", "max_tokens", "sequence_length", "prefill") if self.data else ()
         task = ("limit", "max_new_tokens", "generations") if self.task else ()
         names = "field max_tokens sequence_length prefill limit max_new_tokens generations".split()
-        return {name: getattr(self, name) if name in text + task else None for name in names}
+        asked = {name: getattr(self, name) if name in text + task else None for name in names}
+        return {**asked, "simulate": self.simulate}
 
 
 @dataclass(frozen=True)

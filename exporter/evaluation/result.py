@@ -16,13 +16,14 @@ from typing import Any
 from devices.files import check_replaceable
 from exporter.backends import front
 from exporter.bundle.artifact import FinishedArtifact
+from exporter.bundle.results import EVALUATION
 from exporter.errors import InputError
 from exporter.files import package_versions, read_json, sha256
 from exporter.foreign import is_plain_name
 from exporter.inference.loaded_model import LoadedModel, file_hashes
 
-#: The value of `result` in the file, and the version of its schema.
-KIND, SCHEMA_VERSION = "evaluation", 1
+#: The version of `exporter.bundle.evaluation_schema`.
+SCHEMA_VERSION = 1
 _OTHER_FILE = "Give another file; nothing was changed"
 
 
@@ -43,7 +44,7 @@ def result_identity(inputs: Inputs) -> dict[str, Any]:
     target = source.artifact.target if isinstance(source, FinishedArtifact) else None
     packages = front(target.target).packages(target) if target else ()
     return {
-        "result": KIND,
+        "result": EVALUATION,
         "schema_version": SCHEMA_VERSION,
         "target": target.target if target else None,
         "files": file_hashes(inputs.model),
@@ -81,7 +82,7 @@ def check_output(out: Path, source: str) -> None:
             kind = read_json(out).get("result")
         except InputError:
             kind = None
-        if kind != KIND:
+        if kind != EVALUATION:
             raise InputError(out, "exists and is no evaluation result", _OTHER_FILE)
 
 

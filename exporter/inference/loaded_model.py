@@ -1,9 +1,12 @@
 """Load a model to run it: a checkpoint, a quantized checkpoint, an artifact or a bundle."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.backends import Runner, front, inspector_of
+from exporter.bundle.archive import is_archive, opened
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
@@ -13,6 +16,7 @@ from exporter.files import differing_files
 from exporter.inference.artifact_runner import ArtifactRunner
 from exporter.inference.reference import ReferenceRunner
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
+from exporter.progress import OnStep, no_step
 from exporter.quantization.activations import Rounding
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import (
@@ -38,6 +42,18 @@ class LoadedModel:
 
 #: The largest KV cache, in tokens, of a model that runs in torch.
 REFERENCE_CONTEXT = 4096
+
+
+@contextmanager
+def opened_source(source: str, on_step: OnStep = no_step) -> Iterator[str]:
+    """`source` itself, or the folder of a bundle in an archive, which is unpacked for as long as
+    the context is open. Raises InputError."""
+    path = Path(source)
+    if not is_archive(path):
+        yield source
+        return
+    with opened(path, on_step) as folder:
+        yield str(folder)
 
 
 def open_model(source: str, target: str | None) -> LoadedModel:
@@ -135,6 +151,7 @@ def _load_artifact(finished: FinishedArtifact) -> LoadedModel:
     if problems:
         name, problem = next(iter(problems.items()))
         raise InputError(artifact.path / name, problem, "The file is damaged: lower it again")
+    name = artifact.target.target
     runner = ArtifactRunner(artifact)
     runner.wait()
     return LoadedModel(
@@ -142,6 +159,6 @@ def _load_artifact(finished: FinishedArtifact) -> LoadedModel:
         artifact.path,
         finished.manifest.get("bos_token_id"),
         finished.eos_token_ids,
-        artifact.target.target,
+        name if not front(name).interpreted(artifact.target) else f"{name}, interpreted",
         finished,
     )

@@ -129,7 +129,7 @@ def running(
     pool = ThreadPoolExecutor(1)
     try:
         yield {
-            # Not in the thread: `cross_checks` may import a toolkit, which is not safe in two threads.
+            # Not in the thread: `cross_checks` may import a toolkit, which two threads may not do.
             target: pool.submit(
                 _run, finished.artifact, texts[target], load, _variants(finished.artifact)
             ).result

@@ -1,0 +1,310 @@
+"""Quality: against bits per weight, by layer, and by position in the text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from exporter.report.blocks import Figure, Missing, Section, Table
+from exporter.report.plots import Axes, Line, Measure, Point, Style, Text, label, lines, trade_off
+from exporter.report.reproduce import evaluate_command
+from exporter.report.subjects import Subject
+from exporter.report.values import count, figure, mapping, mappings, number, share, text, whole
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One measurement of quality."""
+
+    subject: Subject
+    content: Mapping[str, Any]
+
+    @property
+    def figures(self) -> Mapping[str, Any]:
+        """The figures, whatever the file has there."""
+        return mapping(self.content, "figures")
+
+    @property
+    def target(self) -> str | None:
+        """The target; None for the quantized checkpoint."""
+        target = self.content["target"]
+        return target if target is None else str(target)
+
+    @property
+    def label(self) -> str:
+        """What was measured, and whether another runtime stood in for the target's."""
+        simulated = " (simulated)" if self.simulated else ""
+        return f"{self.subject.case(self.target)}{simulated}"
+
+    @property
+    def style(self) -> Style:
+        """The look in plots."""
+        return self.subject.style(self.target)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether torch ran it with the rounding of the target."""
+        return bool(mapping(self.content, "settings").get("simulate"))
+
+    def source(self, kind: "_Quality") -> tuple[str, ...]:
+        """What a figure depends on beside the model: the hash of its file, and the settings.
+        Figures of different ones do not compare."""
+        settings = mapping(self.content, "settings")
+        chosen = (str(settings.get(key)) for key in _SETTINGS[kind.file])
+        return text(mapping(self.content, kind.file), "sha256"), *chosen
+
+    @property
+    def how(self) -> str:
+        """How the figures were got."""
+        if self.simulated:
+            return "simulated in torch"
+        kind = text(self.figures, "kind")
+        if self.target is None:
+            return "run in torch"
+        return "interpreted" if "interpret" in kind else "run"
+
+
+def evaluated(subjects: Sequence[Subject]) -> list[Evaluated]:
+    """Every measurement of quality of these bundles."""
+    return [Evaluated(one, content) for one in subjects for content in one.evaluations()]
+
+
+@dataclass(frozen=True)
+class _Quality:
+    """A figure of quality: its key, its name, the key of the reference, how it is shown."""
+
+    key: str
+    name: str
+    reference: str
+    unit: str
+    less_is_better: bool
+    percent: bool = False
+    file: str = "data"
+
+
+#: The settings that a figure depends on, by the file that it is measured on.
+_SETTINGS = {
+    "data": ("max_tokens", "sequence_length", "prefill"),
+    "task": ("limit", "max_new_tokens"),
+}
+_QUALITIES = (
+    _Quality("kl", "KL to the reference", "", "nats", True),
+    _Quality("perplexity", "Perplexity", "reference_perplexity", "", True),
+    _Quality("accuracy", "Problems solved", "", "", False, percent=True, file="task"),
+)
+
+
+def quality(subjects: Sequence[Subject]) -> Section:
+    """The section: every quality against the bits per weight."""
+    found = evaluated(subjects)
+    figures = list[Figure]()
+    for kind in _QUALITIES:
+        for source in dict.fromkeys(one.source(kind) for one in found):
+            same = [one for one in found if one.source(kind) == source]
+            made = _trade_off(kind, same, len(figures))
+            figures += [made] if made else []
+    notes = [
+        "Each model is a point: fewer bits are further left. A dotted line joins the models that "
+        "no other beats in both. Only figures of the same text and the same settings share a plot."
+    ]
+    return Section(
+        "quality",
+        "Quality against bits per weight",
+        notes if figures else (),
+        figures,
+        [_table(found)] if found else [],
+        missing=_unmeasured(subjects),
+    )
+
+
+def _unmeasured(subjects: Sequence[Subject]) -> list[Missing]:
+    found = list[Missing]()
+    for subject in subjects:
+        measured = {content["target"] for content in subject.evaluations()}
+        left = [target for target in subject.manifest.targets if target not in measured]
+        if left:
+            what = f"{subject.title}: the quality of {', '.join(left)} is not measured."
+            found.append(Missing(what, [evaluate_command(target) for target in left]))
+    return found
+
+
+def _trade_off(kind: _Quality, found: Sequence[Evaluated], index: int) -> Figure | None:
+    scale = 100 if kind.percent else 1
+    measured = [(one, number(one.figures, kind.key)) for one in found]
+    points = [
+        Point(one.label, one.style, one.subject.manifest.bits_per_weight(), value * scale)
+        for one, value in measured
+        if value is not None
+    ]
+    if not points:
+        return None
+    references = {number(one.figures, kind.reference) for one in found} - {None}
+    reference = references.pop() if len(references) == 1 else None
+    unit = "%" if kind.percent else kind.unit
+    y = f"{kind.name.lower() if kind.name != 'KL to the reference' else 'KL'}"
+    y = f"{y} ({unit})" if unit else y
+    better = "lower is better" if kind.less_is_better else "higher is better"
+    about = "; ".join(f"{label(p.label)}: {figure(p.x)} bits, {figure(p.y, unit)}" for p in points)
+    words = Text(
+        f"quality-{index}-{kind.key.replace('_', '-')}",
+        f"{kind.name} against bits per weight on {_file(found[0], kind.file)}",
+        f"Points, {better}. {about}.",
+        "bits per weight, scales included",
+    )
+    measure = Measure(f"{y}, {better}", kind.less_is_better, kind.key == "kl", reference)
+    table = Table(
+        words.title,
+        ("model", "bits per weight", y),
+        [(p.label, figure(p.x), figure(p.y)) for p in points]
+        + ([("reference, not quantized", "–", figure(reference))] if reference else []),
+    )
+    return Figure(words.name, words.title, words.about, trade_off(words, points, measure), table)
+
+
+def _file(one: Evaluated, *kinds: str) -> str:
+    names = [text(mapping(one.content, kind), "file") for kind in kinds]
+    return " and ".join(dict.fromkeys(name for name in names if name)) or "unnamed data"
+
+
+def _table(found: Sequence[Evaluated]) -> Table:
+    rows = []
+    for one in found:
+        values = one.figures
+        perplexity, error = number(values, "perplexity"), number(values, "perplexity_error")
+        shown = figure(perplexity) + (f" ± {error:.2g}" if error is not None else "")
+        rows.append(
+            (
+                one.label, one.how, _file(one, *_SETTINGS), shown,
+                figure(number(values, "reference_perplexity")), figure(number(values, "kl")),
+                share(number(values, "top1_agreement")), share(number(values, "accuracy")),
+                share(number(values, "never_ended")), count(whole(values, "tokens")),
+                count(whole(values, "problems")),
+            )
+        )  # fmt: skip
+    columns = (
+        "model", "how", "data", "perplexity", "perplexity of the reference", "KL (nats)",
+        "top-1 agreement", "problems solved", "never ended", "predictions", "problems",
+    )  # fmt: skip
+    return Table("Quality of each model", columns, rows, 3)
+
+
+def by_layer(subjects: Sequence[Subject]) -> Section:
+    """The section: how much each layer alone changes the predictions."""
+    series = [(one, dict(_layers(one))) for one in evaluated(subjects)]
+    series = [(one, layers) for one, layers in series if layers]
+    figures, missing = list[Figure](), list[Missing]()
+    if series:
+        names = list(dict.fromkeys(name for _, layers in series for name in layers))
+        places = {name: place for place, name in enumerate(names)}
+        words = Text(
+            "layers",
+            "KL by layer",
+            f"A line for each model, with the KL in nats of each of {len(names)} layers.",
+            "layer",
+        )
+        drawn = [
+            Line(one.label, one.style, [(places[name], value) for name, value in layers.items()])
+            for one, layers in series
+        ]
+        step = max(1, -(-len(names) // 10))
+        ticks = [(places[name], _short(name)) for name in names[::step]]
+        table = Table(
+            "KL by layer (nats)",
+            ("layer", *(one.label for one, _ in series)),
+            [(name, *(figure(layers.get(name)) for _, layers in series)) for name in names],
+        )
+        svg = lines(words, drawn, Axes("KL (nats)", ticks))
+        figures.append(Figure(words.name, words.title, words.about, svg, table))
+    measured = {id(one.subject) for one, _ in series}
+    for subject in subjects:
+        if id(subject) not in measured:
+            missing.append(
+                Missing(
+                    f"{subject.title}: the KL of each layer is not measured.",
+                    [evaluate_command(None, layers=True)],
+                )
+            )
+    notes = ["The KL that each layer causes alone, with every other layer in float."]
+    return Section("layers", "KL by layer", notes if figures else (), figures, missing=missing)
+
+
+def _layers(one: Evaluated) -> Iterator[tuple[str, float]]:
+    for entry in mappings(one.figures, "kl_by_layer"):
+        value = number(entry, "kl")
+        if value is not None and text(entry, "layer"):
+            yield text(entry, "layer"), value
+
+
+def _short(name: str) -> str:
+    """``model.layers.3`` → 3, ``model.embed_tokens`` → emb, ``lm_head`` → head."""
+    last = name.rsplit(".", 1)[-1]
+    known = {"embed_tokens": "emb", "lm_head": "head"}
+    return last if last.isdigit() else known.get(last, last[:6])
+
+
+def by_position(subjects: Sequence[Subject]) -> Section:
+    """The section: agreement and KL at early and late positions of the text."""
+    found = [one for one in evaluated(subjects) if any(_bands(one))]
+    figures = list[Figure]()
+    for key, name, unit in (("top1_agreement", "Top-1 agreement", "%"), ("kl", "KL", "nats")):
+        made = _position_figure(found, key, name, unit)
+        figures += [made] if made else []
+    missing = [
+        Missing(
+            f"{subject.title}: agreement by position is not measured.",
+            [evaluate_command(subject.manifest.targets[0])],
+        )
+        for subject in subjects
+        if all(one.subject is not subject for one in found)
+    ]
+    notes = [
+        "Whether quantization errors grow with the length of the text. Each band has as many "
+        "positions as all bands before it."
+    ]
+    return Section(
+        "positions", "Agreement by position", notes if figures else (), figures, missing=missing
+    )
+
+
+def _bands(one: Evaluated) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for band in mappings(one.figures, "agreement_by_position"):
+        first, last = whole(band, "first"), whole(band, "last")
+        if first is not None and last is not None and number(band, "kl") is not None:
+            yield f"{first}–{last}", band
+
+
+def _position_figure(found: Sequence[Evaluated], key: str, name: str, unit: str) -> Figure | None:
+    scale = 100 if unit == "%" else 1
+    series = list[tuple[Evaluated, dict[str, float]]]()
+    for one in found:
+        values = {band: number(figures, key) for band, figures in _bands(one)}
+        series.append((one, {b: value * scale for b, value in values.items() if value is not None}))
+    series = [(one, values) for one, values in series if values]
+    if not series:
+        return None
+    bands = sorted({band for _, values in series for band in values}, key=_first_of)
+    places = {band: place for place, band in enumerate(bands)}
+    words = Text(
+        f"positions-{key.replace('_', '-')}",
+        f"{name} by position",
+        f"A line for each model over {len(bands)} bands of positions, in {unit}.",
+        "positions in the text",
+    )
+    drawn = [
+        Line(one.label, one.style, [(places[band], value) for band, value in values.items()])
+        for one, values in series
+    ]
+    axes = Axes(
+        f"{name} ({unit})", [(place, band.split("–")[0] + "–") for band, place in places.items()],
+        zero=unit != "%", most=100.5 if unit == "%" else None,
+    )  # fmt: skip
+    table = Table(
+        f"{name} by position ({unit})",
+        ("positions", *(one.label for one, _ in series)),
+        [(band, *(figure(values.get(band)) for _, values in series)) for band in bands],
+    )
+    return Figure(words.name, words.title, words.about, lines(words, drawn, axes), table)
+
+
+def _first_of(band: str) -> tuple[int, int]:
+    first, _, last = band.partition("–")
+    return int(first), int(last)
