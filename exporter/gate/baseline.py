@@ -84,7 +84,7 @@ def _share(worse: float, now: Figure, before: Figure) -> float:
     exact test) where both results have them, or else by the standard errors."""
     if now.solved and len(now.solved) == len(before.solved):
         pairs = list(zip(now.solved, before.solved, strict=True))
-        lost, won = pairs.count((False, True)), pairs.count((True, False))
+        lost, won = pairs.count((0, 1)), pairs.count((1, 0))
         return float(stats.binom.sf(lost - 1, lost + won, 0.5))
     return _normal(worse, now.error, before.error)
 
