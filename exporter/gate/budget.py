@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from exporter.backends import names
 from exporter.errors import InputError, short
 from exporter.foreign import read_bytes
-from exporter.gate.figures import MEMORY, UNDELEGATED, counted, decode, on_data, prefill
+from exporter.gate.figure import MEMORY, UNDELEGATED, counted, decode, on_data, prefill
 from exporter.gate.quantities import (
     Bound,
     Fewest,
