@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 from exporter.bundle.bill_of_materials import BILL_OF_MATERIALS, bill_of_materials
-from exporter.bundle.card import card
+from exporter.bundle.card import CARD, card
 from exporter.bundle.manifest import BundleManifest
 from exporter.bundle.provenance import PROVENANCE, provenance
 from exporter.bundle.results import Result
-from exporter.model.licence import CARD, LICENCE_FILES
+from exporter.model.licence import LICENCE_FILES
 
 #: The names of the files beside ``manifest.json`` that a bundle may have.
 DOCUMENTS = (CARD, PROVENANCE, BILL_OF_MATERIALS, *LICENCE_FILES)
