@@ -71,7 +71,7 @@ def profile(path: Path, request: Request, progress: Progress) -> Profiled:
     try:
         settings = _settings(bundle, request)
         devices = [parse_device(text) for text in dict.fromkeys(request.devices)]
-        jobs = [job(bundle, finished, request) for finished in _chosen(bundle, request.targets)]
+        jobs = [job(bundle, finished, request) for finished in chosen(bundle, request.targets)]
         baseline = None
         if request.baseline is not None:
             baseline = read_json(request.baseline)
@@ -143,7 +143,8 @@ def _settings(bundle: Bundle, request: Request) -> Settings:
     )  # fmt: skip
 
 
-def _chosen(bundle: Bundle, targets: Sequence[str]) -> list[FinishedArtifact]:
+def chosen(bundle: Bundle, targets: Sequence[str]) -> list[FinishedArtifact]:
+    """The artifacts of these targets, or with none, all of them. Raises InputError."""
     for name in targets:
         if name not in bundle.artifacts:
             held = ", ".join(bundle.artifacts)

@@ -101,8 +101,8 @@ def _check_lengths(model: Model, settings: Settings) -> None:
     for shorter, longer in settings.prompts:
         if not 1 <= shorter < longer <= model.context:
             raise BadDeviceError(
-                f"prompts {shorter}:{longer}", "are not a shorter and a longer length from 1 to the "
-                f"context of {model.context} tokens",
+                f"prompts {shorter}:{longer}", "are not a shorter and a longer length from 1 "
+                f"to {model.context}, the context",
             )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def emulated(tools: Tools, built: runner.Build, model: Model, cpu: str) -> Itera
         for link, goal in (("tools", tools), ("runner", built), ("model", model)):
             (folder / link).symlink_to(goal.folder.absolute())
         (folder / "tokens.txt").write_text(" ".join(map(str, model.tokens)))
-        _describe_machine(folder / _ROOT, _processor_id(tools, folder, cpu))
+        describe_machine(folder / _ROOT, _processor_id(tools, folder, cpu))
         program = [
             f"runner/lib/{built.loader}", "--preload", f"./tools/{CLOCK}",
             "--library-path", "runner/lib", f"runner/{runner.RUNNER}",
@@ -79,19 +79,19 @@ def _processor_id(tools: Tools, folder: Path, cpu: str) -> int:
     return int(done.text)
 
 
-def _describe_machine(root: Path, identity: int) -> None:
+def describe_machine(root: Path, identity: int) -> None:
     """Write what Linux says of a machine with one such processor: runtimes look here for kernels
     that were written for it, and for the number of threads."""
-    fields = {
-        "processor": "0",
-        "CPU implementer": f"0x{identity >> 24 & 0xFF:02x}",
-        "CPU architecture": "8",
-        "CPU variant": f"0x{identity >> 20 & 0xF:x}",
-        "CPU part": f"0x{identity >> 4 & 0xFFF:03x}",
-        "CPU revision": f"{identity & 0xF}",
-    }
+    processor = (  # as the kernel writes it, tabs included
+        "processor\t: 0\n"
+        f"CPU implementer\t: 0x{identity >> 24 & 0xFF:02x}\n"
+        "CPU architecture: 8\n"
+        f"CPU variant\t: 0x{identity >> 20 & 0xF:x}\n"
+        f"CPU part\t: 0x{identity >> 4 & 0xFFF:03x}\n"
+        f"CPU revision\t: {identity & 0xF}\n"
+    )
     files = {
-        "proc/cpuinfo": "".join(f"{name}\t: {value}\n" for name, value in fields.items()),
+        "proc/cpuinfo": processor,
         **{f"sys/devices/system/cpu/{name}": "0\n" for name in ("online", "possible", "present")},
         "sys/devices/system/cpu/cpu0/regs/identification/midr_el1": f"0x{identity:016x}\n",
     }

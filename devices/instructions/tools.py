@@ -34,7 +34,7 @@ class Tools:
 
 
 def build() -> Tools:
-    """Build the tools, unless the cache has them. Raises BadDeviceError where a program is missing."""
+    """Build the tools, unless the cache has them. Raises BadDeviceError for a missing program."""
     program = _emulator()
     emulator = _version(program)
     digest = hashlib.sha256()
@@ -68,15 +68,15 @@ def binutil(name: str) -> str:
     return _installed(program, "binutils" if own else "binutils-aarch64-linux-gnu")
 
 
-def missing() -> dict[str, str]:
-    """The programs that are not installed, and the command that installs each."""
-    found = dict[str, str]()
-    for check in (_emulator, lambda: binutil("nm")):
-        try:
-            check()
-        except BadDeviceError as error:
-            found[error.subject] = error.remedy.removeprefix("Run: ")
-    return found
+def programs() -> dict[str, str]:
+    """What counting needs besides the executorch wheel: program → its package in Debian."""
+    cross = "" if platform.machine() == ARCHITECTURE else runner.COMPILERS[ARCHITECTURE]
+    compiler = f"{cross}g++"
+    return {
+        EMULATOR: "qemu-user",
+        "gcc": "gcc",
+        compiler: "g++-aarch64-linux-gnu" if cross else "g++",
+    }
 
 
 def _compile(architecture: str, source: str, out: Path, *options: str) -> None:

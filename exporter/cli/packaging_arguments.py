@@ -109,6 +109,24 @@ def _gate_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _count_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", metavar="BUNDLE", type=Path, help=_BUNDLE)
+    sub.add_argument(
+        "--target", metavar="NAME",
+        help="the artifact to count (default: the first one that the native runner runs)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--cpu", action="append", default=[], metavar="NAME",
+        help="a CPU of qemu-aarch64 -cpu help (default: cortex-a76); can be repeated",
+    )  # fmt: skip
+    sub.add_argument(
+        "--depth", action="append", default=[], type=int, metavar="N",
+        help="count decode steps with N tokens in the cache (default: 16); can be repeated",
+    )  # fmt: skip
+    sub.add_argument(
+        "--prompt", action="append", default=[], metavar="A:B",
+        help="count what a prompt of B tokens takes more than one of A (default: 64:128); can be "
+        "repeated",
+    )  # fmt: skip
+    sub.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the counts as JSON")
 
 
 def _report_arguments(sub: argparse.ArgumentParser) -> None:
@@ -126,3 +144,13 @@ def _report_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _publish_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", metavar="BUNDLE", type=Path, help=_BUNDLE)
+    sub.add_argument(
+        "--to", required=True, metavar="DESTINATION",
+        help="a folder, oci://HOST:PORT/NAME:TAG, or hub:OWNER/NAME",
+    )  # fmt: skip
+    sub.add_argument(
+        "--yes", action="store_true", help="publish; without it, only say what would be"
+    )
+    sub.add_argument(
+        "--overwrite", action="store_true", help="replace another bundle at the destination"
+    )

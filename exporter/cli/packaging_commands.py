@@ -44,7 +44,13 @@ def gate(args: argparse.Namespace) -> int:
 
 def count(args: argparse.Namespace) -> int:
     """Count the instructions of an Arm CPU."""
-    raise NotImplementedError
+    from exporter import counting
+    from exporter.cli import display_count
+
+    request = counting.Request(args.target, args.cpu, args.depth, args.prompt, args.output)
+    with display.progress() as progress:
+        counts = counting.count(args.bundle, request, progress)
+    return display_count.print_count(counts, args.json)
 
 
 def report(args: argparse.Namespace) -> int:
@@ -59,8 +65,14 @@ def report(args: argparse.Namespace) -> int:
 
 
 def publish(args: argparse.Namespace) -> int:
-    """Publish a bundle."""
-    raise NotImplementedError
+    """Publish a bundle to a folder, an OCI registry or the model hub."""
+    from exporter.cli import display_publishing
+    from exporter.publishing.publish import publish as publish_bundle
+
+    with display.progress() as progress:
+        published = publish_bundle(args.bundle, args.to, args.yes, progress, args.overwrite)
+    display_publishing.print_published(published, args.json)
+    return SUCCESS
 
 
 #: The commands, in the order of the help.

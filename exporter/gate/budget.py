@@ -27,7 +27,7 @@ from exporter.gate.quantities import (
     Tolerance,
     Whole,
 )
-from exporter.settings import Section, parse_section, refusal
+from exporter.settings import Section, Sha256, parse_section, refusal
 from exporter.yaml_reader import YAML_BYTES, parse_yaml
 
 
@@ -60,7 +60,7 @@ class DataLimits(Section):
     """Quality on one data file. `sha256` is the file's own; `tokens` and `problems` are the fewest
     that must have been scored."""
 
-    sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
+    sha256: Sha256 = ""
     tokens: Fewest | None = None
     problems: Fewest | None = None
     perplexity: Most | None = None
