@@ -15,14 +15,13 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
-
 from exporter.bundle.manifest import BundleManifest
 from exporter.bundle.origin import TOOL, calibration_of, hub_model, python_package
 from exporter.bundle.results import EVALUATION, PROFILE, Result
 from exporter.errors import InputError
 from exporter.files import json_bytes
 
+BILL_OF_MATERIALS = "mlbom.cdx.json"
 _MODEL, _CHECKPOINT = "model", "checkpoint"
 _WEIGHTS = "quantized/quantized.safetensors"
 #: The figures of an evaluation that describe the model.
@@ -205,11 +204,10 @@ def _licences(manifest: BundleManifest) -> dict[str, Any]:
     licence = manifest.licence
     if licence is None:
         return {}
-    try:
-        known = canonicalize_license_expression(licence.id)
-    except InvalidLicenseExpression:
-        known = ""
-    if known and not known.startswith("LicenseRef-"):
+    known = licence.spdx()
+    if known.endswith("+"):  # SPDX: this version or a later one
+        return {"licenses": [{"expression": known}]}
+    if known:
         return {"licenses": [{"license": {"id": known}}]}
     link = {"url": licence.link} if licence.link else {}
     return {"licenses": [{"license": {"name": licence.name or licence.id, **link}}]}
