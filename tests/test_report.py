@@ -158,6 +158,14 @@ def test_times_of_emulated_and_of_real_machines_share_no_plot(html: str) -> None
     assert both == []
 
 
+def test_what_ran_and_what_was_interpreted_share_no_plot(html: str) -> None:
+    for topic in ("quality", "positions"):
+        plots = re.findall(rf'<svg [^>]*aria-labelledby="{topic}.*?</svg>', html, re.DOTALL)
+        assert len(plots) >= 4
+        names = [(">coreml<" in one, ">onnx<" in one) for one in plots]
+        assert set(names) == {(True, False), (False, True)}
+
+
 def test_each_headline_says_how_it_was_got(html: str) -> None:
     how = set(re.findall(r'<span class="how">([^<]+)</span>', html))
     assert how >= {
@@ -470,7 +478,7 @@ def test_several_bundles_are_compared(two: list[Subject]) -> None:
     figures = next(s for s in pages.sections(two) if s.name == "quality").figures
     drawn = figures[0].draw()
     assert "KL to the reference" in figures[0].title
-    assert all(f">{letter} {name}<" in drawn for letter in "AB" for name in ("onnx", "coreml"))
+    assert all(f">{letter} {name}<" in drawn for letter in "AB" for name in ("onnx", "executorch"))
     assert ">front<" in drawn or len({one.manifest.bits_per_weight() for one in two}) == 1
 
 
