@@ -341,7 +341,11 @@ def _verify(
         checks = check_quantized_files(quantized) + check_quantized_manifest(quantized)
         checks += check_quantized(quantized)
         return checks + (check_source(quantized, source, None, progress) if source else [])
-    files = check_bundle_files(path) + check_signature(path, signer)
+    files = check_bundle_files(path)
+    signatures = check_signature(path, signer)
+    if not all(check.passed for check in signatures):
+        return files + signatures  # no runtime reads what somebody else made
+    files += signatures
     try:
         bundle = open_bundle(path)
     except InputError as error:

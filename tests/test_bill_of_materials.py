@@ -151,6 +151,7 @@ def test_the_library_reads_the_kinds_of_the_components(manifest: BundleManifest)
     ("licence", "expected"),
     [
         (Licence(id="apache-2.0"), {"id": "Apache-2.0"}),
+        (Licence(id="apache-2.0+"), "Apache-2.0+"),
         (Licence(id="cc-by-nc-4.0", link="https://example.org/"), {"id": "CC-BY-NC-4.0"}),
         (
             Licence(id="other", name="fair-noncommercial-research", link="LICENSE"),
@@ -163,10 +164,11 @@ def test_the_library_reads_the_kinds_of_the_components(manifest: BundleManifest)
     ids=str,
 )
 def test_a_licence_has_its_spdx_id_or_its_name(
-    licence: Licence | None, expected: dict[str, str] | None, manifest: BundleManifest
+    licence: Licence | None, expected: dict[str, str] | str | None, manifest: BundleManifest
 ) -> None:
     model = document(manifest.model_copy(update={"licence": licence}))["metadata"]["component"]
-    assert model.get("licenses") == (expected and [{"license": expected}])
+    key = "expression" if isinstance(expected, str) else "license"
+    assert model.get("licenses") == (expected and [{key: expected}])
     assert model["pedigree"]["ancestors"][0].get("licenses") == model.get("licenses")
 
 

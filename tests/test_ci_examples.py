@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ class Runner:
             if row["recipe"] == RECIPE
         )
 
-    def run(self, job: str, only: Sequence[str] = ()) -> dict[str, str]:
+    def run(self, job: str, only: Collection[str] = ()) -> dict[str, str]:
         """Run the shell steps of a job, or those of these names: step → what it printed."""
         printed = dict[str, str]()
         for step in steps(self.workflow, job):
@@ -320,11 +320,12 @@ def test_a_second_run_does_no_work_and_a_changed_recipe_redoes_what_depends_on_i
     first: tuple[Runner, dict[str, str]], workflow: dict[str, Any], tmp_path: Path
 ) -> None:
     """On another runner, for which the cache is all that is left; of a pull request, which gets no
-    secret."""
+    secret. What judges the result runs every time, and was run in the first test."""
     before, _ = first
     runner = Runner(workflow, tmp_path / "work", event="pull_request", variables=SMALL)
     shutil.copytree(before.folder / "build" / "cache", runner.folder / "build" / "cache")
-    printed = runner.run("model")
+    judges = {"Verify", "Gate"}
+    printed = runner.run("model", only=shell_steps(workflow, "model").keys() - judges)
     assert happened(printed["Export"]) == {"found": STAGES}
     measured = "Evaluate", "Profile", "Count"
     assert {name: printed[name] for name in measured} == dict.fromkeys(measured, "")

@@ -1,6 +1,7 @@
 """The provenance of a bundle, against the formats of in-toto and SLSA."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
 from in_toto_attestation.v1.statement import Statement
 from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage
 from packageurl import PackageURL
+from tampering import edited, reseal
 
-from exporter.bundle.bundle import Bundle
+from exporter.bundle.bundle import Bundle, open_bundle
 from exporter.bundle.manifest import BundleManifest, FileEntry
 from exporter.bundle.origin import hub_model, python_package
 from exporter.bundle.provenance import provenance
+from exporter.derivation.manifests import check_manifests
 from exporter.errors import InputError
+from exporter.verification.checks import failures
 
 A, B, C, D = (letter * 64 for letter in "abcd")
 TEXTS = [
@@ -157,3 +161,22 @@ def test_a_malformed_calibration_is_refused(
     changed = manifest.model_copy(update={"calibration": CALIBRATED | {field: value}})
     with pytest.raises(InputError, match=f"calibration: {field}"):
         provenance(changed)
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "mlbom.cdx.json"])
+def test_a_changed_document_is_found_although_all_hashes_were_written_anew(
+    name: str, bundle_copy: Path
+) -> None:
+    path = bundle_copy / name
+    path.write_bytes(path.read_bytes().replace(b"0.1.0", b"0.1.1", 1))
+    reseal(bundle_copy)
+    failed = {check.subject for check in failures(check_manifests(open_bundle(bundle_copy)))}
+    assert name in failed
+
+
+def test_a_malformed_calibration_of_a_bundle_is_a_failed_check(bundle_copy: Path) -> None:
+    with edited(bundle_copy / "quantized" / "quantization.json") as manifest:
+        manifest["calibration"] = {"seed": 7, "text": [7]}
+    reseal(bundle_copy)
+    found = list(failures(check_manifests(open_bundle(bundle_copy))))
+    assert any("calibration: text" in check.subject for check in found), found

@@ -13,6 +13,7 @@ import json
 import math
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
@@ -23,6 +24,7 @@ from exporter.bundle.results import EVALUATION, PROFILE, Result
 from exporter.errors import InputError
 from exporter.files import json_bytes
 
+BILL_OF_MATERIALS = "mlbom.cdx.json"
 _MODEL, _CHECKPOINT = "model", "checkpoint"
 _WEIGHTS = "quantized/quantized.safetensors"
 #: The figures of an evaluation that describe the model.
@@ -205,10 +207,11 @@ def _licences(manifest: BundleManifest) -> dict[str, Any]:
     licence = manifest.licence
     if licence is None:
         return {}
-    try:
-        known = canonicalize_license_expression(licence.id)
-    except InvalidLicenseExpression:
-        known = ""
+    known = ""
+    with suppress(InvalidLicenseExpression):  # the hub has ids of its own
+        known = str(canonicalize_license_expression(licence.id))
+    if known.endswith("+"):  # SPDX: this version or a later one
+        return {"licenses": [{"expression": known}]}
     if known and not known.startswith("LicenseRef-"):
         return {"licenses": [{"license": {"id": known}}]}
     link = {"url": licence.link} if licence.link else {}

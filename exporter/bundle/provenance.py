@@ -23,6 +23,7 @@ from exporter.bundle.manifest import BundleManifest
 from exporter.bundle.origin import TOOL, calibration_of, hub_model, python_package
 from exporter.files import json_bytes
 
+PROVENANCE = "provenance.json"
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 #: This tool on a machine of the signer: no platform vouches for the build.
