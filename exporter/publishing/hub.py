@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle.bundle import CHECKSUMS
-from exporter.bundle.card import is_hub_id
 from exporter.bundle.markdown import plain
+from exporter.bundle.origin import is_hub_id
 from exporter.errors import InputError
 from exporter.files import sha256
 from exporter.progress import Progress
