@@ -17,6 +17,7 @@ import huggingface_hub.constants
 import oras.client
 import pytest
 import requests
+from calibrating import small_checkpoint
 from commands import contents, flip, run
 from conftest import write_checkpoint
 from gating import evaluation
@@ -109,8 +110,6 @@ def test_a_file_that_does_not_belong_to_the_bundle_is_not_published(
 def test_a_bundle_without_a_known_licence_is_not_published_until_the_recipe_names_one(
     tmp_path: Path, capsys: Capture
 ) -> None:
-    from calibrating import small_checkpoint
-
     def write(config: dict[str, Any], name: str, weights: dict[str, Any]) -> Path:
         return write_checkpoint(tmp_path / name, config, weights)
 
