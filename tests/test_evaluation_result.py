@@ -247,7 +247,7 @@ def test_an_earlier_result_is_replaced_and_any_other_file_is_kept(
         ("link", "exists and is no evaluation result"),
         ("folder", "cannot be written (Is a folder"),
         ("pipe", "cannot be written (Is a device, a pipe or a socket"),
-        ("notes.txt/out.json", "notes.txt is not a folder"),
+        ("notes.txt/out.json", "notes.txt: is a file"),
     ):
         outcome = evaluated(tmp_path / name)
         assert (outcome.code, reason in outcome.err) == (2, True), (name, outcome.err)

@@ -91,7 +91,7 @@ def _model_index(results: Results) -> list[dict[str, object]]:
     """The evaluations, as the hub's specification of model cards wants them."""
     found = list[dict[str, object]]()
     for result in _evaluations(results):
-        target = result["target"] or "quantized checkpoint"
+        kind = plain(_kind(result))
         for file, keys in (
             (result["data"], ("perplexity", "kl", "top1_agreement")),
             (result["task"], ("accuracy",)),
@@ -99,7 +99,7 @@ def _model_index(results: Results) -> list[dict[str, object]]:
             metrics = [
                 {
                     "type": _FIGURES[key][0],
-                    "name": f"{_FIGURES[key][1].split(',')[0]} ({target})",
+                    "name": f"{_FIGURES[key][1].split(',')[0]} ({kind})",
                     "value": value,
                 }
                 for key in keys
@@ -230,31 +230,39 @@ def _quality(results: Results) -> Iterator[str]:
         return
     rows = [
         [
-            code(one["target"]) if one["target"] else "quantized checkpoint, in torch",
+            code(_kind(one)),
             ", ".join(code(one[key]["file"]) for key in ("data", "task") if one[key]),
             number(one["figures"].get("tokens")),
             number(_figure(one, "reference_perplexity"), 3),
-            *(number(factor * _figure(one, key), digits)
-              for key, (_, _, digits, factor) in _FIGURES.items()),
+            *(
+                number(factor * _figure(one, key), digits)
+                for key, (_, _, digits, factor) in _FIGURES.items()
+            ),
         ]
         for one in evaluations
-    ]  # fmt: skip
+    ]
     titles = [title for _, title, _, _ in _FIGURES.values()]
     yield table(["model", "texts", "tokens", "perplexity of the reference", *titles], rows)
     yield (
-        "Each artifact ran in its own runtime, or, where there is none for the machine, in an "
-        "interpreter, on the same tokens. The reference is the checkpoint in float32. How it was "
-        "measured:"
+        "A format ran in its own runtime; *interpreted* is the reference interpreter of "
+        f"{LIBRARY}, which stands in for a runtime that this machine lacks. The reference is "
+        "the checkpoint in float32. The settings of `mobilellm evaluate`, and the texts by SHA-256:"
     )
-    lines = []
-    for one in evaluations:
-        settings = ", ".join(f"{key}: {value}" for key, value in sorted(one["settings"].items()))
-        texts = [f"{code(one[k]['file'])} is {code(one[k]['sha256'])}" for k in ("data", "task")
-                 if one[k]]  # fmt: skip
-        lines.append(
-            f"- {code(one['target'] or 'quantized')}: {'; '.join([code(settings), *texts])}"
-        )
-    yield "\n".join(lines)
+    yield "\n".join(f"- {code(_kind(one))}: {', '.join(_how(one))}" for one in evaluations)
+
+
+def _kind(evaluation: Mapping[str, Any]) -> object:
+    """The form and the runtime of the model that was measured."""
+    return evaluation["figures"].get("kind") or evaluation["target"] or "quantized checkpoint"
+
+
+def _how(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    settings = sorted(evaluation["settings"].items())
+    given = [f"{key}: {value}" for key, value in settings if value is not None]
+    yield code(", ".join(given))
+    for key in ("data", "task"):
+        if file := evaluation[key]:
+            yield f"{code(file['file'])} is {code(file['sha256'])}"
 
 
 def _licence(licence: Licence | None) -> Iterator[str]:

@@ -28,10 +28,13 @@ def package(args: argparse.Namespace) -> int:
 
 def gate(args: argparse.Namespace) -> int:
     """Compare a bundle with a budget and a baseline."""
+    from devices.files import check_replaceable
     from exporter.cli import display_gate
     from exporter.gate import outputs
     from exporter.gate.gate import gate as judge_bundle
 
+    for path in filter(None, (args.junit, args.markdown)):
+        check_replaceable(path)
     with display.progress() as progress:
         verdict = judge_bundle(args.bundle, args.budget, args.baseline, args.result, progress)
     if args.junit:

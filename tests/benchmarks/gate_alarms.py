@@ -35,7 +35,8 @@ from exporter.bundle.bundle import is_bundle, open_bundle
 from exporter.bundle.results import PROFILE, Result
 from exporter.gate.baseline import compare
 from exporter.gate.budget import Tolerances
-from exporter.gate.figures import LATENCY, Figure, Figures, collect
+from exporter.gate.figure import LATENCY, Figure, Figures
+from exporter.gate.figures import collect
 from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import export, with_targets
 from exporter.profiling import Request, profile

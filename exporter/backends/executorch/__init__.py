@@ -95,6 +95,8 @@ def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Targ
 _RUNNER = """\
 ```python
 # pip install executorch
+import executorch.extension.llm.custom_ops.custom_ops  # registers attention and its cache
+import executorch.kernels.quantized  # registers the quantized embedding
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
 runner = TextLLMRunner("model.pte", "tokenizer.json")
