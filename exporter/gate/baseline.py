@@ -249,7 +249,7 @@ def _shown(found: Change, figure: Figure) -> str:
     if figure.kind == UNDELEGATED:
         return f"{found.worse:+.0f}"
     if figure.kind in _SHARES:
-        return f"{-100 * found.worse:+.2f} points"
+        return f"{100 * (found.now - found.before):+.2f} points"
     return f"{100 * found.worse:+.2f} %"
 
 

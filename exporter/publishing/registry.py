@@ -143,11 +143,9 @@ def _media_type(name: str) -> str:
 
 def _annotations(contents: Contents) -> dict[str, str]:
     """What the bundle is and what it was made from. No time: the same bundle has one digest."""
-    from cyclonedx.spdx import fixup_id
-
     manifest, licence = contents.manifest, contents.licence
     model = manifest.recipe.get("model")
-    spdx = fixup_id(licence.id) or f"LicenseRef-{re.sub('[^A-Za-z0-9.-]', '-', licence.name)}"
+    spdx = licence.spdx() or f"LicenseRef-{re.sub('[^A-Za-z0-9.-]', '-', licence.name)}"
     found = {
         TITLE: plain(manifest.recipe.get("name", "")),
         "org.opencontainers.image.licenses": spdx,
