@@ -23,7 +23,7 @@ from exporter.bundle.bundle import (
 )
 from exporter.bundle.manifest import IDENTITY, MANIFEST
 from exporter.bundle.results import RESULTS, check_belongs, read_result
-from exporter.bundle.signature import sign, sign_keyless
+from exporter.bundle.signature import check_can_sign, sign, sign_keyless
 from exporter.errors import InputError
 from exporter.files import check_apart, check_folder, claim_folder, copy_file
 from exporter.progress import Progress
@@ -56,6 +56,8 @@ def package(path: Path, out: Path, request: Request, progress: Progress) -> Pack
     `overwrite`, and only by a finished result.
     """
     _check_output(out, path, request.overwrite)
+    if request.private_key is not None or request.keyless:
+        check_can_sign(request.private_key)
     with opened(path) as source:
         bundle = open_bundle(source)
         for name, problem in file_problems(source).items():
@@ -129,8 +131,11 @@ def _folder(out: Path, overwrite: bool) -> Iterator[Path]:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    name = next(out.name.removesuffix(end) for end in FORMATS if out.name.endswith(end))
     try:
-        yield scratch
+        folder = scratch / (name or "bundle")  # a signature has the name of the folder
+        folder.mkdir()
+        yield folder
     finally:
         shutil.rmtree(scratch)
 

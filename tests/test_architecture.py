@@ -31,7 +31,10 @@ LAYERS = (
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"counting", "derivation", "forecast", "gate", "packaging", "profiling", "report"},
+    {
+        "counting", "derivation", "forecast", "gate", "packaging", "profiling", "publishing",
+        "report",
+    },
     {"pipeline"},
     {"cli"},
     {"__main__"},
@@ -442,6 +445,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("portable", ["target"]),
         ("interpreted", ["target"]),
         ("packages", ["target"]),
+        ("usage", ["target"]),
     ],
 )
 def test_every_backend_has_the_same_functions(

@@ -13,7 +13,7 @@ from conftest import NANO, TEXT
 
 from exporter.bundle.bundle import Bundle
 from exporter.bundle.evaluation_schema import Evaluation
-from exporter.bundle.results import EVALUATION, check_belongs, read_result
+from exporter.bundle.results import EVALUATION, Result, check_belongs, read_result
 from exporter.errors import InputError
 from exporter.files import read_json, sha256, write_json
 from exporter.model.checkpoint import open_checkpoint
@@ -103,6 +103,36 @@ def test_the_same_inputs_give_the_same_bytes_without_a_path(
     assert str(tmp_path) not in outs[0].read_text()
 
 
+@pytest.mark.parametrize("suffix", [".tar.zst", ".zip"])
+def test_an_archive_of_a_bundle_is_measured_and_answers_like_its_folder(
+    suffix: str, finished_bundle: Bundle, inputs: list[object], tmp_path: Path, capsys: Capture
+) -> None:
+    archive = tmp_path / f"nano{suffix}"
+    assert run(capsys, "package", finished_bundle.path, "-o", archive).code == 0
+    outs = [tmp_path / "archive.json", tmp_path / "folder.json"]
+    for path, out in zip((archive, finished_bundle.path), outs, strict=True):
+        asked = [*inputs[:2], *SIZED, "--target", "onnx", "-o", out]
+        outcome = run(capsys, "evaluate", path, *asked)
+        assert outcome.code == 0, outcome.err
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    texts = [
+        run(
+            capsys, "generate", path, "--target", "onnx", "--prompt", "What is 2 + 3?",
+            "--max-new-tokens", "8", "--json",
+        ).json["text"]
+        for path in (archive, finished_bundle.path)
+    ]  # fmt: skip
+    assert texts[0] == texts[1] != ""
+
+
+def test_an_archive_that_is_missing_or_damaged_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "damaged.zip").write_bytes(b"PK" + bytes(100))
+    for name in ("missing.tar.zst", "damaged.zip"):
+        for command in (["evaluate", "--data", "x"], ["generate", "--prompt", "x"]):
+            outcome = run(capsys, command[0], tmp_path / name, *command[1:])
+            assert outcome.code == 2 and name in outcome.err
+
+
 @pytest.mark.parametrize("target", [None, "onnx", "coreml"])
 def test_a_result_belongs_to_its_bundle_and_to_no_other(
     target: str | None, finished_bundle: Bundle, evaluate: Evaluate, tmp_path: Path
@@ -125,16 +155,23 @@ def test_a_result_belongs_to_its_bundle_and_to_no_other(
         manifest = finished_bundle.manifest.model_copy(update={"files": files})
         with pytest.raises(InputError, match=f"measured another {name}"):
             check_belongs(result, manifest, out)
+    for left_out in result.content["files"]:
+        files = {k: v for k, v in result.content["files"].items() if k != left_out}
+        partial = Result(EVALUATION, {**result.content, "files": files})
+        with pytest.raises(InputError, match=f"does not name .*/{left_out}"):
+            check_belongs(partial, finished_bundle.manifest, out)
 
 
 def test_a_result_of_a_float_checkpoint_belongs_to_no_bundle(
-    finished_bundle: Bundle, evaluate: Evaluate, tmp_path: Path
+    finished_bundle: Bundle, evaluate: Evaluate, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "float.json"
     found = content_of(evaluate(NANO, out), out)
     assert found["files"] == found["reference"] == finished_bundle.manifest.source
-    with pytest.raises(InputError, match="measured another quantized/"):
-        check_belongs(read_result(out), finished_bundle.manifest, out)
+    packaged = tmp_path / "packaged"
+    outcome = run(capsys, "package", finished_bundle.path, "--result", out, "-o", packaged)
+    assert outcome.code == 2 and "measured another quantized/" in outcome.err
+    assert not packaged.exists()
 
 
 def test_settings_of_what_was_not_measured_are_left_out(
@@ -210,7 +247,7 @@ def test_an_earlier_result_is_replaced_and_any_other_file_is_kept(
         ("link", "exists and is no evaluation result"),
         ("folder", "cannot be written (Is a folder"),
         ("pipe", "cannot be written (Is a device, a pipe or a socket"),
-        ("notes.txt/out.json", "notes.txt is not a folder"),
+        ("notes.txt/out.json", "notes.txt: is a file"),
     ):
         outcome = evaluated(tmp_path / name)
         assert (outcome.code, reason in outcome.err) == (2, True), (name, outcome.err)

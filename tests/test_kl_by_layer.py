@@ -181,7 +181,6 @@ def test_without_the_option_no_layer_is_measured(data: Path, capsys: Capture) ->
     ("path", "reference", "reason"),
     [
         ("onnx", NANO, "has no quantized checkpoint"),
-        ("onnx/model.onnx", NANO, "has no quantized checkpoint"),
         ("quantized", None, "Give --data FILE and --reference CHECKPOINT"),
         ("quantized", "quantized", "is not a float checkpoint"),
         ("quantized", "another", "has weights of other names or shapes"),

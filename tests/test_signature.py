@@ -7,12 +7,14 @@ import random
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -24,17 +26,19 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from model_signing import hashing, signing
 
+from exporter.bundle.bundle import Bundle
+from exporter.bundle.provenance import PROVENANCE
 from exporter.bundle.signature import (
     ENVELOPE,
     MODEL_SIGNATURE,
-    PROVENANCE,
+    Signer,
     identity_findings,
     key_findings,
     sign,
     sign_keyless,
 )
 from exporter.errors import InputError, MissingExtraError
-from exporter.verification.signatures import check_signature
+from exporter.verification.checks import check_signature
 
 FILES = {
     "SHA256SUMS": "hashes\n",
@@ -362,7 +366,7 @@ def test_a_malformed_signature_file_is_a_failed_check(
     content: bytes, signed: Path, keys: Keys
 ) -> None:
     (signed / MODEL_SIGNATURE).write_bytes(content)
-    (check,) = (one for one in check_signature(signed, keys.public) if not one.passed)
+    (check,) = (one for one in check_signature(signed, Signer(keys.public)) if not one.passed)
     assert (check.check, check.subject, check.value) == ("signature", MODEL_SIGNATURE, 1)
     assert check.note
 
@@ -422,6 +426,75 @@ def sign_alone(folder: Path, keys: Keys) -> None:
     config = signing.Config().use_elliptic_key_signer(private_key=keys.private)
     config.set_hashing_config(hashing.Config().set_ignored_paths(paths=[MODEL_SIGNATURE]))
     config.sign(folder, folder / MODEL_SIGNATURE)
+
+
+# The command line.
+
+
+def test_a_bundle_is_signed_and_verified_by_commands(
+    finished_bundle: Bundle, keys: Keys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = finished_bundle.path, tmp_path / "nano"
+    packaged = run(capsys, "package", path, "--sign", keys.private, "-o", out, "--json")
+    assert packaged.code == 0
+    assert packaged.json["signed"] is True
+    assert verify_key(out, keys).returncode == 0
+    verified = run(capsys, "verify", "--quick", out, "--key", keys.public, "--json")
+    assert verified.code == 0
+    found = [check for check in verified.json["checks"] if check["check"] == "signature"]
+    assert [check["subject"] for check in found] == [MODEL_SIGNATURE, ENVELOPE]
+
+
+def test_verify_refuses_a_bundle_of_somebody_else_before_it_runs_it(
+    finished_bundle: Bundle,
+    keys: Keys,
+    others: Keys,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    archive = tmp_path / "nano.zip"
+    assert (
+        run(capsys, "package", finished_bundle.path, "--sign", keys.private, "-o", archive).code
+        == 0
+    )
+    for path, problem in (
+        (finished_bundle.path, "is missing: the bundle is not signed"),
+        (archive, "Key mismatch"),
+    ):
+        refused = run(capsys, "verify", path, "--key", others.public, "--json")
+        assert refused.code == 1
+        failed = [check for check in refused.json["checks"] if not check["passed"]]
+        assert failed[0]["subject"] == MODEL_SIGNATURE
+        assert problem in failed[0]["note"]
+        kinds = {check["check"] for check in refused.json["checks"]}
+        assert kinds == {"files", "signature"}
+
+
+def test_a_key_that_cannot_be_used_is_refused_before_any_work(
+    finished_bundle: Bundle, keys: Keys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("no key")
+    for key in (tmp_path / "missing", tmp_path / "text", keys.public):
+        out = tmp_path / "out"
+        refused = run(capsys, "package", finished_bundle.path, "--sign", key, "-o", out)
+        assert refused.code == 2
+        assert key.name in refused.err
+        assert not out.exists()
+    for key in (tmp_path / "missing", tmp_path / "text", keys.private):
+        refused = run(capsys, "verify", finished_bundle.path, "--key", key)
+        assert refused.code == 2
+        assert key.name in refused.err
+
+
+def test_the_name_in_a_signature_is_that_of_the_bundle(
+    finished_bundle: Bundle, keys: Keys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "nano.zip"
+    run(capsys, "package", finished_bundle.path, "--sign", keys.private, "-o", archive)
+    with zipfile.ZipFile(archive) as file:
+        bundle = json.loads(file.read(MODEL_SIGNATURE))
+    statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    assert statement["subject"][0]["name"] == "nano"
 
 
 # Keys that cannot be used, and missing libraries.

@@ -36,6 +36,8 @@ nor torch; its functions import them when they are called. Every format has thes
   float32. `which` is input, output, keys, values or scores.
 - ``portable(target)``: whether a runner with only the runtime's core operators can run it.
 - ``integers(config, schemes, target)``: whether every product with a weight is an integer product.
+- ``usage(target)``: how the runtime's own clients run the artifact, in Markdown. Code runs in the
+  folder of the artifact. It says what was not run. Needs no toolkit.
 - ``interpreted(target)``: whether `load` runs the artifact in our reference interpreter on this
   machine, in place of the format's own runtime.
 - ``packages(target)``: the distributions whose versions determine the bytes of the artifact. With

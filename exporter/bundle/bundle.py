@@ -108,11 +108,17 @@ def derived_files(folder: Path, manifest: BundleManifest) -> dict[str, bytes]:
         check_belongs(result, manifest, folder / name)
     licence = manifest.licence.files if manifest.licence else []
     derived = {name: read_bytes(folder / QUANTIZED / name, COMPANION_BYTES) for name in licence}
+    manifest = _with_files(manifest, derived)
     derived |= documents(manifest, results)
-    entries = {name: entry_of(content) for name, content in derived.items()}
-    files = dict(sorted({**manifest.files, **entries}.items()))
-    whole = manifest.model_copy(update={"files": files})
+    whole = _with_files(manifest, derived)
     return {**derived, MANIFEST: json_bytes(whole.model_dump(mode="json"))}
+
+
+def _with_files(manifest: BundleManifest, contents: Mapping[str, bytes]) -> BundleManifest:
+    """The manifest that lists these files too."""
+    entries = {name: entry_of(content) for name, content in contents.items()}
+    files = dict(sorted({**manifest.files, **entries}.items()))
+    return manifest.model_copy(update={"files": files})
 
 
 def is_bundle(folder: Path) -> bool:

@@ -1,20 +1,39 @@
 """The licence that a bundle states: that of the checkpoint, or else that of the recipe."""
 
 from collections.abc import Collection
+from typing import Annotated
 
-from pydantic import Field
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+from pydantic import AfterValidator, Field
 
+from exporter.errors import short
 from exporter.model.licence import LICENCE_FILES, LicenceTerms
+from exporter.settings import refusal
 
 #: Files that have the text of a licence; the others of `LICENCE_FILES` add to it.
 _TEXTS = tuple(name for name in LICENCE_FILES if name.startswith("LICEN"))
+
+
+def _check_files(files: list[str]) -> list[str]:
+    for name in files:
+        if name not in LICENCE_FILES:
+            raise refusal(f"{short(name)} is not the name of a licence file")
+    return files
 
 
 class Licence(LicenceTerms):
     """The licence of a bundle. `files` are the licence files of the checkpoint, which lie beside
     ``manifest.json``."""
 
-    files: list[str] = Field(default_factory=list)
+    files: Annotated[list[str], AfterValidator(_check_files)] = Field(default_factory=list)
+
+    def spdx(self) -> str:
+        """The SPDX expression of the licence; empty for one that is not in SPDX's list."""
+        try:
+            known = str(canonicalize_license_expression(self.id))
+        except InvalidLicenseExpression:  # the hub has ids of its own
+            return ""
+        return "" if known.startswith("LicenseRef-") else known
 
 
 def effective(

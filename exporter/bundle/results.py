@@ -15,10 +15,12 @@ from typing import Any
 from devices import instructions
 from devices import report as profiles
 from devices.errors import DeviceError
+from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.evaluation_schema import Evaluation
 from exporter.bundle.manifest import BundleManifest
 from exporter.errors import InputError, short
 from exporter.foreign import read_json
+from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.settings import parse_section
 
 #: The folder of the measurements in a bundle.
@@ -78,7 +80,11 @@ def _schema_of(path: Path) -> Iterator[None]:
 
 
 def check_belongs(result: Result, manifest: BundleManifest, subject: object) -> None:
-    """Raise InputError unless every file that was measured is in the bundle as it was."""
+    """Raise InputError unless every file that was measured is in the bundle as it was.
+
+    An evaluation names every file of its folder but the manifest there: a model with the tokenizer
+    of another one would agree in some of them.
+    """
     for target, hashes in result.measured():
         folder = target or "quantized"
         for name, found in hashes.items():
@@ -91,3 +97,8 @@ def check_belongs(result: Result, manifest: BundleManifest, subject: object) -> 
                 )
         if not hashes:
             raise InputError(subject, f"names no file of {folder}", "Measure this bundle again")
+        named = {f"{folder}/{name}" for name in (*hashes, ARTIFACT_MANIFEST, QUANTIZED_MANIFEST)}
+        others = (name for name in manifest.files if name.startswith(f"{folder}/"))
+        left_out = next((name for name in others if name not in named), None)
+        if result.kind == EVALUATION and left_out is not None:
+            raise InputError(subject, f"does not name {left_out}", "Measure this bundle again")

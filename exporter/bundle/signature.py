@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.bundle.bundle import SIGNATURES, tree
+from exporter.bundle.provenance import PROVENANCE
 from exporter.errors import InputError, MissingExtraError, short
 from exporter.files import copy_file, differing_files, json_bytes, replacing
 from exporter.foreign import JSON_BYTES, inside, parse_json, read_bytes, read_json
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from model_signing import hashing, signing, verifying
 
 MODEL_SIGNATURE, ENVELOPE = SIGNATURES
-PROVENANCE = "provenance.json"
 #: The type of the payload of an envelope with an in-toto Statement.
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 #: The largest file of a key, in bytes.
@@ -56,6 +56,14 @@ class Signer:
         if self.public_key is not None:
             return key_findings(folder, self.public_key)
         return identity_findings(folder, self.identity, self.issuer)
+
+
+def check_can_sign(private_key: Path | None) -> None:
+    """Raise the InputError that `sign` would raise for this key, or `sign_keyless` without one,
+    before any work."""
+    _require_libraries()
+    if private_key is not None:
+        _private_key(private_key)
 
 
 def sign(folder: Path, private_key: Path) -> None:

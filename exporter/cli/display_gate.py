@@ -27,5 +27,7 @@ def print_verdict(verdict: Verdict, as_json: bool) -> None:
         display.out.print(f"[dim]{escape(note)}[/]")
     broken = sum(not finding.passed for finding in verdict.findings)
     total = len(verdict.findings)
-    said = f"[bold red]{broken} of {total} limits broken[/]" if broken else f"all {total} hold"
-    display.out.print(said)
+    if broken:
+        display.out.print(f"[bold red]{broken} of {total} limits broken[/]")
+    else:
+        display.out.print(f"[bold green]all {total} limits hold[/]")

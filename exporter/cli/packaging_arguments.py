@@ -144,3 +144,13 @@ def _report_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _publish_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", metavar="BUNDLE", type=Path, help=_BUNDLE)
+    sub.add_argument(
+        "--to", required=True, metavar="DESTINATION",
+        help="a folder, oci://HOST:PORT/NAME:TAG, or hub:OWNER/NAME",
+    )  # fmt: skip
+    sub.add_argument(
+        "--yes", action="store_true", help="publish; without it, only say what would be"
+    )
+    sub.add_argument(
+        "--overwrite", action="store_true", help="replace another bundle at the destination"
+    )

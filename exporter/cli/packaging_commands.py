@@ -28,10 +28,13 @@ def package(args: argparse.Namespace) -> int:
 
 def gate(args: argparse.Namespace) -> int:
     """Compare a bundle with a budget and a baseline."""
+    from devices.files import check_replaceable
     from exporter.cli import display_gate
     from exporter.gate import outputs
     from exporter.gate.gate import gate as judge_bundle
 
+    for path in filter(None, (args.junit, args.markdown)):
+        check_replaceable(path)
     with display.progress() as progress:
         verdict = judge_bundle(args.bundle, args.budget, args.baseline, args.result, progress)
     if args.junit:
@@ -65,8 +68,14 @@ def report(args: argparse.Namespace) -> int:
 
 
 def publish(args: argparse.Namespace) -> int:
-    """Publish a bundle."""
-    raise NotImplementedError
+    """Publish a bundle to a folder, an OCI registry or the model hub."""
+    from exporter.cli import display_publishing
+    from exporter.publishing.publish import publish as publish_bundle
+
+    with display.progress() as progress:
+        published = publish_bundle(args.bundle, args.to, args.yes, progress, args.overwrite)
+    display_publishing.print_published(published, args.json)
+    return SUCCESS
 
 
 #: The commands, in the order of the help.

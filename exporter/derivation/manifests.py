@@ -16,7 +16,7 @@ from exporter.calibration.quantize import quantization_plan, with_int8
 from exporter.calibration.settings import RESULTS
 from exporter.errors import InputError, short
 from exporter.files import json_bytes, read_json
-from exporter.foreign import JSON_BYTES, read_bytes
+from exporter.foreign import COMPANION_BYTES, read_bytes
 from exporter.model.checkpoint import COMPANION_FILES
 from exporter.quantization.plan import QuantizationPlan
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
@@ -92,7 +92,7 @@ def _document_checks(
         return [Check("manifest", None, subject, False, 1, 0, error.problem)]
     checks = _field_checks(folder, BUNDLE_MANIFEST, json.loads(expected.pop(BUNDLE_MANIFEST)))
     for name in sorted({*expected, *(name for name in DOCUMENTS if name in hashes)}):
-        found = read_bytes(folder / name, JSON_BYTES) if (folder / name).is_file() else None
+        found = read_bytes(folder / name, COMPANION_BYTES) if (folder / name).is_file() else None
         same = found == expected.get(name)
         note = "" if same else "is not the document that is derived again"
         checks.append(Check("manifest", None, name, same, not same, 0, note))

@@ -18,7 +18,7 @@ from exporter.backends import front
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.results import EVALUATION
 from exporter.errors import InputError
-from exporter.files import package_versions, read_json, sha256
+from exporter.files import check_writable, package_versions, read_json, sha256
 from exporter.foreign import is_plain_name
 from exporter.inference.loaded_model import LoadedModel, file_hashes
 
@@ -69,10 +69,7 @@ def check_output(out: Path, source: str) -> None:
     folder = Path(os.path.realpath(out.parent))
     if Path(source).is_dir() and folder.is_relative_to(os.path.realpath(source)):
         raise InputError(out, f"lies inside the model that is measured ({source})", _OTHER_FILE)
-    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        problem = "is read-only" if nearest.is_dir() else "is not a folder"
-        raise InputError(out, f"cannot be written ({nearest} {problem})", _OTHER_FILE)
+    check_writable(out.parent)
     try:
         check_replaceable(out)
     except OSError as error:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from exporter.backends import names
 from exporter.errors import InputError, short
 from exporter.foreign import read_bytes
-from exporter.gate.figures import MEMORY, UNDELEGATED, counted, decode, on_data, prefill
+from exporter.gate.figure import MEMORY, UNDELEGATED, counted, decode, on_data, prefill
 from exporter.gate.quantities import (
     Bound,
     Fewest,
@@ -27,7 +27,7 @@ from exporter.gate.quantities import (
     Tolerance,
     Whole,
 )
-from exporter.settings import Section, parse_section, refusal
+from exporter.settings import Section, Sha256, parse_section, refusal
 from exporter.yaml_reader import YAML_BYTES, parse_yaml
 
 
@@ -60,7 +60,7 @@ class DataLimits(Section):
     """Quality on one data file. `sha256` is the file's own; `tokens` and `problems` are the fewest
     that must have been scored."""
 
-    sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
+    sha256: Sha256 = ""
     tokens: Fewest | None = None
     problems: Fewest | None = None
     perplexity: Most | None = None
@@ -200,8 +200,10 @@ def _on_device(wanted: DeviceLimits, target: str, device: str) -> list[Limit]:
 def _on_cpu(wanted: CpuLimits, target: str, cpu: str) -> list[Limit]:
     bounds = {counted(prefill(tokens)): bound for tokens, bound in wanted.prefill.items()}
     bounds |= {counted(decode(depth)): bound for depth, bound in wanted.decode.items()}
-    command = f"mobilellm count BUNDLE --target {target} --cpu {cpu} -o FILE"
-    return _named(bounds, target, cpu, command)
+    options = [f"--prompt {tokens // 2}:{tokens}" for tokens in wanted.prefill]
+    options += [f"--depth {depth}" for depth in wanted.decode]
+    command = f"mobilellm count BUNDLE --target {target} --cpu {cpu}"
+    return _named(bounds, target, cpu, " ".join([command, *options, "-o FILE"]))
 
 
 def _named(

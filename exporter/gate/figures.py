@@ -6,7 +6,6 @@ Speeds come from the raw samples of a profile. What could not be measured has it
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from devices.answers import is_number
@@ -17,100 +16,30 @@ from exporter.backends import front
 from exporter.bundle.bundle import QUANTIZED
 from exporter.bundle.manifest import BundleManifest
 from exporter.bundle.results import EVALUATION, PROFILE, RESULTS, Result
-from exporter.errors import InputError, short
+from exporter.errors import InputError
+from exporter.gate.figure import (
+    COVERAGE,
+    INSTRUCTIONS,
+    LATENCY,
+    MEMORY,
+    SIZE,
+    UNDELEGATED,
+    Figure,
+    Figures,
+    Gap,
+    counted,
+    decode,
+    on_data,
+    prefill,
+)
 
-#: Kinds of figures, as the tolerances of a budget name them. Of the others, `UNDELEGATED` has a
-#: tolerance of 0, and those in `NOT_COMPARED` have none.
-SIZE, LATENCY, MEMORY, INSTRUCTIONS = "size", "latency", "memory", "instructions"
-UNDELEGATED, ARCHIVE, COVERAGE = "undelegated", "archive", "coverage"
-NOT_COMPARED = (ARCHIVE, COVERAGE)
 #: Figures of an evaluation → unit: those on the text, those that need a reference, on problems.
 _TEXT = {"tokens": "", "perplexity": ""}
 _COMPARED = {"kl": "", "top1_agreement": "%"}
 _PROBLEMS = {"problems": "", "accuracy": "%"}
 #: The settings of an evaluation that decide each of them.
-_TEXT_SETTINGS = ("max_tokens", "sequence_length", "prefill")
+_TEXT_SETTINGS = ("field", "max_tokens", "sequence_length", "prefill")
 _PROBLEM_SETTINGS = ("limit", "max_new_tokens")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of a bundle.
-
-    `devices` are the names of the device, or the CPU whose instructions were counted. `repeats` has
-    the raw samples of each repeat, and `solved` tells of each problem whether it was solved.
-    `error` is the standard error of `value`, or the error of the clock in milliseconds. `tokens` is
-    the number of tokens that a time is for, `cpu_share` the cores that its process had on average
-    (0 if unknown). Figures with other `conditions` cannot be compared.
-    `parts` add up to the value. `unusable` says why no limit may be judged by it.
-    """
-
-    name: str
-    kind: str
-    value: float
-    unit: str
-    target: str | None = None
-    devices: tuple[str, ...] = ()
-    conditions: Mapping[str, str] = field(default_factory=dict)
-    repeats: Sequence[Sequence[float]] = ()
-    solved: Sequence[bool] = ()
-    error: float = 0.0
-    cpu_share: float = 0.0
-    tokens: int = 0
-    parts: Mapping[str, float] = field(default_factory=dict)
-    unusable: str = ""
-
-    @property
-    def device(self) -> str | None:
-        """The device or CPU, None for a figure of the files alone."""
-        return self.devices[0] if self.devices else None
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Something that a measurement left out: of a target on a device, and why. `name` is that of
-    the figure, '' for all."""
-
-    target: str
-    devices: tuple[str, ...]
-    name: str
-    reason: str
-
-    def leaves_out(self, figure: "Figure") -> bool:
-        """Whether a figure of this name, target and devices is missing for this reason."""
-        return (
-            self.target == figure.target
-            and bool(set(self.devices) & set(figure.devices))
-            and self.name in ("", figure.name)
-        )
-
-
-@dataclass(frozen=True)
-class Figures:
-    """All figures of a bundle, and what was left out."""
-
-    figures: Sequence[Figure]
-    gaps: Sequence[Gap]
-
-
-def prefill(tokens: int) -> str:
-    """The name of the figure for a prompt of so many tokens."""
-    return PHASE_NAMES["prefill"].format(tokens)
-
-
-def decode(depth: int) -> str:
-    """The name of the figure for one token after so many."""
-    return PHASE_NAMES["decode"].format(depth)
-
-
-def counted(name: str) -> str:
-    """The name of a figure in instructions."""
-    return f"instructions, {name}"
-
-
-def on_data(key: str, data: str) -> str:
-    """The name of a figure on a data file."""
-    return f"{key} on {data}"
 
 
 def collect(manifest: BundleManifest, results: Mapping[str, Result]) -> Figures:
@@ -119,7 +48,7 @@ def collect(manifest: BundleManifest, results: Mapping[str, Result]) -> Figures:
     figures, sessions = [*_sizes(manifest)], list[Mapping[str, Any]]()
     for subject, result in results.items():
         if result.kind == EVALUATION:
-            figures += _qualities(result.content, manifest, subject)
+            figures += _qualities(result.content, manifest)
         elif result.kind == PROFILE:
             sessions += _sessions(result.content, subject)
         else:
@@ -147,66 +76,45 @@ def _sizes(manifest: BundleManifest) -> Iterator[Figure]:
         yield figure("folder", target, inside)
 
 
-def _qualities(
-    content: Mapping[str, Any], manifest: BundleManifest, subject: str
-) -> Iterator[Figure]:
+def _qualities(content: Mapping[str, Any], manifest: BundleManifest) -> Iterator[Figure]:
     """The figures of one evaluation."""
-    settings, reference = content["settings"], content["reference"]
-    other = "" if reference == manifest.source else "against another checkpoint than the bundle's"
+    settings, figures = content["settings"], content["figures"]
+    simulated = "simulated in torch: not the artifact itself" if settings.get("simulate") else ""
+    same = content["reference"] == manifest.source
+    other = "" if same else "against another checkpoint than the bundle's"
     for data, units, keys, unusable in (
         (content["data"], _TEXT, _TEXT_SETTINGS, ""),
         (content["data"], _COMPARED, _TEXT_SETTINGS, other),
         (content["task"], _PROBLEMS, _PROBLEM_SETTINGS, ""),
     ):
         for key, unit in units.items() if data else ():
-            value = _number(content["figures"], key, subject)
-            if value is None:
+            if figures.get(key) is None:
                 continue
+            chosen = {name: str(settings.get(name)) for name in keys}
             yield Figure(
                 on_data(key, data["file"]),
                 COVERAGE if key in ("tokens", "problems") else key,
-                value,
+                figures[key],
                 unit,
                 content["target"],
-                conditions={
-                    "data": data["sha256"], **{name: str(settings.get(name)) for name in keys},
-                },
-                solved=_solved(key, content["figures"]),
-                error=_standard_error(key, value, content["figures"], subject),
-                unusable=unusable,
-            )  # fmt: skip
+                conditions={"data": data["sha256"], **chosen},
+                solved=(figures.get("correct") or ()) if key == "accuracy" else (),
+                error=_standard_error(key, figures),
+                unusable=simulated or unusable,
+            )
 
 
-def _standard_error(key: str, value: float, figures: Mapping[str, Any], subject: str) -> float:
+def _standard_error(key: str, figures: Mapping[str, Any]) -> float:
     """The standard error of a figure on text or problems; 0 if unknown.
 
     That of a share counts two more successes and two more failures (Agresti and Coull), so that it
     is not 0 for a share of 0 or 1.
     """
     if key in ("top1_agreement", "accuracy"):
-        count = _number(figures, "tokens" if key == "top1_agreement" else "problems", subject)
-        if not count or count < 0 or not 0 <= value <= 1:
-            return 0.0
-        share = (value * count + 2) / (count + 4)
+        count = figures.get("tokens" if key == "top1_agreement" else "problems") or 0
+        share = (figures[key] * count + 2) / (count + 4)
         return math.sqrt(share * (1 - share) / (count + 4))
-    return _number(figures, f"{key}_error", subject) or 0.0
-
-
-def _solved(key: str, figures: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Whether each problem was solved, for an accuracy whose result has that."""
-    correct = figures.get("correct")
-    if key != "accuracy" or not isinstance(correct, list):
-        return ()
-    return tuple(solved == 1 for solved in correct)
-
-
-def _number(figures: Mapping[str, Any], key: str, subject: str) -> float | None:
-    value = figures.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"{subject}: figures.{key}", f"{short(value)} is not a number")
-    return float(value)
+    return float(figures.get(f"{key}_error") or 0)
 
 
 def _sessions(content: Mapping[str, Any], subject: str) -> Iterator[Mapping[str, Any]]:

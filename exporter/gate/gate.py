@@ -8,23 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devices.statistics import summarize
+from exporter.backends import names
 from exporter.bundle.archive import opened
 from exporter.bundle.bundle import file_problems, is_bundle, open_bundle
 from exporter.bundle.manifest import MANIFEST, BundleManifest, read_manifest
 from exporter.bundle.results import RESULTS, Result, check_belongs, read_result
-from exporter.errors import InputError
+from exporter.errors import InputError, short
 from exporter.files import differing_files
 from exporter.gate.baseline import compare
 from exporter.gate.budget import Limit, limits, read_budget
-from exporter.gate.figures import (
+from exporter.gate.figure import (
     ARCHIVE,
     INSTRUCTIONS,
     LATENCY,
     UNDELEGATED,
     Figure,
     Figures,
-    collect,
 )
+from exporter.gate.figures import collect
 from exporter.gate.finding import BUDGET, Finding
 from exporter.gate.quantities import RATE
 from exporter.progress import Progress, no_progress
@@ -106,6 +107,10 @@ def _checked_bundle(folder: Path) -> BundleManifest:
 
 def _checked_part(folder: Path) -> BundleManifest:
     manifest = read_manifest(folder)
+    for target in manifest.targets:
+        if target not in names():
+            known = f"Known: {', '.join(names())}"
+            raise InputError(folder / MANIFEST, f"{short(target)} is not a target", known)
     hashes = {name: manifest.files[name].sha256 for name in _measurements(manifest)}
     _refuse(folder, differing_files(folder, hashes))
     return manifest

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.backends import Runner, front, inspector_of
-from exporter.bundle.archive import FORMATS, opened
+from exporter.bundle.archive import is_archive, opened
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
@@ -49,7 +49,7 @@ def opened_source(source: str, on_step: OnStep = no_step) -> Iterator[str]:
     """`source` itself, or the folder of a bundle in an archive, which is unpacked for as long as
     the context is open. Raises InputError."""
     path = Path(source)
-    if path.is_dir() or not path.name.endswith(FORMATS):
+    if not is_archive(path):
         yield source
         return
     with opened(path, on_step) as folder:

@@ -1,6 +1,6 @@
 """What a report consists of: sections with notes, tables, figures and commands, as plain data."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -32,12 +32,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot as an `svg` element, and the same data as a table. `name` is unique in the report."""
+    """A plot, and the same data as a table. `draw` returns an ``svg`` element with this title."""
 
-    name: str
     title: str
-    description: str
-    svg: Markup
+    draw: Callable[[], Markup]
     table: Table
 
 

@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from exporter.errors import printable
 from exporter.report.blocks import Figure, Missing, Section, Table
 from exporter.report.plots import Bar, Style, Text, bars
 from exporter.report.reproduce import count_command
 from exporter.report.subjects import Subject
-from exporter.report.values import count, share
+from exporter.report.values import count, number, share
 
+#: Counted phases of a page: more cannot be read.
+_MOST = 40
+#: Phases whose functions are shown.
+_PLOTS = 12
 #: Functions in a plot and in a table; the rest is one row.
 _DRAWN, _LISTED = 8, 30
 _AXIS = "million instructions a token (no time)"
@@ -29,11 +33,11 @@ class Counted:
     @property
     def label(self) -> str:
         """What was counted."""
-        return f"{self.subject.case(self.target)}, {printable(self.cpu)}, {self.phase}"
+        return f"{self.subject.case(self.target)}, {self.cpu}, {self.phase}"
 
 
 def counted(subjects: Sequence[Subject]) -> list[Counted]:
-    """Every counted phase: prefills, then decode steps, of each CPU."""
+    """The counted phases: prefills, then decode steps, of each CPU."""
     found = list[Counted]()
     for subject in subjects:
         for content in subject.counts():
@@ -44,19 +48,24 @@ def counted(subjects: Sequence[Subject]) -> list[Counted]:
                 for entry in cpu["decode"]:
                     phase = f"decode at {entry['depth']}"
                     found.append(Counted(subject, content["target"], cpu["cpu"], phase, entry))
-    return found
+    return found[:_MOST]
 
 
 def instructions(subjects: Sequence[Subject]) -> Section:
     """The section: totals, then the functions of each phase."""
     found = counted(subjects)
     figures = [_totals(found)] if found else []
-    figures += [_functions(one, number) for number, one in enumerate(found)]
+    figures += [_functions(one, place) for place, one in enumerate(found[:_PLOTS])]
     notes = [
         "Counted under emulation: the same in every run, whatever else the machine does. A count "
         "is not a time: instructions differ in cost, and memory is not modelled. “prefill 64 → "
         "128” is a prompt of 128 tokens less one of 64; “decode at 16” starts with 16 tokens in "
-        "the cache."
+        "the cache.",
+        *(
+            [f"The functions of {len(found) - _PLOTS} more are left out."]
+            if len(found) > _PLOTS
+            else []
+        ),
     ]
     missing = [
         Missing(f"{subject.title}: no instructions are counted.", [count_command()])
@@ -94,11 +103,12 @@ def _totals(found: Sequence[Counted]) -> Figure:
     columns = ("model, CPU and phase", "instructions per token", "vector arithmetic",
                "of it dot products", "int8 matrix products")  # fmt: skip
     table = Table(text.title, columns, cells)
-    return Figure(text.name, text.title, text.about, bars(text, rows), table)
+    return Figure(text.title, partial(bars, text, rows), table)
 
 
-def _functions(one: Counted, number: int) -> Figure:
-    rows, total = one.content["functions"], one.content["per_token"]
+def _functions(one: Counted, place: int) -> Figure:
+    total = one.content["per_token"]
+    rows = [row for row in one.content["functions"] if number(row, "per_token")]
     drawn = [
         Bar(_name(row), [(row["per_token"] / 1e6, Style(0))], share(_part(row, total)))
         for row in rows[:_DRAWN]
@@ -109,24 +119,24 @@ def _functions(one: Counted, number: int) -> Figure:
         others = f"{len(rows) - _DRAWN} others"
         drawn.append(Bar(others, [(rest / 1e6, Style(1))], share(rest / total if total else None)))
     text = Text(
-        f"instructions-{number}",
+        f"instructions-{place}",
         f"Functions of {one.label} (counts)",
         "Bars of the instructions of each function. A name after “near” is that of the nearest "
         "symbol before the code.",
         _AXIS,
     )
     listed = [
-        (_name(row), printable(row["library"]), count(row["per_token"]), share(_part(row, total)))
+        (_name(row), row["library"], count(row["per_token"]), share(_part(row, total)))
         for row in rows[:_LISTED]
     ]
     note = f"{len(rows) - _LISTED} more functions are left out." if len(rows) > _LISTED else ""
     columns = ("function", "library", "instructions per token", "share")
     table = Table(text.title, columns, listed, 2, note=note)
-    return Figure(text.name, text.title, text.about, bars(text, drawn), table)
+    return Figure(text.title, partial(bars, text, drawn), table)
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return printable(f"near {row['function']}" if row["near"] else row["function"])
+    return f"near {row['function']}" if row["near"] else row["function"]
 
 
 def _part(row: Mapping[str, Any], total: float) -> float | None:
@@ -140,8 +150,8 @@ def _emulators(subjects: Sequence[Subject]) -> Table:
             runner = content["runner"]
             versions = ", ".join(f"{k} {v}" for k, v in runner["versions"].items())
             rows.append(
-                (subject.case(content["target"]), printable(content["emulator"]),
-                 printable(f"{runner['name']} ({versions})"), count(content["context"]))
+                (subject.case(content["target"]), content["emulator"],
+                 f"{runner['name']} ({versions})", count(content["context"]))
             )  # fmt: skip
     columns = ("model", "emulator", "runner", "context (tokens)")
     return Table("Emulators and runners", columns, list(dict.fromkeys(rows)), 3)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from exporter.errors import printable
 from exporter.report.blocks import Table
 from exporter.report.page import sections
 from exporter.report.subjects import Subject, read_subjects
@@ -58,5 +59,6 @@ def _table(table: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    plain = text.replace("&", "&amp;").replace("@", "&#64;")
-    return _MARKUP.sub(r"\\\g<0>", plain)
+    """The text as Markdown that shows it as it is, on one line."""
+    shown = _MARKUP.sub(r"\\\g<0>", printable(text).replace("&", "&amp;"))
+    return shown.replace("@", "&#64;")

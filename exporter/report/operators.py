@@ -1,8 +1,8 @@
 """The time of each operator, and which of them ran in a delegate."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
-from exporter.errors import printable
 from exporter.report.blocks import Figure, Missing, Section, Table
 from exporter.report.plots import Bar, Style, Text, bars
 from exporter.report.reproduce import profile_command
@@ -10,6 +10,8 @@ from exporter.report.speed import MACHINES, Session, complete, session_label
 from exporter.report.subjects import Subject
 from exporter.report.values import count, figure, share
 
+#: Plots of a page.
+_PLOTS = 12
 #: Operators in a plot and in a table; the rest is one row.
 _DRAWN, _LISTED = 8, 40
 _DELEGATED, _NOT_DELEGATED = "in a delegate or an optimized kernel", "in an ordinary kernel"
@@ -32,10 +34,12 @@ def _untraced(subjects: Sequence[Subject]) -> Iterator[Missing]:
 
 def operators(subjects: Sequence[Subject]) -> Section:
     """The section: a plot and a table for each session."""
-    figures = [_figure(one, number) for number, one in enumerate(_traced(subjects))]
+    traced = _traced(subjects)
+    figures = [_figure(one, number) for number, one in enumerate(traced[:_PLOTS])]
     notes = [
         "The share of the time that all operators took in a traced run. Each row counts only the "
-        "time that no other row counts. Emulated and planned times are marked."
+        "time that no other row counts. Emulated times are marked.",
+        *([f"{len(traced) - _PLOTS} more sessions are left out."] if len(traced) > _PLOTS else []),
     ]
     return Section(
         "operators", "Time of each operator", notes if figures else (), figures,
@@ -66,14 +70,14 @@ def _figure(one: Session, number: int) -> Figure:
     )
     legend = [(_DELEGATED, Style(0)), (_NOT_DELEGATED, Style(1))]
     listed = [
-        (printable(row["name"]), printable(row["delegate"]) or "none", count(row["calls"]),
+        (row["name"], row["delegate"] or "none", count(row["calls"]),
          figure(row["milliseconds"]), share(row["share"]))
         for row in rows[:_LISTED]
     ]  # fmt: skip
     note = f"{len(rows) - _LISTED} more operators are left out." if len(rows) > _LISTED else ""
     columns = ("operator", "delegate or optimized kernel", "calls", "ms", "share")
     table = Table(text.title, columns, listed, 2, note=note)
-    return Figure(text.name, text.title, text.about, bars(text, drawn, legend), table)
+    return Figure(text.title, partial(bars, text, drawn, legend), table)
 
 
 def delegation(subjects: Sequence[Subject]) -> Section:
@@ -91,7 +95,7 @@ def delegation(subjects: Sequence[Subject]) -> Section:
              f"{sum(row['calls'] for row in inside):,} of "
              f"{sum(row['calls'] for row in products):,}", share(delegated))
         )  # fmt: skip
-        lost += [(session_label(one), printable(line)) for line in outside]
+        lost += [(session_label(one), line) for line in outside]
     tables = list[Table]()
     if rows:
         columns = ("model and device", "audit", "products in a delegate", "their calls",
@@ -106,5 +110,5 @@ def delegation(subjects: Sequence[Subject]) -> Section:
     ]
     return Section(
         "delegation", "Delegation audit", notes if tables else (), tables=tables,
-        missing=list(_untraced(subjects)),
+        missing=[] if tables else list(_untraced(subjects)),
     )  # fmt: skip

@@ -7,8 +7,10 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from exporter.errors import printable
 from exporter.report.blocks import Section
 from exporter.report.counts import instructions
+from exporter.report.gated import gated
 from exporter.report.operators import delegation, operators
 from exporter.report.quality import by_layer, by_position, quality
 from exporter.report.reproduce import reproduce
@@ -21,7 +23,7 @@ from exporter.report.weights import float_weights
 #: Every topic after the summary, in the order of the page.
 TOPICS = (
     sizes, quality, by_layer, by_position, speed, memory, operators, delegation, instructions,
-    float_weights, reproduce,
+    float_weights, gated, reproduce,
 )  # fmt: skip
 
 
@@ -33,18 +35,28 @@ def report(bundles: Sequence[Path], results: Sequence[Path] = ()) -> str:
 
 def page(subjects: Sequence[Subject]) -> str:
     """The HTML page on these bundles."""
-    # Every text of a bundle is escaped; only our own SVG and style are Markup.
+    # Every text is made printable and escaped here; only our own SVG and style are Markup.
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
     folder = resources.files("exporter.report")
     return environment.from_string((folder / "page.html").read_text("utf-8")).render(
         style=Markup((folder / "page.css").read_text("utf-8")),
-        title=" and ".join(subject.name for subject in subjects),
+        title=_title(subjects),
         cards=[card(subject) for subject in subjects],
         comparison=comparison(subjects) if len(subjects) > 1 else None,
         sections=sections(subjects),
     )
+
+
+def _title(subjects: Sequence[Subject]) -> str:
+    names = " and ".join(dict.fromkeys(subject.name for subject in subjects))
+    return names if len(subjects) == 1 else f"{names} ({len(subjects)} bundles)"
+
+
+def _shown(value: object) -> object:
+    return value if isinstance(value, Markup) else printable(str(value))
 
 
 def sections(subjects: Sequence[Subject]) -> list[Section]:

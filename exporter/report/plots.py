@@ -239,7 +239,9 @@ def lines(text: Text, series: Sequence[Line], axes_of: Axes) -> Markup:
         axes.set_xlabel(text.axis)
         _name_of_y(axes, axes_of.y)
         if axes_of.ticks:
-            axes.set_xticks([x for x, _ in axes_of.ticks], [tick for _, tick in axes_of.ticks])
+            axes.set_xticks(
+                [x for x, _ in axes_of.ticks], [label(tick) for _, tick in axes_of.ticks]
+            )
         if axes_of.zero:
             axes.set_ylim(bottom=0)
         if axes_of.most is not None:

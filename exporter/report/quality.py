@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from exporter.report.blocks import Figure, Missing, Section, Table
@@ -9,6 +11,9 @@ from exporter.report.plots import Axes, Line, Measure, Point, Style, Text, label
 from exporter.report.reproduce import evaluate_command
 from exporter.report.subjects import Subject
 from exporter.report.values import count, figure, mapping, mappings, number, share, text, whole
+
+#: Measurements, and layers or bands of one, that a plot can show.
+_MOST, _MOST_POINTS = 100, 200
 
 
 @dataclass(frozen=True)
@@ -31,41 +36,37 @@ class Evaluated:
 
     @property
     def label(self) -> str:
-        """What was measured, and whether another runtime stood in for the target's."""
-        simulated = " (simulated)" if self.simulated else ""
-        return f"{self.subject.case(self.target)}{simulated}"
+        """What was measured."""
+        return self.subject.case(self.target)
 
     @property
     def style(self) -> Style:
         """The look in plots."""
         return self.subject.style(self.target)
 
-    @property
-    def simulated(self) -> bool:
-        """Whether torch ran it with the rounding of the target."""
-        return bool(mapping(self.content, "settings").get("simulate"))
-
     def source(self, kind: "_Quality") -> tuple[str, ...]:
-        """What a figure depends on beside the model: the hash of its file, and the settings.
-        Figures of different ones do not compare."""
+        """What a figure depends on beside the weights: hashes of its file, of the tokenizer and of
+        the reference, and the settings. Figures of different ones do not compare."""
         settings = mapping(self.content, "settings")
-        chosen = (str(settings.get(key)) for key in _SETTINGS[kind.file])
+        chosen = [str(settings.get(key)) for key in _SETTINGS[kind.file]]
+        if kind.file == "data":
+            chosen.append(str(self.content["files"].get("tokenizer.json")))
+        if kind.key == "kl":
+            chosen.append(str(self.content["reference"]))
         return text(mapping(self.content, kind.file), "sha256"), *chosen
 
     @property
     def how(self) -> str:
         """How the figures were got."""
-        if self.simulated:
-            return "simulated in torch"
-        kind = text(self.figures, "kind")
         if self.target is None:
             return "run in torch"
-        return "interpreted" if "interpret" in kind else "run"
+        return "interpreted" if "interpreted" in text(self.figures, "kind") else "run"
 
 
 def evaluated(subjects: Sequence[Subject]) -> list[Evaluated]:
-    """Every measurement of quality of these bundles."""
-    return [Evaluated(one, content) for one in subjects for content in one.evaluations()]
+    """The measurements of quality of these bundles."""
+    found = [Evaluated(one, content) for one in subjects for content in one.evaluations()]
+    return found[:_MOST]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class _Quality:
 
     key: str
     name: str
+    short: str
     reference: str
     unit: str
     less_is_better: bool
@@ -87,9 +89,11 @@ _SETTINGS = {
     "task": ("limit", "max_new_tokens"),
 }
 _QUALITIES = (
-    _Quality("kl", "KL to the reference", "", "nats", True),
-    _Quality("perplexity", "Perplexity", "reference_perplexity", "", True),
-    _Quality("accuracy", "Problems solved", "", "", False, percent=True, file="task"),
+    _Quality("kl", "KL to the reference", "KL", "", "nats", True),
+    _Quality("perplexity", "Perplexity", "perplexity", "reference_perplexity", "", True),
+    _Quality(
+        "accuracy", "Problems solved", "problems solved", "", "", False, percent=True, file="task"
+    ),
 )
 
 
@@ -140,8 +144,7 @@ def _trade_off(kind: _Quality, found: Sequence[Evaluated], index: int) -> Figure
     references = {number(one.figures, kind.reference) for one in found} - {None}
     reference = references.pop() if len(references) == 1 else None
     unit = "%" if kind.percent else kind.unit
-    y = f"{kind.name.lower() if kind.name != 'KL to the reference' else 'KL'}"
-    y = f"{y} ({unit})" if unit else y
+    y = f"{kind.short} ({unit})" if unit else kind.short
     better = "lower is better" if kind.less_is_better else "higher is better"
     about = "; ".join(f"{label(p.label)}: {figure(p.x)} bits, {figure(p.y, unit)}" for p in points)
     words = Text(
@@ -157,7 +160,7 @@ def _trade_off(kind: _Quality, found: Sequence[Evaluated], index: int) -> Figure
         [(p.label, figure(p.x), figure(p.y)) for p in points]
         + ([("reference, not quantized", "–", figure(reference))] if reference else []),
     )
-    return Figure(words.name, words.title, words.about, trade_off(words, points, measure), table)
+    return Figure(words.title, partial(trade_off, words, points, measure), table)
 
 
 def _file(one: Evaluated, *kinds: str) -> str:
@@ -212,8 +215,8 @@ def by_layer(subjects: Sequence[Subject]) -> Section:
             ("layer", *(one.label for one, _ in series)),
             [(name, *(figure(layers.get(name)) for _, layers in series)) for name in names],
         )
-        svg = lines(words, drawn, Axes("KL (nats)", ticks))
-        figures.append(Figure(words.name, words.title, words.about, svg, table))
+        draw = partial(lines, words, drawn, Axes("KL (nats)", ticks))
+        figures.append(Figure(words.title, draw, table))
     measured = {id(one.subject) for one, _ in series}
     for subject in subjects:
         if id(subject) not in measured:
@@ -228,7 +231,7 @@ def by_layer(subjects: Sequence[Subject]) -> Section:
 
 
 def _layers(one: Evaluated) -> Iterator[tuple[str, float]]:
-    for entry in mappings(one.figures, "kl_by_layer"):
+    for entry in islice(mappings(one.figures, "kl_by_layer"), _MOST_POINTS):
         value = number(entry, "kl")
         if value is not None and text(entry, "layer"):
             yield text(entry, "layer"), value
@@ -266,7 +269,7 @@ def by_position(subjects: Sequence[Subject]) -> Section:
 
 
 def _bands(one: Evaluated) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for band in mappings(one.figures, "agreement_by_position"):
+    for band in islice(mappings(one.figures, "agreement_by_position"), _MOST_POINTS):
         first, last = whole(band, "first"), whole(band, "last")
         if first is not None and last is not None and number(band, "kl") is not None:
             yield f"{first}–{last}", band
@@ -302,7 +305,7 @@ def _position_figure(found: Sequence[Evaluated], key: str, name: str, unit: str)
         ("positions", *(one.label for one, _ in series)),
         [(band, *(figure(values.get(band)) for _, values in series)) for band in bands],
     )
-    return Figure(words.name, words.title, words.about, lines(words, drawn, axes), table)
+    return Figure(words.title, partial(lines, words, drawn, axes), table)
 
 
 def _first_of(band: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from exporter.bundle.results import PROFILE
 from exporter.errors import InputError, printable
-from exporter.recipe import Recipe, all_recipes, load_recipe
+from exporter.recipe import Recipe, all_recipes, load_recipe, parse_recipe
 from exporter.report.blocks import Section, Table
 from exporter.report.subjects import Subject
 from exporter.report.values import mapping, text, whole
@@ -55,7 +55,7 @@ def reproduce(subjects: Sequence[Subject]) -> Section:
     commands, tables = list[str](), list[Table]()
     for subject in subjects:
         if subject.letter:
-            commands.append(f"# {subject.title}")
+            commands.append(f"# {printable(subject.title)}")
         commands += [*_making(subject), *dict.fromkeys(_measuring(subject))]
         commands.append(command("package", BUNDLE, "--result", "FILE.json", "-o", "NEW.tar.zst"))
         tables += [_inputs(subject), _versions(subject)]
@@ -75,16 +75,21 @@ def recipe_words(recipe: Mapping[str, Any]) -> list[str] | None:
     name = recipe.get("name")
     if name not in {known.name for known in all_recipes()}:
         return None
-    base, wanted = load_recipe(str(name)).to_dict(), dict(recipe)
-    kinds = [target.get("target") for target in wanted.get("targets", [])]
-    places = {target["target"]: place for place, target in enumerate(base["targets"])}
-    if not kinds or not set(kinds) <= places.keys():
+    try:
+        wanted = parse_recipe(recipe, "recipe").to_dict()
+    except InputError:  # the manifest may be of another version, or of anyone
         return None
-    chosen = ["--target", *kinds] if list(places) != kinds else []
-    chosen = [word for kind in kinds for word in ("--target", kind)] if chosen else []
+    base = load_recipe(str(name)).to_dict()
+    kinds = [target["target"] for target in wanted["targets"]]
+    places = {target["target"]: place for place, target in enumerate(base["targets"])}
+    if not set(kinds) <= places.keys():
+        return None
+    chosen = list[str]()
+    if kinds != list(places):
+        chosen = [word for kind in kinds for word in ("--target", kind)]
     overrides = list[str]()
     for key in base.keys() - {"model", "targets"}:
-        overrides += _differences(key, base[key], wanted.get(key))
+        overrides += _differences(key, base[key], wanted[key])
     for target in wanted["targets"]:
         place = places[target["target"]]
         overrides += _differences(f"targets.{place}", base["targets"][place], target)
@@ -105,17 +110,11 @@ def _same(made: Recipe, kinds: Sequence[str], wanted: Mapping[str, Any]) -> bool
 
 def _differences(key: str, base: Any, wanted: Any) -> Iterator[str]:
     """Overrides that turn one value into the other."""
-    if base == wanted:
-        return
-    if (
-        isinstance(base, dict)
-        and isinstance(wanted, dict)
-        and base.keys() == wanted.keys() != set()
-    ):
-        for part in base:
-            yield from _differences(f"{key}.{part}", base[part], wanted[part])
-        return
-    yield f"{key}={json.dumps(wanted)}" if not _is_word(wanted) else f"{key}={wanted}"
+    if isinstance(base, dict) and isinstance(wanted, dict):
+        for part in {**base, **wanted}:
+            yield from _differences(f"{key}.{part}", base.get(part), wanted.get(part))
+    elif base != wanted:
+        yield f"{key}={wanted if _is_word(wanted) else json.dumps(wanted)}"
 
 
 def _is_word(value: Any) -> bool:
@@ -158,7 +157,6 @@ def _evaluate(content: Mapping[str, Any]) -> str:
     for option in options:
         value = whole(settings, option)
         words += [f"--{option.replace('_', '-')}", str(value)] if value else []
-    words += ["--simulate"] if settings.get("simulate") is True else []
     figures = mapping(content, "figures")
     words += ["--layers"] if figures.get("kl_by_layer") else []
     return command("evaluate", *words, "-o", "QUALITY.json")
@@ -188,6 +186,11 @@ def _count(content: Mapping[str, Any]) -> str:
     words = ["--target", str(content["target"])]
     for counted in content["counts"]:
         words += ["--cpu", str(counted["cpu"])]
+    first = content["counts"][0]
+    for entry in first["decode"]:
+        words += ["--depth", str(entry["depth"])]
+    for entry in first["prefill"]:
+        words += ["--prompt", f"{entry['from']}:{entry['to']}"]
     return command("count", BUNDLE, *words, "-o", "COUNTS.json")
 
 
@@ -198,14 +201,14 @@ def _inputs(subject: Subject) -> Table:
             file = mapping(content, key)
             if file:
                 rows.append((f"evaluate --{key}", text(file, "file"), text(file, "sha256")))
-    rows = [(what, printable(name), digest) for what, name, digest in dict.fromkeys(rows)]
+    rows = [(what, name, digest) for what, name, digest in dict.fromkeys(rows)]
     caption = f"SHA-256 of the inputs, {subject.title}"
     return Table(caption, ("input", "file", "SHA-256"), rows, 3, folded=True)
 
 
 def _versions(subject: Subject) -> Table:
-    rows = [(printable(k), printable(v)) for k, v in subject.manifest.versions.items()]
-    rows += [(f"seed of the {printable(k)}", str(v)) for k, v in subject.manifest.seeds.items()]
+    rows = [(k, v) for k, v in subject.manifest.versions.items()]
+    rows += [(f"seed of the {k}", str(v)) for k, v in subject.manifest.seeds.items()]
     caption = f"Versions and seeds, {subject.title}"
     return Table(caption, ("package", "version"), rows, 2, folded=True)
 
@@ -213,7 +216,7 @@ def _versions(subject: Subject) -> Table:
 def _recipe_file(subject: Subject) -> Table:
     """The whole recipe, for the file that the export reads."""
     rows = [
-        (printable(key), printable(json.dumps(value, ensure_ascii=False)))
+        (key, json.dumps(value, ensure_ascii=False))
         for key, value in subject.manifest.recipe.items()
         if key != "name"
     ]

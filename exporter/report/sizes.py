@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from exporter.backends import front
 from exporter.bundle.manifest import WeightEntry
@@ -102,7 +103,7 @@ def _figure(subject: Subject) -> Figure:
         "Stacked bars of megabytes: " + "; ".join(f"{row.label} {row.shown}" for row in rows) + ".",
         "MB (million bytes)",
     )
-    return Figure(text.name, text.title, text.about, bars(text, rows, list(styles.items())), table)
+    return Figure(text.title, partial(bars, text, rows, list(styles.items())), table)
 
 
 def _schemes(subject: Subject) -> Table:

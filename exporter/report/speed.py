@@ -4,14 +4,14 @@ Sessions of real, virtual and emulated machines never share a plot.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from exporter.errors import printable
 from exporter.report.blocks import Figure, Missing, Section, Table
 from exporter.report.plots import Bar, Strip, Style, Text, bars, strips
 from exporter.report.reproduce import profile_command
 from exporter.report.subjects import Subject
-from exporter.report.values import count, figure, megabytes, whole
+from exporter.report.values import count, figure, megabytes, number, whole
 
 #: The kinds of machines, and how a figure of each was got.
 MACHINES = {
@@ -19,6 +19,8 @@ MACHINES = {
     "virtual": "run on a virtual machine",
     "emulated": "run under emulation: its times say nothing",
 }
+#: Sessions of a page, and lengths or depths of a plot: more cannot be read.
+_MOST_SESSIONS, _MOST_PLACES = 40, 8
 #: Dots of one plot: more would make the page large and the plot no clearer.
 _DOTS = 1200
 _FEWEST_DOTS = 20
@@ -38,7 +40,7 @@ def sessions(subjects: Sequence[Subject]) -> list[Session]:
 
 def complete(subjects: Sequence[Subject]) -> list[Session]:
     """The sessions that measured something."""
-    return [one for one in sessions(subjects) if one[1]["status"] == "complete"]
+    return [one for one in sessions(subjects) if one[1]["status"] == "complete"][:_MOST_SESSIONS]
 
 
 def session_label(one: Session) -> str:
@@ -52,7 +54,7 @@ def device_name(session: Mapping[str, Any]) -> str:
     identity = session["identity"] or {}
     own = str(identity.get("name", ""))
     named = str(session["device"])
-    return printable(named if own in ("", "unknown", named) else f"{named} ({own})")
+    return named if own in ("", "unknown", named) else f"{named} ({own})"
 
 
 def style_of(one: Session) -> Style:
@@ -75,7 +77,8 @@ def speed(subjects: Sequence[Subject]) -> Section:
         "Dots are raw samples; the mark is the median of the repeats, and the bar through it holds "
         "that median with the confidence in the table. Axes begin at zero. Where there are more "
         "samples than a plot can show, those shown are evenly spaced in rank, the smallest and the "
-        "largest among them."
+        "largest among them.",
+        *_left_out(subjects),
     ]
     return Section(
         "speed", "Latency by device", notes if figures else (), figures, tables,
@@ -83,11 +86,17 @@ def speed(subjects: Sequence[Subject]) -> Section:
     )  # fmt: skip
 
 
+def _left_out(subjects: Sequence[Subject]) -> list[str]:
+    every = [one for one in sessions(subjects) if one[1]["status"] == "complete"]
+    number_left = len(every) - len(complete(subjects))
+    return [f"{number_left} more sessions are left out."] if number_left else []
+
+
 def _failed(subjects: Sequence[Subject]) -> Iterator[Missing]:
     for one in sessions(subjects):
         session = one[1]
         if session["status"] != "complete":
-            problem = printable(str(session["problem"]))
+            problem = str(session["problem"])
             yield Missing(f"{session_label(one)}: {session['status']}: {problem}", [])
 
 
@@ -130,8 +139,8 @@ def _summaries(session: Mapping[str, Any], phase: str) -> dict[int, Mapping[str,
 def _phase_figure(phase: str, machine: str, found: Sequence[Session]) -> Figure | None:
     title, _, panel_title = _PHASES[phase]
     measured = [(one, _summaries(one[1], phase)) for one in found]
-    places = sorted({place for _, values in measured for place in values})
-    rows = sum(len(values) for _, values in measured)
+    places = sorted({place for _, values in measured for place in values})[:_MOST_PLACES]
+    rows = sum(place in values for _, values in measured for place in places)
     if not rows:
         return None
     most = max(_FEWEST_DOTS, _DOTS // rows)
@@ -161,7 +170,7 @@ def _phase_figure(phase: str, machine: str, found: Sequence[Session]) -> Figure 
     table = Table(f"{title}, in ms", columns, cells, 2, note=note)
     about = f"Strips of samples in milliseconds. {MACHINES[machine].capitalize()}."
     text = Text(f"speed-{machine}-{phase}", title, about, "ms")
-    return Figure(text.name, title, about, strips(text, panels), table)
+    return Figure(title, partial(strips, text, panels), table)
 
 
 def _speeds(found: Sequence[Session]) -> Table:
@@ -198,9 +207,9 @@ def _devices(found: Sequence[Session]) -> Table:
         where = f"{engine['threads']} threads" + (f" on {engine['cores']}" if engine.get("cores")
                                                   else "")  # fmt: skip
         rows.append(
-            (session_label(one), MACHINES[one[1]["kind"]], printable(machine),
-             megabytes(identity["memory_bytes"]), printable(f"{engine['name']} ({versions})"),
-             printable(where))
+            (session_label(one), MACHINES[one[1]["kind"]], machine,
+             megabytes(identity["memory_bytes"]), f"{engine['name']} ({versions})",
+             where)
         )  # fmt: skip
     columns = ("model and device", "how", "machine", "memory", "engine", "threads")
     return Table("Devices and engines", columns, list(dict.fromkeys(rows)), 6)
@@ -213,7 +222,7 @@ def memory(subjects: Sequence[Subject]) -> Section:
     for machine in MACHINES:
         rows = list[Bar]()
         for one in found:
-            peak = one[1]["memory"]["peak_rss"]
+            peak = number(one[1]["memory"], "peak_rss")
             if one[1]["kind"] == machine and peak and peak > 0:
                 part = [(peak / 1e6, style_of(one))]
                 rows.append(Bar(session_label(one), part, megabytes(peak)))
@@ -231,8 +240,7 @@ def memory(subjects: Sequence[Subject]) -> Section:
                 f"Peak memory{mark}", ("model and device", "peak"),
                 [(row.label, row.shown) for row in rows],
             )  # fmt: skip
-            svg = bars(text, rows)
-            figures.append(Figure(text.name, text.title, text.about, svg, table))
+            figures.append(Figure(text.title, partial(bars, text, rows), table))
     rows_of_phases = list(_phases(found))
     if rows_of_phases:
         columns = ("model and device", "phase", "peak resident", "anonymous", "mapped files",
@@ -248,7 +256,7 @@ def memory(subjects: Sequence[Subject]) -> Section:
 def _phases(found: Sequence[Session]) -> Iterator[tuple[str, ...]]:
     for one in found:
         for phase, seen in one[1]["memory"]["phases"].items():
-            sizes = [seen[key] for key in ("peak_rss", "anonymous", "file", "pss")]
-            if sizes[0] > 0:
-                shown = (megabytes(size) if size >= 0 else "–" for size in sizes)
-                yield (session_label(one), printable(phase), *shown)
+            sizes = [number(seen, key) for key in ("peak_rss", "anonymous", "file", "pss")]
+            if sizes[0] is not None and sizes[0] > 0:
+                shown = (megabytes(None if size is None or size < 0 else size) for size in sizes)
+                yield (session_label(one), phase, *shown)

@@ -16,7 +16,7 @@ from exporter.bundle.results import (
     check_belongs,
     read_result,
 )
-from exporter.errors import InputError, printable
+from exporter.errors import InputError
 from exporter.report.plots import Style
 
 #: A page with more bundles than letters is no longer read.
@@ -41,7 +41,7 @@ class Subject:
     @property
     def name(self) -> str:
         """The name of the recipe."""
-        return printable(str(self.manifest.recipe.get("name", "")))
+        return str(self.manifest.recipe.get("name", ""))
 
     @property
     def title(self) -> str:

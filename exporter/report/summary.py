@@ -3,14 +3,23 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from exporter.errors import printable
 from exporter.report.blocks import Table
 from exporter.report.counts import counted
 from exporter.report.quality import evaluated
 from exporter.report.sizes import folder_of
 from exporter.report.speed import MACHINES, complete, device_name
 from exporter.report.subjects import Subject
-from exporter.report.values import count, figure, megabytes, number, share
+from exporter.report.values import (
+    count,
+    figure,
+    mapping,
+    mappings,
+    megabytes,
+    number,
+    share,
+    text,
+    whole,
+)
 
 NOT_RUN = "not run"
 
@@ -42,21 +51,18 @@ def card(subject: Subject) -> Card:
 def _facts(subject: Subject) -> Iterator[tuple[str, str]]:
     manifest = subject.manifest
     model, recipe = manifest.model, manifest.recipe
-    yield "Model", printable(str(recipe.get("model") or model.model_type))
+    yield "Model", str(recipe.get("model") or model.model_type)
     tied = "tied" if model.tied else "untied"
     yield (
         "Architecture",
-        f"{printable(model.model_type)}: {count(model.parameters)} parameters, {model.layers} "
+        f"{model.model_type}: {count(model.parameters)} parameters, {model.layers} "
         f"layers of {count(model.hidden_size)}, vocabulary {count(model.vocab_size)} ({tied})",
     )
-    section = recipe.get("quantization")
-    quantization = section if isinstance(section, dict) else {}
+    quantization = mapping(recipe, "quantization")
     yield (
         "Weights",
-        printable(
-            f"{quantization.get('linear')} (embedding {quantization.get('embedding')}), "
-            f"method {quantization.get('method')}"
-        ),
+        f"{quantization.get('linear')} (embedding {quantization.get('embedding')}), "
+        f"method {quantization.get('method')}",
     )
     yield "Bits per weight", f"{manifest.bits_per_weight():.2f}, scales included"
     yield "Licence", licence(subject)
@@ -69,18 +75,16 @@ def licence(subject: Subject) -> str:
     if known is None:
         return "not known: the checkpoint names none"
     named = f"{known.id} ({known.name})" if known.name else known.id
-    return printable(f"{named}, {known.link}" if known.link else named)
+    return f"{named}, {known.link}" if known.link else named
 
 
 def _targets(subject: Subject) -> Iterator[str]:
     settings = {
-        target.get("target"): target
-        for target in subject.manifest.recipe.get("targets", [])
-        if isinstance(target, dict)
+        text(target, "target"): target for target in mappings(subject.manifest.recipe, "targets")
     }
     for name in subject.manifest.targets:
-        context = settings.get(name, {}).get("max_context")
-        yield f"{name} ({context:,} tokens)" if isinstance(context, int) else name
+        context = whole(settings.get(name, {}), "max_context")
+        yield name if context is None else f"{name} ({context:,} tokens)"
 
 
 def _checks(subject: Subject) -> Iterator[tuple[bool, str]]:
@@ -115,7 +119,7 @@ def _of_target(subject: Subject, target: str) -> Iterator[Headline]:
     for one in entries:
         name = f"Instructions per token, {one.phase}"
         value = f"{one.content['per_token'] / 1e6:,.2f} M"
-        yield Headline(name, value, f"counted, {printable(one.cpu)}")
+        yield Headline(name, value, f"counted, {one.cpu}")
     if not entries:
         yield Headline("Instructions per token", "–", NOT_RUN)
 
@@ -144,7 +148,7 @@ def _speeds(subject: Subject, target: str) -> Iterator[Headline]:
         for entry in session["decode"][-1:]:
             name = f"Decoding after {entry['depth']} tokens"
             yield Headline(name, figure(entry["tokens_per_second"]["p50"], "tokens/s"), how)
-        peak = session["memory"]["peak_rss"]
+        peak = number(session["memory"], "peak_rss")
         if peak and peak > 0:
             yield Headline("Peak memory", megabytes(peak), how)
 
@@ -165,7 +169,7 @@ def comparison(subjects: Sequence[Subject]) -> Table:
     merged = [{**fact, **line} for fact, line in zip(facts, figures, strict=True)]
     return Table(
         "The bundles side by side",
-        ("", *(subject.title for subject in subjects)),
+        ("what", *(subject.title for subject in subjects)),
         [(name, *(one.get(name, "–") for one in merged)) for name in names],
         1 + len(subjects),
     )

@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from exporter.errors import printable
+
 #: Colours to draw with → the CSS variable that replaces each in the page.
 INK, MUTED, GRID, PAPER = "#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04"
 SERIES = tuple(f"#0a0b0{number}" for number in range(1, 7))
@@ -25,10 +27,12 @@ WIDTH = 340
 _SETTINGS = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "figure.facecolor": "none",
     "font.size": 13,
     "grid.color": GRID,
     "hatch.linewidth": 1.0,
@@ -58,6 +62,7 @@ def render(
     """Draw on a new matplotlib figure of `WIDTH` by `height` CSS pixels, and return it as an
     element with the role ``img``. `name` makes its ids unique in the page."""
     from matplotlib import style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     # The user's own settings have no effect. With 72 dots per inch a point is a pixel.
@@ -67,7 +72,8 @@ def render(
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         draw(figure)
         file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata=_NO_METADATA, transparent=True)
+        # `savefig` would draw everything twice.
+        FigureCanvasSVG(figure).print_svg(file, metadata=_NO_METADATA)
     return Markup(_inline(file.getvalue(), name, title, description))
 
 
@@ -102,7 +108,7 @@ def _inline(svg: bytes, name: str, title: str, description: str) -> str:
         [(labels[0], "title", title), (labels[1], "desc", description)]
     ):
         element = ElementTree.Element(tag, {"id": label})
-        element.text = text
+        element.text = printable(text)
         root.insert(0, element)
     return re.sub(r">\s+<", "><", ElementTree.tostring(root, encoding="unicode"))
 

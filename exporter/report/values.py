@@ -1,21 +1,20 @@
 """Values of measurements, which may come from anyone: read with checks, shown with units."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from exporter.errors import printable
-
-#: Thin spaces would not survive in Markdown; a comma groups digits everywhere.
 _SIGNIFICANT = 4
+#: No figure is larger, but a number in JSON may be.
+_LARGEST = 1e18
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:
-    """A finite number, None for anything else."""
+    """A number that can be drawn, None for anything else."""
     found = values.get(key)
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         return None
-    return float(found) if math.isfinite(found) else None
+    return float(found) if abs(found) <= _LARGEST else None
 
 
 def whole(values: Mapping[str, Any], key: str) -> int | None:
@@ -25,15 +24,15 @@ def whole(values: Mapping[str, Any], key: str) -> int | None:
 
 
 def text(values: Mapping[str, Any], key: str) -> str:
-    """A printable text, '' for anything else."""
+    """A text, '' for anything else."""
     found = values.get(key)
-    return printable(found) if isinstance(found, str) else ""
+    return found if isinstance(found, str) else ""
 
 
 def mappings(values: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
     """The mappings in a list; nothing for anything else."""
     found = values.get(key)
-    if isinstance(found, Sequence) and not isinstance(found, str):
+    if isinstance(found, list):
         yield from (item for item in found if isinstance(item, Mapping))
 
 

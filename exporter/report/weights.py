@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 from exporter.bundle.manifest import WeightEntry
-from exporter.errors import printable
 from exporter.report.blocks import Section, Table
 from exporter.report.subjects import Subject
 from exporter.report.values import count
@@ -27,8 +26,8 @@ def float_weights(subjects: Sequence[Subject]) -> Section:
             continue
         tables.append(_reasons(subject, found))
         rows = [
-            (printable(name), " × ".join(map(str, entry.shape)), count(_parameters(entry)),
-             count(entry.bytes), printable(entry.reason))
+            (name, " × ".join(map(str, entry.shape)), count(_parameters(entry)),
+             count(entry.bytes), entry.reason)
             for name, entry in found.items()
         ]  # fmt: skip
         caption = f"Every weight left in float, {subject.title}"
@@ -43,7 +42,7 @@ def _reasons(subject: Subject, found: dict[str, WeightEntry]) -> Table:
         pattern = ".".join("N" if part.isdigit() else part for part in name.split("."))
         groups.setdefault((pattern, entry.reason), []).append(entry)
     rows = [
-        (printable(pattern), printable(reason), count(len(entries)),
+        (pattern, reason, count(len(entries)),
          count(sum(map(_parameters, entries))), count(sum(entry.bytes for entry in entries)))
         for (pattern, reason), entries in groups.items()
     ]  # fmt: skip

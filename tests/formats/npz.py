@@ -143,6 +143,10 @@ def integers(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target)
     return False
 
 
+def usage(target: Target) -> str:
+    return f"numpy reads `{FILE_NAME}`."
+
+
 def interpreted(target: Target) -> bool:
     return False
 
