@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -323,7 +323,14 @@ def verify(
             if not path.is_file():
                 raise
             return [Check("archive", None, error.subject, False, 1, 0, error.problem)]
-        return _verify(folder, progress, text, source, quick, signer)
+        checks = _verify(folder, progress, text, source, quick, signer)
+        return checks if folder == path else [_with_path(check, folder, path) for check in checks]
+
+
+def _with_path(check: Check, folder: Path, path: Path) -> Check:
+    """The same check with the name of the archive instead of the folder that it was unpacked to."""
+    subject, note = (text.replace(str(folder), str(path)) for text in (check.subject, check.note))
+    return replace(check, subject=subject, note=note)
 
 
 def _verify(
