@@ -123,7 +123,7 @@ def test_every_plot_has_a_name_a_description_and_its_data_as_a_table(html: str) 
     assert len(figures) > 12
     for one in figures:
         assert re.search(r'<svg [^>]*role="img"[^>]*><title id="[^"]+">[^<]+</title><desc ', one)
-        assert re.search(r"<details>.*<caption>[^<]+</caption>.*<th scope=\"row\">", one, re.DOTALL)
+        assert re.search(r"<details>.*<caption><span>[^<]+<.*<th scope=\"row\">", one, re.DOTALL)
 
 
 def test_a_page_is_small(html: str) -> None:
@@ -163,7 +163,7 @@ def test_each_headline_says_how_it_was_got(html: str) -> None:
         "exact", "run", "interpreted", "run in torch", "not run", "counted, cortex-a76",
         "run on a device, adb:123 (Pixel 8)", "run on a virtual machine, host (Pixel 8)",
     }  # fmt: skip
-    assert any(text.startswith("run under emulation: its times say nothing") for text in how)
+    assert not any(text.startswith("run under emulation") for text in how)  # no headline
 
 
 def test_counts_are_marked_as_counts(html: str) -> None:
@@ -498,7 +498,7 @@ def test_thinned_samples_keep_the_extremes_and_the_median() -> None:
 
 
 def test_many_samples_and_sessions_make_no_large_page(subject: Subject) -> None:
-    one = reporting.session(subject.manifest, "onnx", "model.onnx", 5.0)
+    one = reporting.session(subject.manifest, "onnx", "model.onnx", 5.0, operators=[])
     for records in one["samples"]["rounds"]:
         for record in records:
             record["ms"] = [record["ms"][0] + index / 999 for index in range(2000)]

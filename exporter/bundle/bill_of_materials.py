@@ -13,10 +13,7 @@ import json
 import math
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import Any
-
-from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 from exporter.bundle.manifest import BundleManifest
 from exporter.bundle.origin import TOOL, calibration_of, hub_model, python_package
@@ -207,12 +204,10 @@ def _licences(manifest: BundleManifest) -> dict[str, Any]:
     licence = manifest.licence
     if licence is None:
         return {}
-    known = ""
-    with suppress(InvalidLicenseExpression):  # the hub has ids of its own
-        known = str(canonicalize_license_expression(licence.id))
+    known = licence.spdx()
     if known.endswith("+"):  # SPDX: this version or a later one
         return {"licenses": [{"expression": known}]}
-    if known and not known.startswith("LicenseRef-"):
+    if known:
         return {"licenses": [{"license": {"id": known}}]}
     link = {"url": licence.link} if licence.link else {}
     return {"licenses": [{"license": {"name": licence.name or licence.id, **link}}]}

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Annotated
 
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 from pydantic import AfterValidator, Field
 
 from exporter.errors import short
@@ -25,6 +26,14 @@ class Licence(LicenceTerms):
     ``manifest.json``."""
 
     files: Annotated[list[str], AfterValidator(_check_files)] = Field(default_factory=list)
+
+    def spdx(self) -> str:
+        """The SPDX expression of the licence; empty for one that is not in SPDX's list."""
+        try:
+            known = str(canonicalize_license_expression(self.id))
+        except InvalidLicenseExpression:  # the hub has ids of its own
+            return ""
+        return "" if known.startswith("LicenseRef-") else known
 
 
 def effective(

@@ -213,7 +213,7 @@ def print_report(written: "Written", clock: Clock, as_json: bool) -> None:
         markdown = None if written.markdown is None else str(written.markdown)
         display.print_json({**content, "markdown": markdown, **clock.figures()})
         return
-    facts = {"size": megabytes(written.bytes), "bundles": ", ".join(written.bundles)}
+    facts = {"size": f"{written.bytes / 1e3:,.0f} kB", "bundles": ", ".join(written.bundles)}
     facts |= {} if written.markdown is None else {"markdown": str(written.markdown)}
     print_facts(str(written.page), facts | clock.facts())
 

@@ -6,12 +6,15 @@ The token is that of ``hf auth login`` or ``HF_TOKEN``. A repository that is new
 visibility of its owner.
 """
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from exporter.bundle.bundle import CHECKSUMS
-from exporter.bundle.card import is_hub_id
 from exporter.bundle.markdown import plain
+from exporter.bundle.origin import is_hub_id
 from exporter.errors import InputError
+from exporter.files import sha256
 from exporter.progress import Progress
 from exporter.publishing.contents import Contents
 from exporter.publishing.network import network_errors
@@ -35,14 +38,14 @@ def write(repository: str, contents: Contents, overwrite: bool, progress: Progre
     repository, unless `overwrite`, for a repository with other files, and for what the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     with network_errors(repository, "hf auth login"):
         api = HfApi()
         progress("publish", 0, 2, "look at the repository")
         present = _present(api, repository)
-        _check_present(repository, present, contents, overwrite)
+        _check_present(api, repository, present, contents, overwrite)
         api.create_repo(repository, exist_ok=True)
         progress("publish", 1, 2, "upload")
         additions = [
@@ -67,12 +70,15 @@ def _present(api: Any, repository: str) -> set[str]:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return set(api.list_repo_files(repository)) - {_ATTRIBUTES}
+        siblings = api.model_info(repository).siblings or ()
     except RepositoryNotFoundError:
         return set()
+    return {one.rfilename for one in siblings} - {_ATTRIBUTES}
 
 
-def _check_present(repository: str, present: set[str], contents: Contents, overwrite: bool) -> None:
+def _check_present(
+    api: Any, repository: str, present: set[str], contents: Contents, overwrite: bool
+) -> None:
     """Raise InputError if the repository may not be written."""
     if present and CHECKSUMS not in present:
         raise InputError(
@@ -80,9 +86,16 @@ def _check_present(repository: str, present: set[str], contents: Contents, overw
             f"holds other files and no bundle ({min(present)})",
             "Give another name; nothing was changed",
         )
-    if present and not overwrite:
+    if present and not overwrite and not _is_same(api, repository, contents):
         raise InputError(
             repository,
-            "holds a bundle already",
+            "holds another bundle",
             "Give another name, or replace it with --overwrite: its history keeps the old one",
         )
+
+
+def _is_same(api: Any, repository: str, contents: Contents) -> bool:
+    """Whether the repository holds this bundle, but for signatures."""
+    with tempfile.TemporaryDirectory(prefix="mobilellm-") as scratch:
+        found = api.hf_hub_download(repository, CHECKSUMS, local_dir=scratch)
+        return sha256(Path(found)) == contents.hashes[CHECKSUMS]

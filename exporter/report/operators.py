@@ -102,8 +102,8 @@ def delegation(subjects: Sequence[Subject]) -> Section:
                    "time in delegates")  # fmt: skip
         tables.append(Table("Delegation of matrix products", columns, rows, 2))
     if lost:
-        columns = ("model and device", "product outside")
-        tables.append(Table("Matrix products outside of delegates", columns, lost, 2))
+        caption, outside_columns = "Matrix products outside of delegates", ("model", "product")
+        tables.append(Table(caption, outside_columns, lost, 2))
     notes = [
         "A matrix product should run in a delegate or in an optimized integer kernel. The audit "
         "fails for each that does not."

@@ -64,8 +64,14 @@ class Evaluated:
 
 
 def evaluated(subjects: Sequence[Subject]) -> list[Evaluated]:
-    """The measurements of quality of these bundles."""
-    found = [Evaluated(one, content) for one in subjects for content in one.evaluations()]
+    """The measurements of quality of these bundles, in the order of their targets."""
+    found = [
+        Evaluated(one, content)
+        for one in subjects
+        for target in (*one.manifest.targets, None)
+        for content in one.evaluations()
+        if content["target"] == target
+    ]
     return found[:_MOST]
 
 

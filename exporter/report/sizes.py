@@ -1,7 +1,7 @@
 """Size by component: which part of a bundle the bytes belong to."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,7 +60,7 @@ def folder_of(subject: Subject, target: str) -> Folder:
     return Folder(model, beside)
 
 
-def sizes(subjects: list[Subject]) -> Section:
+def sizes(subjects: Sequence[Subject]) -> Section:
     """The section: a plot for each bundle, and the bits of each scheme."""
     notes = [
         "Bytes of files, not memory in use. Weights are counted as they are stored in the "

@@ -13,11 +13,12 @@ from exporter.report.reproduce import profile_command
 from exporter.report.subjects import Subject
 from exporter.report.values import count, figure, megabytes, number, whole
 
+EMULATED = "emulated"
 #: The kinds of machines, and how a figure of each was got.
 MACHINES = {
     "real": "run on a device",
     "virtual": "run on a virtual machine",
-    "emulated": "run under emulation: its times say nothing",
+    EMULATED: "run under emulation: its times say nothing",
 }
 #: Sessions of a page, and lengths or depths of a plot: more cannot be read.
 _MOST_SESSIONS, _MOST_PLACES = 40, 8

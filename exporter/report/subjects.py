@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle.archive import opened
-from exporter.bundle.bundle import RESULTS, SIGNATURES, file_problems, open_bundle
+from exporter.bundle.bundle import SIGNATURES, file_problems, open_bundle
 from exporter.bundle.manifest import BundleManifest
 from exporter.bundle.results import (
     EVALUATION,
     INSTRUCTIONS,
     PROFILE,
+    RESULTS,
     Result,
     check_belongs,
     read_result,

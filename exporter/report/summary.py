@@ -7,7 +7,7 @@ from exporter.report.blocks import Table
 from exporter.report.counts import counted
 from exporter.report.quality import evaluated
 from exporter.report.sizes import folder_of
-from exporter.report.speed import MACHINES, complete, device_name
+from exporter.report.speed import EMULATED, MACHINES, complete, device_name
 from exporter.report.subjects import Subject
 from exporter.report.values import (
     count,
@@ -138,8 +138,9 @@ def _qualities(subject: Subject, target: str | None) -> Iterator[Headline]:
 
 
 def _speeds(subject: Subject, target: str) -> Iterator[Headline]:
+    """Speed and memory on each device; those of an emulated machine are no headline."""
     for _, session in complete([subject]):
-        if session["artifact"]["format"] != target:
+        if session["artifact"]["format"] != target or session["kind"] == EMULATED:
             continue
         how = f"{MACHINES[session['kind']]}, {device_name(session)}"
         for entry in session["prefill"][-1:]:

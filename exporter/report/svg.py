@@ -72,8 +72,8 @@ def render(
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         draw(figure)
         file = io.BytesIO()
-        # `savefig` would draw everything twice.
-        FigureCanvasSVG(figure).print_svg(file, metadata=_NO_METADATA)
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(file, metadata=_NO_METADATA)  # `savefig` would draw everything twice
     return Markup(_inline(file.getvalue(), name, title, description))
 
 
