@@ -58,6 +58,8 @@ class Evaluated:
     @property
     def how(self) -> str:
         """How the figures were got."""
+        if mapping(self.content, "settings").get("simulate"):
+            return "simulated in torch"
         if self.target is None:
             return "run in torch"
         return "interpreted" if "interpreted" in text(self.figures, "kind") else "run"
