@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ from exporter.verification.checks import (
     check_quantized_files,
     check_signature,
 )
-from exporter.verification.kept import check_or_find, verification_stage
+from exporter.verification.kept import check_or_find, verifications
 from exporter.verification.models import check_models
 from exporter.verification.runs import Text, run_artifact, running, verification_text
 
@@ -226,9 +226,10 @@ def export(
         out / BUNDLE_QUANTIZED / QUANTIZED_MANIFEST, inputs.identity
     )
     with claim_folder(out, bundle_output(), same, overwrite):
-        unchanged = _unchanged(out, recipe, inputs, stages) if same and text is None else None
-        if unchanged:
-            return unchanged
+        if same and text is None:
+            unchanged = _unchanged(out, recipe, inputs, texts, stages)
+            if unchanged:
+                return unchanged
         # Folders left by an unfinished run with other targets.
         for other in set(backend_names()) - packages.keys():
             shutil.rmtree(out / other, ignore_errors=True)
@@ -263,7 +264,11 @@ def export(
 
 
 def _unchanged(
-    out: Path, recipe: Recipe, inputs: QuantizationInputs, stages: Stages
+    out: Path,
+    recipe: Recipe,
+    inputs: QuantizationInputs,
+    texts: Mapping[str, Text],
+    stages: Stages,
 ) -> Export | None:
     """The finished bundle in `out`, if every file is whole and every part has the same inputs."""
     if not is_bundle(out) or not made_from(
@@ -273,13 +278,14 @@ def _unchanged(
     checks = check_bundle_files(out)
     if not all(check.passed for check in checks):
         return None
-    bundle = open_bundle(out)
+    bundle, lowered = open_bundle(out), dict[str, dict[str, Any]]()
     for target in recipe.targets:
         identity = artifact_identity(bundle.quantized, target)
         if not made_from(out / target.target / ARTIFACT_MANIFEST, identity):
             return None
-    stages.unchanged("quantize", *(f"lower {target}" for target in bundle.artifacts))
-    stages.unchanged(*(verification_stage(target) for target in (None, *bundle.artifacts)))
+        lowered[f"lower {target.target}"] = identity
+    verified = verifications(bundle.quantized, bundle.artifacts, texts)
+    stages.unchanged({"quantize": inputs.identity, **lowered, **verified})
     return Export(bundle, bundle.quantized, bundle.artifacts, checks, stages)
 
 
@@ -323,7 +329,14 @@ def verify(
             if not path.is_file():
                 raise
             return [Check("archive", None, error.subject, False, 1, 0, error.problem)]
-        return _verify(folder, progress, text, source, quick, signer)
+        checks = _verify(folder, progress, text, source, quick, signer)
+        return checks if folder == path else [_with_path(check, folder, path) for check in checks]
+
+
+def _with_path(check: Check, folder: Path, path: Path) -> Check:
+    """The same check with the name of the archive instead of the folder that it was unpacked to."""
+    subject, note = (text.replace(str(folder), str(path)) for text in (check.subject, check.note))
+    return replace(check, subject=subject, note=note)
 
 
 def _verify(

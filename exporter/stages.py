@@ -21,6 +21,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,7 +104,7 @@ class Stages:
         """
         finished = is_finished(manifest, identity)
         if finished:
-            self.unchanged(stage)
+            self.unchanged({stage: identity})
         elif self.restore(stage, identity, manifest.parent):
             return open_finished(manifest.parent)
         result = make()
@@ -114,11 +115,12 @@ class Stages:
             self.keep(stage, identity, manifest.parent, hashes)
         return result
 
-    def unchanged(self, *stages: str) -> None:
-        """Say that these stages are finished in the output folder."""
-        for stage in stages:
+    def unchanged(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
+        """Say that these stages are finished in the output folder; stage → identity."""
+        for stage, identity in stages.items():
             self.results[stage] = UNCHANGED
             self._say(stage, UNCHANGED)
+            _mark_used(self._place(stage, identity))
 
     def restore(self, stage: str, identity: Mapping[str, Any], into: Path) -> bool:
         """Copy a finished stage to the folder `into`, which it replaces; False if there is none.
@@ -137,7 +139,7 @@ class Stages:
             self._say(stage, f"damaged in the store, and made again: {self.damaged[stage]}")
             _remove(entry)
             return False
-        os.utime(entry / _ENTRY)  # for `prune`
+        _mark_used(entry)
         self.results[stage] = FOUND
         self._say(stage, f"found in {self.folder}")
         return True
@@ -152,6 +154,7 @@ class Stages:
         """
         entry = self._place(stage, identity)
         if entry is None or entry.is_dir():
+            _mark_used(entry)
             return
         temporary = _temporary_name(entry)
         temporary.mkdir(parents=True)
@@ -243,6 +246,13 @@ def _copy_files(source: Path, target: Path, hashes: Mapping[str, str], subject: 
             shutil.copyfileobj(file, out)
     for name, problem in differing_files(target, hashes).items():
         raise InputError(subject / name, problem, "Give folders that nobody else writes")
+
+
+def _mark_used(entry: Path | None) -> None:
+    """Set the time that `prune` looks at, if there is such an entry."""
+    with suppress(FileNotFoundError):
+        if entry is not None:
+            os.utime(entry / _ENTRY)
 
 
 def _used(path: Path) -> float:

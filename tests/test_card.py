@@ -19,9 +19,10 @@ from markdown_it.token import Token
 from exporter import packaging
 from exporter.backends import front, names
 from exporter.bundle.bundle import Bundle
-from exporter.bundle.card import card, is_hub_id
+from exporter.bundle.card import card
 from exporter.bundle.licence import Licence
 from exporter.bundle.manifest import BundleManifest, WeightEntry, read_manifest
+from exporter.bundle.origin import is_hub_id
 from exporter.bundle.results import EVALUATION, INSTRUCTIONS, PROFILE, Result
 from exporter.pipeline import no_progress
 from exporter.recipe import load_recipe

@@ -440,6 +440,28 @@ def test_junit_is_read_by_another_parser(judge: Judge, manifest: BundleManifest)
     }
 
 
+#: What the schema of Jenkins' xUnit plugin (junit-10.xsd) allows of what is written here: the
+#: attributes of each element, and the elements in it.
+JUNIT: dict[str, tuple[set[str], set[str]]] = {
+    "testsuites": ({"name", "tests", "failures", "errors", "time"}, {"testsuite"}),
+    "testsuite": ({"name", "tests", "failures", "errors", "skipped", "time"}, {"testcase"}),
+    "testcase": ({"name", "classname", "time"}, {"failure", "system-out"}),
+    "failure": ({"type", "message"}, set()),
+    "system-out": (set(), set()),
+}
+
+
+def test_junit_follows_the_schema_of_jenkins(judge: Judge) -> None:
+    root = ET.fromstring(junit(judge({"bundle": {"size": "1 GB", "archive": "1 GB"}})))
+    assert root.tag == "testsuites"
+    for element in root.iter():
+        attributes, inside = JUNIT[element.tag]
+        assert element.attrib.keys() <= attributes
+        assert {child.tag for child in element} <= inside
+    (suite,) = root
+    assert {"name", "tests", "failures", "errors"} <= suite.attrib.keys()
+
+
 def test_hostile_names_are_escaped_in_junit(judge: Judge, manifest: BundleManifest) -> None:
     budget = on_device("undelegated", 0, HOSTILE.replace("\x00", "").replace("\x1b", ""))
     budget["targets"]["onnx"]["devices"]["Pixel 8"] = {"undelegated": 0}

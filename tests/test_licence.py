@@ -5,13 +5,17 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from calibrating import small_checkpoint
 from commands import run
-from conftest import NANO, MakeCheckpoint
-from tampering import edited
+from conftest import NANO, MakeCheckpoint, write_checkpoint
+from huggingface_hub import metadata_load
+from tampering import edited, reseal
 
 from exporter.bundle.licence import Licence, effective
+from exporter.bundle.manifest import read_manifest
 from exporter.errors import InputError
 from exporter.model.checkpoint import companions, open_checkpoint
 from exporter.model.licence import LICENCE_FILES, LicenceTerms, read_licence
@@ -227,6 +231,40 @@ def test_a_quantized_checkpoint_has_the_licence_and_verify_compares_it_with_the_
     assert changed.code == 1
     assert "README.md" in changed.out
     assert "names the licence {'id': 'mit'" in changed.out.replace("\n", " ")
+
+
+def test_the_licence_travels_in_the_bundle_and_no_other_can_take_its_place(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    def write(config: dict[str, Any], name: str, weights: dict[str, Any]) -> Path:
+        return write_checkpoint(tmp_path / name, config, weights)
+
+    source = small_checkpoint(write, name="source").path
+    card(source, f"---\nlicense: other\nlicense_name: {FAIR.name}\nlicense_link: LICENSE\n---\n")
+    (source / "LICENSE").write_text("FAIR Noncommercial Research License v1\n")
+    (source / "USE_POLICY.md").write_text("Prohibited uses\n")
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "bundle"
+    recipe.write_text("license: {id: mit}\nmax_context: 128\ntargets:\n  - target: onnx\n")
+    assert run(capsys, "export", recipe, "--checkpoint", source, "-o", out).code == 0
+    licence = read_manifest(out).licence
+    assert licence is not None
+    assert licence.model_dump() == {
+        "id": "other", "name": FAIR.name, "link": "LICENSE", "files": ["LICENSE", "USE_POLICY.md"],
+    }  # fmt: skip
+    for name in licence.files:
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    front = metadata_load(out / "README.md")
+    assert front is not None
+    assert (front["license"], front["license_name"]) == ("other", FAIR.name)
+    assert "[LICENSE](LICENSE), [USE_POLICY.md](USE_POLICY.md)" in (out / "README.md").read_text()
+    for name in ("LICENSE", "README.md"):
+        changed = Path(shutil.copytree(out, tmp_path / f"changed-{name}"))
+        text = (changed / name).read_text().replace("oncommercial", "o commercial")
+        (changed / name).write_text(text)
+        reseal(changed)
+        outcome = run(capsys, "verify", changed, "--quick")
+        assert outcome.code == 1
+        assert name in outcome.out
 
 
 def test_a_hostile_licence_in_a_quantized_checkpoint_is_refused(

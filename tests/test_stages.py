@@ -269,6 +269,11 @@ def used_days_ago(path: Path, days: float) -> None:
     os.utime(path, (moment, moment))
 
 
+def used_days_ago_all(store: Path, days: float) -> None:
+    for path in store.glob("*/*/stage.json"):
+        used_days_ago(path, days)
+
+
 def test_a_prune_removes_what_was_not_used_and_nothing_else(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     for name in ("old", "new", "used"):
@@ -351,8 +356,13 @@ def test_an_export_says_for_each_stage_what_happened_and_redoes_only_what_depend
     # Another scheme: everything.
     sixth = export("six", recipe(quantization={"method": "absmax"}))
     assert happened(sixth) == {"made": ALL}
-    # And all of it is still there.
+    # And all of it is still there, also after a prune by a run that found everything in its folder.
     assert happened(export("seven", recipe())) == {"found": ALL}
+    used_days_ago_all(store, 20)
+    last = export("seven", recipe())
+    assert happened(last) == {"unchanged": ALL}
+    assert last.stages.prune(14) == len(ALL) + 2  # those of the sixth, and of the fourth
+    assert happened(export("eight", recipe())) == {"found": ALL}
 
 
 def test_a_damaged_stage_is_made_again_and_the_bundle_is_the_same(

@@ -23,13 +23,13 @@ from exporter.bundle.markdown import (
     shell_word,
     table,
 )
+from exporter.bundle.origin import is_hub_id
 from exporter.bundle.results import EVALUATION, Result
 from exporter.bundle.speed import speed_sections
 from exporter.quantization.schemes import FLOAT
 
 CARD = "README.md"
 LIBRARY = "mobilellm-exporter"
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 #: Figures of an evaluation in the card and in its front matter: key → type in the hub's model
 #: index, name, digits and factor.
 _FIGURES = {
@@ -58,12 +58,6 @@ def card(manifest: BundleManifest, results: Results) -> bytes:
         *_reproduction(manifest),
     )
     return ("\n\n".join(sections) + "\n").encode()
-
-
-def is_hub_id(model: object) -> bool:
-    """Whether the text names a model of the hub, ``OWNER/NAME``: no pattern, and no folder that
-    begins with ``./``."""
-    return isinstance(model, str) and bool(_HUB_ID.fullmatch(model))
 
 
 def _metadata(manifest: BundleManifest, results: Results) -> Iterator[tuple[str, object]]:

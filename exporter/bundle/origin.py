@@ -53,6 +53,12 @@ def python_package(name: str, version: str = "") -> str:
     return f"pkg:pypi/{normal}" + (f"@{quote(version, safe=_SAFE)}" if version else "")
 
 
+def is_hub_id(model: object) -> bool:
+    """Whether the text names a model of the hub, ``OWNER/NAME``: no pattern, and no folder, which
+    begins with ``./``."""
+    return isinstance(model, str) and bool(_HUB_ID.fullmatch(model))
+
+
 def hub_model(manifest: BundleManifest, file: str = "") -> str:
     """The URL of the checkpoint on the Hugging Face hub, or of a file of it:
     ``pkg:huggingface/facebook/MobileLLM-R1-140M#config.json``.
@@ -61,6 +67,6 @@ def hub_model(manifest: BundleManifest, file: str = "") -> str:
     pattern. Whether the checkpoint is the published one, only its hashes show.
     """
     model = manifest.recipe.get("model")
-    if not isinstance(model, str) or not _HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         return ""
     return f"pkg:huggingface/{model}" + (f"#{quote(file, safe=_SAFE + '/')}" if file else "")

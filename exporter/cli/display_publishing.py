@@ -23,7 +23,7 @@ def print_published(published: "Published", as_json: bool) -> None:
     for name, size in published.files.items():
         table.add_row(escape(name), f"{size:,}")
     display.wide.print(table)
-    size = f"{display.megabytes(total)} in {len(published.files):,} files"
-    facts = {"size": size, "licence": published.licence}
+    whole = f"{display.megabytes(total)} in {len(published.files):,} files"
+    facts = {"size": whole, "licence": published.licence}
     state = published.reference or "no: this was a dry run; --yes publishes it"
     display.print_facts(published.destination, {**facts, "published": state})

@@ -103,7 +103,7 @@ def _gate_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--markdown", type=Path, metavar="FILE",
-        help="append the verdict as Markdown, for $GITHUB_STEP_SUMMARY",
+        help="write the verdict as Markdown, for example to $GITHUB_STEP_SUMMARY",
     )  # fmt: skip
 
 

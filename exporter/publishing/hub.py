@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle.bundle import CHECKSUMS
-from exporter.bundle.card import is_hub_id
 from exporter.bundle.markdown import plain
+from exporter.bundle.origin import is_hub_id
 from exporter.errors import InputError
 from exporter.files import sha256
 from exporter.progress import Progress
@@ -38,7 +38,7 @@ def write(repository: str, contents: Contents, overwrite: bool, progress: Progre
     repository, unless `overwrite`, for a repository with other files, and for what the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     with network_errors(repository, "hf auth login"):

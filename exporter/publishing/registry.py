@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle.bundle import CHECKSUMS
-from exporter.bundle.card import is_hub_id
 from exporter.bundle.markdown import plain
+from exporter.bundle.origin import is_hub_id
 from exporter.errors import InputError, MissingExtraError, short
 from exporter.model.licence import LICENCE_FILES
 from exporter.progress import Progress
@@ -145,7 +145,8 @@ def _annotations(contents: Contents) -> dict[str, str]:
     """What the bundle is and what it was made from. No time: the same bundle has one digest."""
     manifest, licence = contents.manifest, contents.licence
     model = manifest.recipe.get("model")
-    spdx = licence.spdx() or f"LicenseRef-{re.sub('[^A-Za-z0-9.-]', '-', licence.name)}"
+    name = re.sub("[^A-Za-z0-9.-]", "-", licence.name or licence.id)
+    spdx = licence.spdx() or f"LicenseRef-{name}"
     found = {
         TITLE: plain(manifest.recipe.get("name", "")),
         "org.opencontainers.image.licenses": spdx,

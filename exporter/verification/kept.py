@@ -45,17 +45,15 @@ def check_or_find(
 ) -> list[Check]:
     """The checks of `check_models`. Those of the quantized checkpoint and of each artifact are one
     stage each, which is kept if all of its checks passed."""
-    identities = {None: _quantized_identity(quantized)} | {
-        target: _artifact_identity(finished, texts[target])
-        for target, finished in artifacts.items()
-    }
+    identities, targets = verifications(quantized, artifacts, texts), (None, *artifacts)
     checks, missing = dict[str | None, list[Check]](), list[str | None]()
-    for target, identity in identities.items():
-        record = stages.recall(verification_stage(target), identity)
+    for target in targets:
+        stage = _stage(target)
+        record = stages.recall(stage, identities[stage])
         if record is None:
             missing.append(target)
         else:
-            kept = parse_section(_Record, record, verification_stage(target)).checks
+            kept = parse_section(_Record, record, stage).checks
             checks[target] = [Check(passed=True, **check.model_dump()) for check in kept]
     if None in missing:
         checks[None] = check_quantized(quantized)
@@ -64,16 +62,28 @@ def check_or_find(
     for target in left:
         checks[target] = [check for check in made if check.target == target]
     for target in missing:
-        stages.results[verification_stage(target)] = MADE
+        stage = _stage(target)
+        stages.results[stage] = MADE
         if all(check.passed for check in checks[target]):
             record = {"checks": [_passed(check) for check in checks[target]]}
-            stages.note(verification_stage(target), identities[target], record)
-    return [check for target in identities for check in checks[target]]
+            stages.note(stage, identities[stage], record)
+    return [check for target in targets for check in checks[target]]
 
 
-def verification_stage(target: str | None) -> str:
-    """The name of the stage that verifies an artifact; without a target, of the one that verifies
-    the quantized checkpoint."""
+def verifications(
+    quantized: QuantizedCheckpoint,
+    artifacts: Mapping[str, FinishedArtifact],
+    texts: Mapping[str, Text],
+) -> dict[str, dict[str, Any]]:
+    """The stages that verify a bundle: name → identity."""
+    return {_stage(None): _quantized_identity(quantized)} | {
+        _stage(target): _artifact_identity(finished, texts[target])
+        for target, finished in artifacts.items()
+    }
+
+
+def _stage(target: str | None) -> str:
+    """The stage that verifies an artifact; without a target, the quantized checkpoint."""
     return f"verify {target or 'quantized'}"
 
 

@@ -17,17 +17,31 @@ import onnx
 import pytest
 from commands import flip, run
 from coremltools.proto import Model_pb2
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from executorch.exir._serialize import _program as pte
 from gating import evaluation, profile, written
 from programs import read_parts
 
 from exporter.bundle.archive import FORMATS, opened, pack
-from exporter.bundle.bundle import CHECKSUMS, Bundle, open_bundle
+from exporter.bundle.bundle import CHECKSUMS, SIGNATURES, Bundle, open_bundle
 from exporter.bundle.manifest import MANIFEST
+from exporter.bundle.signature import Signer
 from exporter.errors import InputError
 from exporter.packaging import Request, package
 from exporter.progress import no_progress
-from exporter.verification.checks import Check, check_bundle_files, check_quantized, failures
+from exporter.verification.checks import (
+    Check,
+    check_bundle_files,
+    check_quantized,
+    check_signature,
+    failures,
+)
 from exporter.verification.integers import check_integers
 
 #: Flips at random places, besides one in every file.
@@ -40,8 +54,8 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def packaged(finished_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The demo bundle with measurements, as `package` writes it: a folder and both archives. In
-    memory, since it is hashed hundreds of times."""
+    """The demo bundle with measurements and signatures, as `package` writes it: a folder and both
+    archives, and the ``key.pub``. In memory, since it is hashed hundreds of times."""
     folder, memory = tmp_path_factory.mktemp("packaged"), Path("/dev/shm")
     manifest = finished_bundle.manifest
     times = {("prefill", 64): [10.0, 11.0], ("decode", 16): [2.0, 2.5]}
@@ -50,8 +64,15 @@ def packaged(finished_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) 
         written(folder / "host.json", profile(manifest, times)),
     ]
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else folder) as made:
-        for name in ("nano", *(f"nano{suffix}" for suffix in FORMATS)):
-            package(finished_bundle.path, Path(made, name), Request(results), no_progress)
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        Path(made, "key.pem").write_bytes(private)
+        Path(made, "key.pub").write_bytes(public)
+        signed = Request(results, Path(made, "key.pem"))
+        package(finished_bundle.path, Path(made, "nano"), signed, no_progress)
+        for suffix in FORMATS:
+            package(Path(made, "nano"), Path(made, f"nano{suffix}"), Request(), no_progress)
         yield Path(made)
 
 
@@ -72,6 +93,12 @@ def files_of(folder: Path) -> list[str]:
 def failed_files(folder: Path) -> list[str]:
     """The subjects of the checks of files that failed."""
     return [check.subject for check in failures(check_bundle_files(folder))]
+
+
+def failed_signatures(folder: Path) -> set[str]:
+    """What the checks of signatures name."""
+    signer = Signer(folder.parent / "key.pub")
+    return {check.subject for check in failures(check_signature(folder, signer))}
 
 
 def damaged_weights(folder: Path, part: str) -> set[str]:
@@ -199,8 +226,11 @@ def test_a_flipped_byte_is_named_with_its_file_and_its_weight(bundle: Path) -> N
     for name, place, bits in flips(bundle):
         path = bundle / name
         with changed(path, place, bits):
-            assert failed_files(bundle) == [name], (name, place, bits)
             counts["files"] += 1
+            if name in SIGNATURES:  # found with the public key alone
+                assert name in failed_signatures(bundle), (name, place, bits)
+                continue
+            assert failed_files(bundle) == [name], (name, place, bits)
             held = [held for start, end, held in places.get(name, []) if start <= place < end]
             if held:
                 found = damaged_weights(bundle, name.split("/")[0])
@@ -210,6 +240,7 @@ def test_a_flipped_byte_is_named_with_its_file_and_its_weight(bundle: Path) -> N
     assert counts["files"] == PLACES + len(files_of(bundle))
     assert counts["weights"] > PLACES / 2
     assert failed_files(bundle) == []
+    assert failed_signatures(bundle) == set()
 
 
 class changed:  # noqa: N801  # reads as a statement
@@ -263,6 +294,7 @@ def test_the_command_names_the_file_and_the_weight(
     assert [check["subject"] for check in found if check["check"] == "files"] == [name]
     named = {check["subject"].split(" (")[0] for check in found if check["check"] == "integers"}
     assert named == {weight}
+    assert str(Path(tempfile.gettempdir(), "mobilellm-")) not in outcome.out
 
 
 # Attacks on the list of files: on the folder, and in an archive that is packed as ours is.
@@ -301,8 +333,8 @@ CHANGES = (remove, rename, move, truncate, empty, append, exchange)
 #: One file of each kind, and the lists themselves.
 VICTIMS = (
     WEIGHTS, "quantized/quantization.json", "quantized/config.json", MODEL, "onnx/artifact.json",
-    "onnx/model.onnx.data", f"{MLPACKAGE}/weights/weight.bin", "results/host.json", MANIFEST,
-    CHECKSUMS,
+    "onnx/model.onnx.data", f"{MLPACKAGE}/weights/weight.bin", "results/host.json",
+    "README.md", "provenance.json", MANIFEST, CHECKSUMS,
 )  # fmt: skip
 
 
@@ -414,6 +446,19 @@ def test_the_command_refuses_a_damaged_archive(
         (check,) = outcome.json["checks"]
         assert check["check"] == "archive"
         assert check["subject"].startswith(str(path))
+
+
+def test_profile_opens_an_archive_before_it_looks_for_the_device(
+    packaged: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    outcome = run(capsys, "profile", packaged / "nano.zip", "--device", "host:x", "--json")
+    assert outcome.code == 2
+    assert outcome.json["error"].startswith("--device host:x")
+    damaged = tmp_path / "nano.zip"
+    damaged.write_bytes((packaged / "nano.zip").read_bytes()[:-1])
+    outcome = run(capsys, "profile", damaged, "--device", "host:x", "--json")
+    assert outcome.code == 2
+    assert outcome.json["error"].startswith(f"{damaged}: is truncated")
 
 
 def test_both_archives_hold_the_folder(packaged: Path) -> None:

@@ -11,6 +11,8 @@ drawn from these profiles and go through the gate's own comparison:
 - ten layers: one side from the slower model.
 - sessions: one whole session against another one. Nothing is drawn.
 
+Refused are comparisons of which the gate says that other programs took the processor from one side.
+
 Profiles are kept in the folder; the same command draws again. Delete it to measure again.
 """
 
@@ -140,10 +142,18 @@ def halves(generator: random.Random, count: int, of: int) -> Iterator[dict[str, 
     yield {target: order[count:] for target, order in orders.items()}
 
 
-def alarms(now: Figures, before: Figures) -> list[str]:
-    """The figures that the gate finds worse, or does not compare."""
-    found = compare(now, before, Tolerances()).findings
-    return [f"{one.target} {one.name}" for one in found if not one.passed]
+@dataclass(frozen=True)
+class Outcome:
+    """The figures that the gate finds worse, and those that it refuses to compare."""
+
+    worse: list[str]
+    refused: list[str]
+
+
+def outcome(now: Figures, before: Figures) -> Outcome:
+    failed = [one for one in compare(now, before, Tolerances()).findings if not one.passed]
+    worse = [f"{one.target} {one.name}" for one in failed if one.value is not None]
+    return Outcome(worse, [one.name for one in failed if one.value is None])
 
 
 @dataclass(frozen=True)
@@ -156,18 +166,19 @@ class Trial:
 
     def run(self, runs: int, pool: Figures, change: Callable[[Figures], Figures]) -> list[str]:
         """Cells of a table: the number of comparisons, and how many gave an alarm."""
-        generator, by_figure, total = random.Random(0), Counter[str](), 0
+        generator, found = random.Random(0), list[Outcome]()
         for _ in range(runs):
             first, second = halves(generator, self.count, self.repeats)
-            raised = alarms(change(drawn(pool, first)), drawn(self.baseline, second))
-            by_figure.update(raised)
-            total += bool(raised)
-        return cells(self.count, runs, total, by_figure)
+            found.append(outcome(change(drawn(pool, first)), drawn(self.baseline, second)))
+        return cells(self.count, found)
 
 
-def cells(count: int, runs: int, total: int, by_figure: Counter[str]) -> list[str]:
+def cells(count: int, found: Sequence[Outcome]) -> list[str]:
+    runs = len(found)
+    alarms, refused = sum(bool(one.worse) for one in found), sum(bool(one.refused) for one in found)
+    by_figure = Counter(name for one in found for name in one.worse)
     common = ", ".join(f"{name} {n / runs:.1%}" for name, n in by_figure.most_common(3))
-    return [str(count), str(runs), str(total), f"{total / runs:.1%}", common]
+    return [str(count), str(runs), str(alarms), f"{alarms / runs:.1%}", str(refused), common]
 
 
 def main() -> None:
@@ -194,7 +205,7 @@ def main() -> None:
             f"{figure.cpu_share:.2f} cores; ten layers {change:+.1%}, {other.cpu_share:.2f} cores"
         )
     print(f"{len(pool.figures)} figures in each comparison")
-    table = Table("comparison", "repeats", "runs", "alarms", "share", "by figure")
+    table = Table("comparison", "repeats", "runs", "alarms", "share", "refused", "by figure")
     for count in (c for c in (6, 10, 20) if 2 * c <= args.repeats):
         trial = Trial(count, args.repeats, pool)
         table.add_row("equal", *trial.run(args.draws, pool, lambda now: now))
@@ -206,11 +217,9 @@ def main() -> None:
                 table.add_row(what, *trial.run(args.draws // 4, pool, alone))
         table.add_row("ten layers for nine", *trial.run(args.draws, slower, lambda now: now))
     whole = [figures(args.folder, LAYERS, report) for report in (base, *sessions)]
-    results = [alarms(now, before) for now, before in permutations(whole, 2)]
+    results = [outcome(now, before) for now, before in permutations(whole, 2)]
     if results:
-        by_figure = Counter(name for found in results for name in found)
-        found = cells(20, len(results), sum(map(bool, results)), by_figure)
-        table.add_row("sessions of equal models", *found)
+        table.add_row("sessions of equal models", *cells(20, results))
     Console(width=170).print(table)
 
 
