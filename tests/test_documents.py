@@ -154,7 +154,9 @@ def test_every_recipe_that_exists_is_on_the_page_of_recipes() -> None:
 
 
 @by_document
-def test_every_part_of_a_recipe_or_budget_that_is_shown_is_valid(document: Path, tmp_path: Path) -> None:
+def test_every_part_of_a_recipe_or_budget_that_is_shown_is_valid(
+    document: Path, tmp_path: Path
+) -> None:
     for block in yaml_blocks(document):
         (tmp_path / "shown.yaml").write_text(block)
         if document.name == "gate.md":
