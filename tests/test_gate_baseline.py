@@ -121,7 +121,7 @@ def test_counts_of_another_emulator_are_not_comparable(
     other = {**counts(manifest, FUNCTIONS), "emulator": "qemu-aarch64 8.2.0"}
     verdict = against([counts(manifest, FUNCTIONS)], [other])
     note = named(verdict, "instructions, decode after 16").note
-    assert "emulator qemu-aarch64 7.2.22, baseline qemu-aarch64 8.2.0" in note
+    assert "emulator qemu-aarch64 8.2.0, baseline qemu-aarch64 7.2.22" in note
     assert not verdict.passed
 
 
