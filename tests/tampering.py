@@ -6,13 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle.bundle import CHECKSUMS
+from exporter.bundle.bundle import CHECKSUMS, derived_files
+from exporter.bundle.documents import DOCUMENTS
+from exporter.bundle.manifest import read_manifest
+from exporter.errors import InputError
 from exporter.files import json_bytes, sha256
 from exporter.model.checkpoint import COMPANION_FILES
 
 
 def reseal(bundle: Path, kept: Path | None = None) -> None:
-    """Write the hashes of every manifest and of ``SHA256SUMS`` anew.
+    """Write the hashes of every manifest and of ``SHA256SUMS`` anew, and derive the documents anew.
 
     The manifest `kept` is left as it is, and so is one that is no JSON object any more.
     """
@@ -31,6 +34,7 @@ def reseal(bundle: Path, kept: Path | None = None) -> None:
         with edited(bundle / "manifest.json") as manifest:
             _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
             _renew_entries(manifest.get("files"), bundle)
+        _renew_documents(bundle)
     names = sorted(
         path.relative_to(bundle).as_posix()
         for path in bundle.rglob("*")
@@ -55,6 +59,18 @@ def edited(path: Path) -> Iterator[dict[str, Any]]:
     yield content
     if json.dumps(content) != before:
         path.write_bytes(json_bytes(content))
+
+
+def _renew_documents(bundle: Path) -> None:
+    """Derive every document anew, if they can be derived from what is there."""
+    try:
+        manifest = read_manifest(bundle)
+        files = {n: entry for n, entry in manifest.files.items() if n not in DOCUMENTS}
+        derived = derived_files(bundle, manifest.model_copy(update={"files": files}))
+    except InputError:
+        return
+    for name, content in derived.items():
+        (bundle / name).write_bytes(content)
 
 
 def _renew_entries(files: object, bundle: Path) -> None:
