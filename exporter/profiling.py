@@ -5,6 +5,7 @@ mobilellm profile BUNDLE --device DEVICE
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from devices.files import check_replaceable, write_json
 from devices.session_state import Job, Settings
 from devices.transports import connected_devices, parse_device, transport_of
 from exporter.backends import front
+from exporter.bundle.archive import opened
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import Bundle, open_bundle
 from exporter.errors import InputError
@@ -66,8 +68,13 @@ class Profiled:
 
 
 def profile(path: Path, request: Request, progress: Progress) -> Profiled:
-    """Profile the artifacts of a bundle on the requested devices. Raises InputError."""
-    bundle = open_bundle(path)
+    """Profile the artifacts of a bundle, a folder or an archive, on the requested devices. Raises
+    InputError."""
+    with opened(path, partial(progress, "unpack")) as folder:
+        return _profile(path, open_bundle(folder), request, progress)
+
+
+def _profile(path: Path, bundle: Bundle, request: Request, progress: Progress) -> Profiled:
     try:
         settings = _settings(bundle, request)
         devices = [parse_device(text) for text in dict.fromkeys(request.devices)]

@@ -102,7 +102,8 @@ def test_the_unpacked_files_are_removed_after_an_error(
 
 def test_the_unpacked_files_are_removed_when_unpacking_is_interrupted(archive: Path) -> None:
     def interrupt(done: int, total: int, note: str) -> None:
-        raise KeyboardInterrupt
+        if note == "onnx/model.onnx.data":
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), opened(archive, interrupt):
         pass
@@ -253,7 +254,8 @@ def test_nothing_is_left_when_packing_fails(folder: Path, tmp_path: Path) -> Non
         out.write_bytes(b"the archive of before")
 
         def stop(done: int, total: int, note: str) -> None:
-            raise KeyboardInterrupt
+            if note == "onnx/model.onnx.data":
+                raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             pack(folder, out, FILES, stop)
@@ -320,8 +322,9 @@ def test_a_folder_without_files_and_a_name_that_is_no_archive_are_refused(
 
 def test_a_file_that_changes_while_it_is_packed_is_reported(folder: Path, tmp_path: Path) -> None:
     def grow(done: int, total: int, note: str) -> None:
-        with (folder / note).open("ab") as file:
-            file.write(b"more")
+        if note:
+            with (folder / note).open("ab") as file:
+                file.write(b"more")
 
     for suffix in FORMATS:
         with pytest.raises(InputError, match="changed while it was packed"):

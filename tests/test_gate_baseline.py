@@ -115,6 +115,16 @@ def test_a_count_on_another_cpu_is_not_a_counterpart(
     assert "executorch, cortex-a53, instructions, prefill 128: new" in " ".join(verdict.notes)
 
 
+def test_counts_of_another_emulator_are_not_comparable(
+    against: Compare, manifest: BundleManifest
+) -> None:
+    other = {**counts(manifest, FUNCTIONS), "emulator": "qemu-aarch64 8.2.0"}
+    verdict = against([counts(manifest, FUNCTIONS)], [other])
+    note = named(verdict, "instructions, decode after 16").note
+    assert "emulator qemu-aarch64 8.2.0, baseline qemu-aarch64 7.2.22" in note
+    assert not verdict.passed
+
+
 @pytest.mark.parametrize(("grown", "alarm"), [(1.009, False), (1.011, True)])
 def test_a_file_may_grow_by_the_tolerance_only(grown: float, alarm: bool) -> None:
     def files(size: float) -> Figures:

@@ -223,3 +223,14 @@ def test_the_manifest_names_every_file_and_every_weight(finished_bundle: Bundle)
     assert manifest.weights["model.norm.weight"].reason == "a normalization weight, one vector"
     assert 4.5 <= manifest.bits_per_weight() < 4.6
     assert read_json(folder / "manifest.json")["model"]["parameters"] == manifest.model.parameters
+
+
+def test_a_bundle_names_the_hub_id_that_its_checkpoint_was_given_by(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: NANO)
+    out, model = tmp_path / "bundle", "facebook/MobileLLM-R1-140M"
+    typed = ("mobilellm-r1-nano-int4", "--checkpoint", model, "--target", "onnx", "-o", out)
+    assert run(capsys, "export", *typed).code == 0
+    assert open_bundle(out).manifest.recipe["model"] == model
+    assert f'base_model: "{model}"' in (out / "README.md").read_text()

@@ -20,6 +20,8 @@ import requests
 from calibrating import small_checkpoint
 from commands import contents, flip, run
 from conftest import write_checkpoint
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from gating import evaluation
 from hub import TOKEN, Hub, running_hub
 
@@ -40,11 +42,14 @@ NOBODY = "127.0.0.1:9"
 
 @pytest.fixture(scope="module")
 def other(finished_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo bundle with a measurement: another bundle."""
+    """The demo bundle with a measurement and a signature: another bundle."""
     folder = tmp_path_factory.mktemp("other")
     score = evaluation(read_manifest(finished_bundle.path))
     (folder / "quality.json").write_text(json.dumps(score))
-    request = packaging.Request(results=[folder / "quality.json"])
+    key = ec.generate_private_key(ec.SECP256R1())
+    form = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "key.pem").write_bytes(key.private_bytes(*form))
+    request = packaging.Request([folder / "quality.json"], folder / "key.pem")
     packaging.package(finished_bundle.path, folder / "bundle", request, no_progress)
     return folder / "bundle"
 
@@ -316,6 +321,9 @@ def test_the_same_bundle_has_one_digest_and_a_tag_is_not_moved_unasked(
     moved = publish(other, to, True, no_progress, overwrite=True).reference
     assert registry.manifest("tags:1").headers["Docker-Content-Digest"] == moved.split("@")[1]
     assert moved != first
+    layers = registry.manifest("tags:1").json()["layers"]
+    kinds = {one["annotations"][registries.TITLE]: one["mediaType"] for one in layers}
+    assert kinds["model.sig"] == "application/vnd.dev.sigstore.bundle.v0.3+json"
 
 
 def test_a_registry_that_does_not_answer_is_reported_at_once(bundle: Path) -> None:
@@ -382,7 +390,7 @@ def test_the_same_bundle_again_is_no_commit_and_another_replaces_all_files(
     publish(other, "hub:me/nano", True, no_progress)
     publish(other, "hub:me/nano", True, no_progress)
     assert len(hub.commits) == 1
-    assert "results/quality.json" in hub.models["me/nano"]
+    assert {"results/quality.json", "model.sig"} <= hub.models["me/nano"].keys()
     refusal(bundle, "hub:me/nano", "holds another bundle", "--overwrite")
     publish(bundle, "hub:me/nano", True, no_progress, overwrite=True)
     assert len(hub.commits) == 2

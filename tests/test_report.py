@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +16,12 @@ from commands import contents, run
 
 from exporter.bundle.archive import pack
 from exporter.bundle.bundle import CHECKSUMS, Bundle, read_checksums
-from exporter.bundle.manifest import WeightEntry, read_manifest
+from exporter.bundle.manifest import MANIFEST, WeightEntry, read_manifest
 from exporter.bundle.results import Result
 from exporter.cli import arguments
 from exporter.cli.commands import COMMANDS
 from exporter.errors import InputError, printable
+from exporter.files import json_bytes, sha256
 from exporter.recipe import all_recipes, load_recipe
 from exporter.report import page as pages
 from exporter.report.markdown import markdown, tables
@@ -157,6 +158,14 @@ def test_times_of_emulated_and_of_real_machines_share_no_plot(html: str) -> None
     assert both == []
 
 
+def test_what_ran_and_what_was_interpreted_share_no_plot(html: str) -> None:
+    for topic in ("quality", "positions"):
+        plots = re.findall(rf'<svg [^>]*aria-labelledby="{topic}.*?</svg>', html, re.DOTALL)
+        assert len(plots) >= 4
+        names = [(">coreml<" in one, ">onnx<" in one) for one in plots]
+        assert set(names) == {(True, False), (False, True)}
+
+
 def test_each_headline_says_how_it_was_got(html: str) -> None:
     how = set(re.findall(r'<span class="how">([^<]+)</span>', html))
     assert how >= {
@@ -231,6 +240,32 @@ def test_a_damaged_bundle_gets_no_report(bundle_copy: Path) -> None:
         report([bundle_copy])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: found["model"].update(parameters=0),
+        lambda found: found["model"].update(layers=10**290),
+        lambda found: found["weights"].update(x={"scheme": "int4", "shape": [9], "bytes": 1}),
+        lambda found: found["weights"]["model.norm.weight"].update(shape=[10**290]),
+        lambda found: found["files"]["onnx/model.onnx"].update(bytes=1),
+        lambda found: found.update(licence=None),
+    ],
+    ids=["parameters", "layers", "weight", "shape", "size", "licence"],
+)
+def test_a_manifest_that_is_not_that_of_the_files_gets_no_report(
+    change: Callable[[dict[str, Any]], None], bundle_copy: Path
+) -> None:
+    path = bundle_copy / MANIFEST
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_bytes(json_bytes(content))
+    lines = {**read_checksums(bundle_copy), MANIFEST: sha256(path)}
+    listed = "".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items()))
+    (bundle_copy / CHECKSUMS).write_text(listed)
+    with pytest.raises(InputError, match=MANIFEST):
+        report([bundle_copy])
+
+
 def test_a_measurement_of_another_bundle_is_refused(
     finished_bundle: Bundle, tmp_path: Path
 ) -> None:
@@ -242,31 +277,17 @@ def test_a_measurement_of_another_bundle_is_refused(
         report([finished_bundle.path], [path])
 
 
-WRONG = ["x", None, True, [1], {"a": 1}, 1e300, -1e300, 10**299, "1e5"]
-
-
-@pytest.mark.parametrize("wrong", WRONG, ids=repr)
-def test_a_figure_of_a_wrong_type_is_left_out(wrong: Any, subject: Subject) -> None:
-    names = [
-        "kind", "tokens", "perplexity", "perplexity_error", "reference_perplexity", "kl",
-        "top1_agreement", "accuracy", "agreement_by_position", "kl_by_layer",
-    ]  # fmt: skip
-    figures = dict.fromkeys(names, wrong)
-    inside = {
-        **figures,
-        "agreement_by_position": [dict.fromkeys(("first", "last", "kl", "top1_agreement"), wrong)],
-        "kl_by_layer": [{"layer": wrong, "kl": wrong}, wrong],
-    }
-    results = {
-        str(place): Result(
-            "evaluation", reporting.evaluation(subject.manifest, "onnx", 0.1, **changed)
-        )
-        for place, changed in enumerate((figures, inside))
-    }
-    one = Subject("", 0, subject.manifest, results, ())
-    sections = {section.name: section for section in pages.sections([one])}
-    assert [len(sections[name].figures) for name in ("quality", "layers", "positions")] == [0] * 3
-    assert tables([one])
+@pytest.mark.parametrize("extreme", [None, 0, -1.0, 1e18, 1e300, -1e300, 10**299], ids=str)
+def test_extreme_figures_are_drawn_or_left_out(extreme: Any, subject: Subject) -> None:
+    names = ["perplexity", "perplexity_error", "reference_perplexity", "kl", "kl_error"]
+    bands = [{"first": 0, "last": 15, "kl": extreme, "top1_agreement": 0.5, "perplexity": extreme}]
+    content = reporting.evaluation(
+        subject.manifest, "onnx", 0.1, tokens=10**290, agreement_by_position=bands,
+        kl_by_layer=[{"layer": "lm_head", "kl": extreme or 0}], **dict.fromkeys(names, extreme),
+    )  # fmt: skip
+    results = {"x": Result("evaluation", content)}
+    page = pages.page([Subject("", 0, subject.manifest, results, ())])
+    assert ("KL to the reference against bits" in page) == (extreme in (0, -1.0, 1e18))
 
 
 # Hostile names.
@@ -457,7 +478,7 @@ def test_several_bundles_are_compared(two: list[Subject]) -> None:
     figures = next(s for s in pages.sections(two) if s.name == "quality").figures
     drawn = figures[0].draw()
     assert "KL to the reference" in figures[0].title
-    assert all(f">{letter} {name}<" in drawn for letter in "AB" for name in ("onnx", "coreml"))
+    assert all(f">{letter} {name}<" in drawn for letter in "AB" for name in ("onnx", "executorch"))
     assert ">front<" in drawn or len({one.manifest.bits_per_weight() for one in two}) == 1
 
 

@@ -70,6 +70,7 @@ def pack(folder: Path, out: Path, names: Iterable[str], on_step: OnStep = no_ste
             if left or file.read(1):
                 raise InputError(folder / name, "changed while it was packed", "Pack again")
 
+    on_step(0, total >> 20, "")
     with replacing(out) as file:
         form.write(file, sizes, content)
     on_step(total >> 20, total >> 20, "")
@@ -106,6 +107,7 @@ def _unpack(path: Path, folder: Path, on_step: OnStep) -> None:
     with open_regular(path) as file:
         stream = form.stream(file, path)
         _check_space(stream, folder)
+        on_step(0, stream.size >> 20, "")
         last, seen, count = "", dict[str, str](), 0
         for member in form.members(stream):
             name, count = member.name, count + 1

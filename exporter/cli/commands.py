@@ -88,6 +88,8 @@ def export(args: argparse.Namespace) -> int:
         raise InputError("--prune-stages", problem, "Write --stages DIR --prune-stages 14")
     recipe = pipeline.with_targets(load_recipe(args.recipe, args.overrides), args.target)
     checkpoint = open_checkpoint(args.checkpoint)
+    if not Path(args.checkpoint).is_dir():  # a hub id, which the bundle then names
+        recipe = recipe.model_copy(update={"model": args.checkpoint})
     with display.progress() as progress, display.Clock() as clock:
         result = pipeline.export(
             recipe, checkpoint, args.output, progress,

@@ -239,7 +239,12 @@ def _peaks(session: Mapping[str, Any]) -> Iterator[float]:
 def _counts(content: Mapping[str, Any]) -> Iterator[Figure]:
     """The instructions of each token, by CPU."""
     for count in content["counts"]:
-        conditions = {"CPU": count["cpu"], "runner": content["runner"]["name"]}
+        # Another emulator may give the CPU other features, and then other kernels are chosen.
+        conditions = {
+            "CPU": count["cpu"],
+            "runner": content["runner"]["name"],
+            "emulator": content["emulator"],
+        }
         entries = [(prefill(entry["to"]), entry["from"], entry) for entry in count["prefill"]]
         entries += [(decode(entry["depth"]), 0, entry) for entry in count["decode"]]
         for name, first, entry in entries:

@@ -247,7 +247,7 @@ def lines(text: Text, series: Sequence[Line], axes_of: Axes) -> Markup:
         if axes_of.most is not None:
             axes.set_ylim(top=axes_of.most)
         axes.margins(x=0.04)
-        _legend(figure, len(series))
+        _legend(figure)
 
     height = 260 + 22 * len(series)
     return render(draw, height, text.name, text.title, text.about)
@@ -266,12 +266,13 @@ class Point:
 @dataclass(frozen=True)
 class Measure:
     """What y is in a plot of quality against size: its label, whether less is better, whether the
-    axis begins at zero, and the value of the reference."""
+    axis begins at zero, the value of the reference, and where the axis ends at most."""
 
     y: str
     less_is_better: bool
     zero: bool
     reference: float | None
+    most: float | None = None
 
 
 def trade_off(text: Text, points: Sequence[Point], measure: Measure) -> Markup:
@@ -300,7 +301,9 @@ def trade_off(text: Text, points: Sequence[Point], measure: Measure) -> Markup:
         ys += [] if reference is None else [reference]
         axes.set_xlim(*_around(xs))
         axes.set_ylim(*(0, max(ys) * _ROOM or 1) if measure.zero else _around(ys))
-        _legend(figure, len(points) + 1)
+        if measure.most is not None:
+            axes.set_ylim(top=min(axes.get_ylim()[1], measure.most))
+        _legend(figure)
 
     height = 275 + 22 * (len(points) + 1)
     return render(draw, height, text.name, text.title, text.about)
@@ -333,6 +336,5 @@ def _legend_label(text: str) -> str:
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
-def _legend(figure: Any, entries: int) -> None:
-    if entries > 1:
-        figure.legend(loc="outside upper left", ncols=1, handlelength=2.5)
+def _legend(figure: Any) -> None:
+    figure.legend(loc="outside upper left", ncols=1, handlelength=2.5)

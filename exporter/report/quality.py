@@ -14,6 +14,8 @@ from exporter.report.values import count, figure, mapping, mappings, number, sha
 
 #: Measurements, and layers or bands of one, that a plot can show.
 _MOST, _MOST_POINTS = 100, 200
+#: The end of an axis of shares: 100, and room for a mark.
+_PERCENT = 101
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class Evaluated:
         return self.subject.style(self.target)
 
     def source(self, kind: "_Quality") -> tuple[str, ...]:
-        """What a figure depends on beside the weights: hashes of its file, of the tokenizer and of
-        the reference, and the settings. Figures of different ones do not compare."""
+        """What a figure depends on beside the weights: whether the artifact itself ran, hashes of
+        its file, of the tokenizer and of the reference, and the settings. Figures of different ones
+        share no plot."""
         settings = mapping(self.content, "settings")
         chosen = [str(settings.get(key)) for key in _SETTINGS[kind.file]]
+        chosen.append(str(self.how.startswith("run")))
         if kind.file == "data":
             chosen.append(str(self.content["files"].get("tokenizer.json")))
         if kind.key == "kl":
@@ -58,6 +62,8 @@ class Evaluated:
     @property
     def how(self) -> str:
         """How the figures were got."""
+        if mapping(self.content, "settings").get("simulate"):
+            return "simulated in torch"
         if self.target is None:
             return "run in torch"
         return "interpreted" if "interpreted" in text(self.figures, "kind") else "run"
@@ -94,8 +100,9 @@ _SETTINGS = {
     "data": ("max_tokens", "sequence_length", "prefill"),
     "task": ("limit", "max_new_tokens"),
 }
+_KL = _Quality("kl", "KL to the reference", "KL", "", "nats", True)
 _QUALITIES = (
-    _Quality("kl", "KL to the reference", "KL", "", "nats", True),
+    _KL,
     _Quality("perplexity", "Perplexity", "perplexity", "reference_perplexity", "", True),
     _Quality(
         "accuracy", "Problems solved", "problems solved", "", "", False, percent=True, file="task"
@@ -108,13 +115,13 @@ def quality(subjects: Sequence[Subject]) -> Section:
     found = evaluated(subjects)
     figures = list[Figure]()
     for kind in _QUALITIES:
-        for source in dict.fromkeys(one.source(kind) for one in found):
-            same = [one for one in found if one.source(kind) == source]
+        for same in _by_source(found, kind):
             made = _trade_off(kind, same, len(figures))
             figures += [made] if made else []
     notes = [
         "Each model is a point: fewer bits are further left. A dotted line joins the models that "
-        "no other beats in both. Only figures of the same text and the same settings share a plot."
+        "no other beats in both. Only figures of the same text and settings share a plot, and none "
+        "of a runtime and of an interpreter."
     ]
     return Section(
         "quality",
@@ -155,11 +162,12 @@ def _trade_off(kind: _Quality, found: Sequence[Evaluated], index: int) -> Figure
     about = "; ".join(f"{label(p.label)}: {figure(p.x)} bits, {figure(p.y, unit)}" for p in points)
     words = Text(
         f"quality-{index}-{kind.key.replace('_', '-')}",
-        f"{kind.name} against bits per weight on {_file(found[0], kind.file)}",
+        f"{kind.name} against bits per weight {_measured_on(found[0], kind.file)}",
         f"Points, {better}. {about}.",
         "bits per weight, scales included",
     )
-    measure = Measure(f"{y}, {better}", kind.less_is_better, kind.key == "kl", reference)
+    most = _PERCENT if kind.percent else None
+    measure = Measure(f"{y}, {better}", kind.less_is_better, kind.key == "kl", reference, most)
     table = Table(
         words.title,
         ("model", "bits per weight", y),
@@ -167,6 +175,19 @@ def _trade_off(kind: _Quality, found: Sequence[Evaluated], index: int) -> Figure
         + ([("reference, not quantized", "–", figure(reference))] if reference else []),
     )
     return Figure(words.title, partial(trade_off, words, points, measure), table)
+
+
+def _measured_on(one: Evaluated, kind: str) -> str:
+    """The file, how much of it was measured, and whether another runtime stood in."""
+    key, unit = ("tokens", "predictions") if kind == "data" else ("problems", "problems")
+    amount = f", {count(whole(one.figures, key))} {unit}"
+    return f"on {_file(one, kind)}{amount}" + ("" if one.how.startswith("run") else f", {one.how}")
+
+
+def _by_source(found: Sequence[Evaluated], kind: _Quality) -> Iterator[list[Evaluated]]:
+    """The measurements that can share a plot."""
+    for source in dict.fromkeys(one.source(kind) for one in found):
+        yield [one for one in found if one.source(kind) == source]
 
 
 def _file(one: Evaluated, *kinds: str) -> str:
@@ -198,32 +219,10 @@ def _table(found: Sequence[Evaluated]) -> Table:
 
 def by_layer(subjects: Sequence[Subject]) -> Section:
     """The section: how much each layer alone changes the predictions."""
-    series = [(one, dict(_layers(one))) for one in evaluated(subjects)]
-    series = [(one, layers) for one, layers in series if layers]
-    figures, missing = list[Figure](), list[Missing]()
-    if series:
-        names = list(dict.fromkeys(name for _, layers in series for name in layers))
-        places = {name: place for place, name in enumerate(names)}
-        words = Text(
-            "layers",
-            "KL by layer",
-            f"A line for each model, with the KL in nats of each of {len(names)} layers.",
-            "layer",
-        )
-        drawn = [
-            Line(one.label, one.style, [(places[name], value) for name, value in layers.items()])
-            for one, layers in series
-        ]
-        step = max(1, -(-len(names) // 10))
-        ticks = [(places[name], _short(name)) for name in names[::step]]
-        table = Table(
-            "KL by layer (nats)",
-            ("layer", *(one.label for one, _ in series)),
-            [(name, *(figure(layers.get(name)) for _, layers in series)) for name in names],
-        )
-        draw = partial(lines, words, drawn, Axes("KL (nats)", ticks))
-        figures.append(Figure(words.title, draw, table))
-    measured = {id(one.subject) for one, _ in series}
+    found = [one for one in evaluated(subjects) if any(_layers(one))]
+    figures = [_layer_figure(same, n) for n, same in enumerate(_by_source(found, _KL))]
+    missing = list[Missing]()
+    measured = {id(one.subject) for one in found}
     for subject in subjects:
         if id(subject) not in measured:
             missing.append(
@@ -234,6 +233,30 @@ def by_layer(subjects: Sequence[Subject]) -> Section:
             )
     notes = ["The KL that each layer causes alone, with every other layer in float."]
     return Section("layers", "KL by layer", notes if figures else (), figures, missing=missing)
+
+
+def _layer_figure(found: Sequence[Evaluated], index: int) -> Figure:
+    series = [(one, dict(_layers(one))) for one in found]
+    names = list(dict.fromkeys(name for _, layers in series for name in layers))
+    places = {name: place for place, name in enumerate(names)}
+    words = Text(
+        f"layers-{index}",
+        f"KL by layer {_measured_on(found[0], 'data')}",
+        f"A line for each model, with the KL in nats of each of {len(names)} layers.",
+        "layer",
+    )
+    drawn = [
+        Line(one.label, one.style, [(places[name], value) for name, value in layers.items()])
+        for one, layers in series
+    ]
+    step = max(1, -(-len(names) // 10))
+    ticks = [(places[name], _short(name)) for name in names[::step]]
+    table = Table(
+        f"{words.title} (nats)",
+        ("layer", *(one.label for one, _ in series)),
+        [(name, *(figure(layers.get(name)) for _, layers in series)) for name in names],
+    )
+    return Figure(words.title, partial(lines, words, drawn, Axes("KL (nats)", ticks)), table)
 
 
 def _layers(one: Evaluated) -> Iterator[tuple[str, float]]:
@@ -255,8 +278,9 @@ def by_position(subjects: Sequence[Subject]) -> Section:
     found = [one for one in evaluated(subjects) if any(_bands(one))]
     figures = list[Figure]()
     for key, name, unit in (("top1_agreement", "Top-1 agreement", "%"), ("kl", "KL", "nats")):
-        made = _position_figure(found, key, name, unit)
-        figures += [made] if made else []
+        for same in _by_source(found, _KL):
+            made = _position_figure(same, key, (name, unit), len(figures))
+            figures += [made] if made else []
     missing = [
         Missing(
             f"{subject.title}: agreement by position is not measured.",
@@ -281,7 +305,10 @@ def _bands(one: Evaluated) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield f"{first}–{last}", band
 
 
-def _position_figure(found: Sequence[Evaluated], key: str, name: str, unit: str) -> Figure | None:
+def _position_figure(
+    found: Sequence[Evaluated], key: str, named: tuple[str, str], index: int
+) -> Figure | None:
+    name, unit = named
     scale = 100 if unit == "%" else 1
     series = list[tuple[Evaluated, dict[str, float]]]()
     for one in found:
@@ -293,8 +320,8 @@ def _position_figure(found: Sequence[Evaluated], key: str, name: str, unit: str)
     bands = sorted({band for _, values in series for band in values}, key=_first_of)
     places = {band: place for place, band in enumerate(bands)}
     words = Text(
-        f"positions-{key.replace('_', '-')}",
-        f"{name} by position",
+        f"positions-{index}-{key.replace('_', '-')}",
+        f"{name} by position {_measured_on(found[0], 'data')}",
         f"A line for each model over {len(bands)} bands of positions, in {unit}.",
         "positions in the text",
     )
@@ -304,10 +331,10 @@ def _position_figure(found: Sequence[Evaluated], key: str, name: str, unit: str)
     ]
     axes = Axes(
         f"{name} ({unit})", [(place, band.split("–")[0] + "–") for band, place in places.items()],
-        zero=unit != "%", most=100.5 if unit == "%" else None,
+        zero=unit != "%", most=_PERCENT if unit == "%" else None,
     )  # fmt: skip
     table = Table(
-        f"{name} by position ({unit})",
+        f"{words.title} ({unit})",
         ("positions", *(one.label for one, _ in series)),
         [(band, *(figure(values.get(band)) for _, values in series)) for band in bands],
     )

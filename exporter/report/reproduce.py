@@ -218,7 +218,6 @@ def _recipe_file(subject: Subject) -> Table:
     rows = [
         (key, json.dumps(value, ensure_ascii=False))
         for key, value in subject.manifest.recipe.items()
-        if key != "name"
     ]
     return Table(
         f"RECIPE.yaml of {subject.title}: a line “key: value” for each row", ("key", "value"), rows,

@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle.archive import opened
-from exporter.bundle.bundle import SIGNATURES, file_problems, open_bundle
-from exporter.bundle.manifest import BundleManifest
+from exporter.bundle.bundle import SIGNATURES, file_problems, open_bundle, read_checksums
+from exporter.bundle.manifest import (
+    IDENTITY,
+    MANIFEST,
+    BundleManifest,
+    FileEntry,
+    bundle_manifest,
+)
 from exporter.bundle.results import (
     EVALUATION,
     INSTRUCTIONS,
@@ -110,19 +116,27 @@ def read_subjects(bundles: Sequence[Path], results: Sequence[Path] = ()) -> list
 
 
 def _checked(folder: Path, path: Path) -> tuple[BundleManifest, dict[str, Result]]:
-    """The manifest and the measurements of a bundle, once every file has the hash of its list.
-    Raises InputError."""
-    bundle = open_bundle(folder)
+    """The manifest and the measurements of a bundle, once every file has the hash of its list and
+    the manifest is that of the files. Raises InputError."""
+    bundle, remedy = open_bundle(folder), f"mobilellm verify {path} says what is wrong"
     for name, problem in file_problems(folder).items():
-        remedy = f"mobilellm verify {path} says what is wrong"
         raise InputError(f"{path}: {name}", problem, remedy)
+    manifest = bundle.manifest
+    files = {
+        name: FileEntry(sha256=digest, bytes=(folder / name).stat().st_size)
+        for name, digest in read_checksums(folder).items()
+        if name != MANIFEST
+    }
+    identity = manifest.model_dump(mode="json", include=set(IDENTITY))
+    if bundle_manifest(identity, bundle.quantized, files) != manifest:
+        raise InputError(f"{path}: {MANIFEST}", "is not that of the files beside it", remedy)
     results = dict[str, Result]()
-    for name in sorted(bundle.manifest.files):
+    for name in sorted(manifest.files):
         if name.startswith(f"{RESULTS}/"):
             result = read_result(folder / name)
-            check_belongs(result, bundle.manifest, f"{path}: {name}")
+            check_belongs(result, manifest, f"{path}: {name}")
             results[name] = result
-    return bundle.manifest, results
+    return manifest, results
 
 
 def _belongs(result: Result, manifest: BundleManifest) -> bool:

@@ -89,12 +89,12 @@ def _targets(subject: Subject) -> Iterator[str]:
 
 def _checks(subject: Subject) -> Iterator[tuple[bool, str]]:
     files = len(subject.manifest.files)
-    yield True, f"{files} files have the SHA-256 that the bundle lists."
+    yield True, f"{files} files have the SHA-256 that the bundle lists, and the manifest is theirs."
     yield True, "Every measurement is of files of this bundle."
     yield (
         False,
-        "Integers and logits of every artifact. They were checked at the export; mobilellm verify "
-        "checks them again.",
+        "Integers and logits of every artifact. An export checks them before a bundle is finished; "
+        "mobilellm verify checks them again.",
     )
     if subject.signatures:
         yield False, "The signature is there; mobilellm verify --key checks it."

@@ -448,6 +448,19 @@ def test_the_command_refuses_a_damaged_archive(
         assert check["subject"].startswith(str(path))
 
 
+def test_profile_opens_an_archive_before_it_looks_for_the_device(
+    packaged: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    outcome = run(capsys, "profile", packaged / "nano.zip", "--device", "host:x", "--json")
+    assert outcome.code == 2
+    assert outcome.json["error"].startswith("--device host:x")
+    damaged = tmp_path / "nano.zip"
+    damaged.write_bytes((packaged / "nano.zip").read_bytes()[:-1])
+    outcome = run(capsys, "profile", damaged, "--device", "host:x", "--json")
+    assert outcome.code == 2
+    assert outcome.json["error"].startswith(f"{damaged}: is truncated")
+
+
 def test_both_archives_hold_the_folder(packaged: Path) -> None:
     expected = {
         name: (packaged / "nano" / name).read_bytes() for name in files_of(packaged / "nano")

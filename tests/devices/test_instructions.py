@@ -2,11 +2,12 @@
 when the model executes other code."""
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from commands import run
@@ -18,12 +19,13 @@ from devices.instructions import tools, validate
 from devices.instructions.counter import Settings, count
 from devices.instructions.emulation import describe_machine
 from devices.instructions.symbols import read_symbols
+from devices.transports.client import run_client
 from exporter import profiling
 from exporter.backends import backend
 from exporter.bundle.bundle import Bundle
 from exporter.bundle.results import read_result
 
-#: Of a figure, between two runs: the issue's own limit is a millionth, and here they are equal.
+#: Of a figure, between two runs.
 TOLERANCE = 1e-6
 DECODE = Settings(prompts=())
 #: Registers count the passes of a loop; `max` has all the instructions that are classified.
@@ -262,6 +264,22 @@ def test_a_missing_program_is_named_with_the_command_that_installs_it(
         count(model, DECODE, lambda *_: None)
     with pytest.raises(BadDeviceError, match=r"nm: is not installed\. Run: apt install binu"):
         tools.binutil("nm")
+
+
+def test_an_interrupt_leaves_no_emulator_behind(tmp_path: Path) -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    script = f"echo $$ > '{tmp_path / 'pid'}'; exec sleep 60"
+    earlier = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            run_client("emulator", ["sh", "-c", script], 60.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
 
 
 def test_an_emulator_that_loads_no_plugin_is_refused(
