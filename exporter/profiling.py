@@ -20,7 +20,7 @@ from devices.session_state import Job, Settings
 from devices.transports import connected_devices, parse_device, transport_of
 from exporter.backends import front
 from exporter.bundle.archive import opened
-from exporter.bundle.artifact import FinishedArtifact
+from exporter.bundle.artifact import FinishedArtifact, is_of_model
 from exporter.bundle.bundle import Bundle, open_bundle
 from exporter.errors import InputError
 from exporter.files import differing_files, package_versions, read_json
@@ -179,7 +179,7 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
         format=target.target,
         folder=artifact.path,
         main=module.FILE_NAME,
-        files=tuple(name for name in artifact.files if _belongs(name, module.FILE_NAME)),
+        files=tuple(name for name in artifact.files if is_of_model(name, target.target)),
         context=context,
         portable=module.portable(target),
         integers=module.integers(quantized.config, quantized.schemes, target),
@@ -188,12 +188,6 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
         texts=_texts(quantized, tokens, lengths),
     )
     return Job(model, workload(quantized.config, quantized.schemes, target), request.runner)
-
-
-def _belongs(name: str, main: str) -> bool:
-    """Whether a file is part of the model: the file `main`, a file in the folder `main`, or its
-    external data. Tokenizer files are not."""
-    return name == main or name.startswith((f"{main}/", f"{main}."))
 
 
 def _texts(

@@ -101,6 +101,21 @@ def test_a_measurement_of_another_bundle_is_refused_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json"]
 
 
+@pytest.mark.parametrize("target", ["onnx", "results", "nonsense"])
+def test_a_measurement_names_every_file_of_the_model(
+    target: str, finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Every model of this tokenizer has the same tokenizer.json."""
+    manifest = finished_bundle.manifest
+    content = gating.counts(manifest, {"f": 1.0}, target="onnx")
+    content["files"] = {"tokenizer.json": manifest.files["onnx/tokenizer.json"].sha256}
+    content["target"] = target
+    other = gating.written(tmp_path / "other.json", content)
+    said = r"does not name onnx/model\.onnx" if target == "onnx" else "the bundle does not have"
+    with pytest.raises(InputError, match=said):
+        package(finished_bundle.path, tmp_path / "out.zip", Request([other]), no_progress)
+
+
 def test_a_forged_measurement_in_a_bundle_is_named(
     finished_bundle: Bundle, result: Path, tmp_path: Path
 ) -> None:

@@ -67,6 +67,13 @@ def artifact_output(target: Target) -> Output:
     return Output(names[0], MANIFEST, (*names, *COMPANIONS))
 
 
+def is_of_model(name: str, target: str) -> bool:
+    """Whether a file of an artifact is part of the model: the file that a runtime opens, a file in
+    the folder of that name, or its external data. Tokenizer files are not."""
+    main = front(target).FILE_NAME
+    return name == main or name.startswith((f"{main}/", f"{main}."))
+
+
 def artifact_identity(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
     """Everything that decides the bytes of an artifact, for its manifest."""
     return {

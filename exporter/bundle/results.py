@@ -15,7 +15,9 @@ from typing import Any
 from devices import instructions
 from devices import report as profiles
 from devices.errors import DeviceError
+from exporter.backends import names as backend_names
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
+from exporter.bundle.artifact import is_of_model
 from exporter.bundle.evaluation_schema import Evaluation
 from exporter.bundle.manifest import BundleManifest
 from exporter.errors import InputError, short
@@ -82,10 +84,12 @@ def _schema_of(path: Path) -> Iterator[None]:
 def check_belongs(result: Result, manifest: BundleManifest, subject: object) -> None:
     """Raise InputError unless every file that was measured is in the bundle as it was.
 
-    An evaluation names every file of its folder but the manifest there: a model with the tokenizer
-    of another one would agree in some of them.
+    A measurement names every file of the model, and an evaluation also the others of its folder but
+    the manifest there: a model with the tokenizer of another one would agree in some of them.
     """
     for target, hashes in result.measured():
+        if target is not None and target not in {*manifest.targets} & {*backend_names()}:
+            raise InputError(subject, f"measured {short(target)}, which the bundle does not have")
         folder = target or "quantized"
         for name, found in hashes.items():
             entry = manifest.files.get(f"{folder}/{name}")
@@ -95,10 +99,10 @@ def check_belongs(result: Result, manifest: BundleManifest, subject: object) -> 
                     f"measured another {folder}/{name} than that of the bundle",
                     "Measure this bundle again",
                 )
-        if not hashes:
-            raise InputError(subject, f"names no file of {folder}", "Measure this bundle again")
-        named = {f"{folder}/{name}" for name in (*hashes, ARTIFACT_MANIFEST, QUANTIZED_MANIFEST)}
-        others = (name for name in manifest.files if name.startswith(f"{folder}/"))
-        left_out = next((name for name in others if name not in named), None)
-        if result.kind == EVALUATION and left_out is not None:
-            raise InputError(subject, f"does not name {left_out}", "Measure this bundle again")
+        whole = result.kind == EVALUATION
+        for path in manifest.files:
+            name = path.removeprefix(f"{folder}/")
+            if name in (path, ARTIFACT_MANIFEST, QUANTIZED_MANIFEST) or name in hashes:
+                continue
+            if whole or (target is not None and is_of_model(name, target)):
+                raise InputError(subject, f"does not name {path}", "Measure this bundle again")
