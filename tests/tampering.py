@@ -8,7 +8,7 @@ from typing import Any
 
 from exporter.bundle.bundle import CHECKSUMS, derived_files
 from exporter.bundle.documents import DOCUMENTS
-from exporter.bundle.manifest import read_manifest
+from exporter.bundle.manifest import MANIFEST, read_manifest
 from exporter.errors import InputError
 from exporter.files import json_bytes, sha256
 from exporter.model.checkpoint import COMPANION_FILES
@@ -17,7 +17,7 @@ from exporter.model.checkpoint import COMPANION_FILES
 def reseal(bundle: Path, kept: Path | None = None) -> None:
     """Write the hashes of every manifest and of ``SHA256SUMS`` anew, and derive the documents anew.
 
-    The manifest `kept` is left as it is, and so is one that is no JSON object any more.
+    The manifest or document `kept` is left as it is, and so is a manifest that is no JSON object.
     """
     quantized = bundle / "quantized" / "quantization.json"
     if quantized != kept:
@@ -34,7 +34,7 @@ def reseal(bundle: Path, kept: Path | None = None) -> None:
         with edited(bundle / "manifest.json") as manifest:
             _renew(manifest.get("source"), bundle / "quantized", COMPANION_FILES)
             _renew_entries(manifest.get("files"), bundle)
-        _renew_documents(bundle)
+        _renew_documents(bundle, kept)
     names = sorted(
         path.relative_to(bundle).as_posix()
         for path in bundle.rglob("*")
@@ -61,7 +61,7 @@ def edited(path: Path) -> Iterator[dict[str, Any]]:
         path.write_bytes(json_bytes(content))
 
 
-def _renew_documents(bundle: Path) -> None:
+def _renew_documents(bundle: Path, kept: Path | None) -> None:
     """Derive every document anew, if they can be derived from what is there."""
     try:
         manifest = read_manifest(bundle)
@@ -70,7 +70,10 @@ def _renew_documents(bundle: Path) -> None:
     except InputError:
         return
     for name, content in derived.items():
-        (bundle / name).write_bytes(content)
+        if bundle / name != kept:
+            (bundle / name).write_bytes(content)
+    with edited(bundle / MANIFEST) as written:
+        _renew_entries(written["files"], bundle)
 
 
 def _renew_entries(files: object, bundle: Path) -> None:

@@ -349,7 +349,7 @@ RECIPES: dict[str, tuple[Row, list[str]]] = {
     "impossible date": (lambda w: w.recipe("model: 2026-13-45\n"), ["recipe.yaml", "month"]),
     "unknown key": (
         lambda w: w.recipe("quantisation: {}\n"),
-        ["recipe.yaml", "unknown key 'quantisation'", "Keys: name, model, quantization"],
+        ["recipe.yaml", "unknown key 'quantisation'", "Keys: name, model, license, quantization"],
     ),
     "unknown key of a part": (
         lambda w: w.recipe("quantization: {bits: 4}\n"),

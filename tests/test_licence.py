@@ -261,7 +261,7 @@ def test_the_licence_travels_in_the_bundle_and_no_other_can_take_its_place(
         changed = Path(shutil.copytree(out, tmp_path / f"changed-{name}"))
         text = (changed / name).read_text().replace("oncommercial", "o commercial")
         (changed / name).write_text(text)
-        reseal(changed)
+        reseal(changed, changed / name)
         outcome = run(capsys, "verify", changed, "--quick")
         assert outcome.code == 1
         assert name in outcome.out

@@ -169,7 +169,7 @@ def test_a_changed_document_is_found_although_all_hashes_were_written_anew(
 ) -> None:
     path = bundle_copy / name
     path.write_bytes(path.read_bytes().replace(b"0.1.0", b"0.1.1", 1))
-    reseal(bundle_copy)
+    reseal(bundle_copy, path)
     failed = {check.subject for check in failures(check_manifests(open_bundle(bundle_copy)))}
     assert name in failed
 
