@@ -2,13 +2,13 @@
 
     python tests/benchmarks/gate_alarms.py build/gate-alarms
 
-Two models are made of the demo checkpoint's layers: one of nine, and a slower one of eleven. Both are
+Two models are made of the demo checkpoint's layers: one of nine, and a slower one of ten. Both are
 profiled on one core, and so is the first one again in sessions of their own. Whole repeats are then
 drawn from these profiles and go through the gate's own comparison:
 
 - equal: both sides from the same profile. Any alarm of any figure is a false one.
 - 10 % slower: as equal, with the times of one side multiplied by 1.1, all of them or one alone.
-- eleven layers: one side from the slower model.
+- ten layers: one side from the slower model.
 - sessions: one whole session against another one. Nothing is drawn.
 
 Refused are comparisons of which the gate says that other programs took the processor from one side.
@@ -47,7 +47,7 @@ from exporter.recipe import load_recipe
 
 DEMO = Path(__file__).parents[2] / "examples" / "mobilellm-r1-nano"
 TARGETS = ("executorch", "onnx")
-LAYERS, SLOWER = 9, 11
+LAYERS, SLOWER = 9, 10
 
 
 def deep_checkpoint(folder: Path, layers: int) -> Path:
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=0)
     args = parser.parse_args()
     base = measured(args.folder, "nine", LAYERS, args.repeats, args.core)
-    slow = measured(args.folder, "eleven", SLOWER, args.repeats, args.core)
+    slow = measured(args.folder, "ten", SLOWER, args.repeats, args.core)
     sessions = [
         measured(args.folder, f"session-{number}", LAYERS, 20, args.core)
         for number in range(args.sessions)
@@ -202,7 +202,7 @@ def main() -> None:
         change = _middle(other) / _middle(figure) - 1
         print(
             f"{figure.target} {figure.name}: {_middle(figure):.4g} {figure.unit}, "
-            f"{figure.cpu_share:.2f} cores; eleven layers {change:+.1%}, {other.cpu_share:.2f} cores"
+            f"{figure.cpu_share:.2f} cores; ten layers {change:+.1%}, {other.cpu_share:.2f} cores"
         )
     print(f"{len(pool.figures)} figures in each comparison")
     table = Table("comparison", "repeats", "runs", "alarms", "share", "refused", "by figure")
@@ -215,7 +215,7 @@ def main() -> None:
                 alone = partial(slowed, only=(figure.target, figure.name))
                 what = f"{figure.target} {figure.name} alone 10 % slower"
                 table.add_row(what, *trial.run(args.draws // 4, pool, alone))
-        table.add_row("eleven layers for nine", *trial.run(args.draws, slower, lambda now: now))
+        table.add_row("ten layers for nine", *trial.run(args.draws, slower, lambda now: now))
     whole = [figures(args.folder, LAYERS, report) for report in (base, *sessions)]
     results = [outcome(now, before) for now, before in permutations(whole, 2)]
     if results:
