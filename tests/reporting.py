@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from devices.session_state import summaries
+from exporter.bundle.artifact import is_of_model
 from exporter.bundle.manifest import BundleManifest, read_manifest
 
 BANDS = [(0, 15), (16, 31), (32, 63), (64, 127)]
@@ -24,14 +25,13 @@ OPERATORS = [
 ]
 
 
-def hashes(manifest: BundleManifest, folder: str, *names: str) -> dict[str, str]:
-    """The SHA-256 of files of a folder of the bundle, by default of all."""
-    inside = {
+def hashes(manifest: BundleManifest, folder: str) -> dict[str, str]:
+    """The SHA-256 of every file of a folder of the bundle."""
+    return {
         name.removeprefix(f"{folder}/"): entry.sha256
         for name, entry in manifest.files.items()
         if name.startswith(f"{folder}/")
     }
-    return {name: inside[name] for name in names or inside}
 
 
 def evaluation(
@@ -67,7 +67,7 @@ def evaluation(
 
 
 def session(
-    manifest: BundleManifest, target: str, main: str, milliseconds: float, **changes: Any
+    manifest: BundleManifest, target: str, milliseconds: float, **changes: Any
 ) -> dict[str, Any]:
     """A session on a phone: 8 repeats, 8 decode steps at each of two depths."""
     memory = {
@@ -96,7 +96,8 @@ def session(
 
     files = {
         name: {"bytes": 1, "sha256": digest}
-        for name, digest in hashes(manifest, target, main).items()
+        for name, digest in hashes(manifest, target).items()
+        if is_of_model(name, target)
     }
     identity = {
         "name": "Pixel 8", "machine": "aarch64", "system": "Android 15", "kernel": "6.1",
@@ -159,7 +160,7 @@ def counts(manifest: BundleManifest, functions: Mapping[str, float]) -> dict[str
     }  # fmt: skip
     return {
         "result": "instructions", "schema_version": 1, "target": "executorch",
-        "files": hashes(manifest, "executorch", "model.pte"),
+        "files": hashes(manifest, "executorch"),
         "emulator": "qemu-aarch64 7.2.22",
         "runner": {"name": "executorch-native", "versions": {"executorch": "1.5.1"}},
         "context": 1024,
@@ -180,14 +181,14 @@ def measurements(bundle: Path, out: Path, scale: float = 1.0) -> list[Path]:
         for target, kl in (("executorch", 0.03), ("onnx", 0.02), ("coreml", 0.01), (None, 0.01))
         if target in (None, *manifest.targets)
     }
-    native, other = ("executorch", "model.pte"), ("onnx", "model.onnx")
+    native, other = "executorch", "onnx"
     made["speed"] = profile(
         [
-            session(manifest, *native, 5.0 * scale),
-            session(manifest, *other, 6.0 * scale, undelegated=["MatMul reached no delegate"]),
-            session(manifest, *native, 2.0 * scale, device="host", kind="virtual"),
-            session(manifest, *native, 90.0 * scale, device="ssh:qemu", kind="emulated"),
-            session(manifest, *other, 1.0, device="ssh:pi", status="failed", problem="no route"),
+            session(manifest, native, 5.0 * scale),
+            session(manifest, other, 6.0 * scale, undelegated=["MatMul reached no delegate"]),
+            session(manifest, native, 2.0 * scale, device="host", kind="virtual"),
+            session(manifest, native, 90.0 * scale, device="ssh:qemu", kind="emulated"),
+            session(manifest, other, 1.0, device="ssh:pi", status="failed", problem="no route"),
         ]
     )
     functions = {"kai_matmul_int4": 40e6, "xnn_f32_gemm": 27e6, "softmax": 2.2e6}

@@ -320,7 +320,7 @@ def hostile(subject: Subject, name: str) -> Subject:
          "product": True}
     ]  # fmt: skip
     session = reporting.session(
-        manifest, "onnx", "model.onnx", 5.0, device=name, operators=operators, undelegated=[name],
+        manifest, "onnx", 5.0, device=name, operators=operators, undelegated=[name],
         engine={"name": name, "versions": {name: name}, "threads": 1},
     )  # fmt: skip
     session["identity"] = {**session["identity"], "name": name, "system": name}
@@ -519,7 +519,7 @@ def test_thinned_samples_keep_the_extremes_and_the_median() -> None:
 
 
 def test_many_samples_and_sessions_make_no_large_page(subject: Subject) -> None:
-    one = reporting.session(subject.manifest, "onnx", "model.onnx", 5.0, operators=[])
+    one = reporting.session(subject.manifest, "onnx", 5.0, operators=[])
     for records in one["samples"]["rounds"]:
         for record in records:
             record["ms"] = [record["ms"][0] + index / 999 for index in range(2000)]
