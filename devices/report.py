@@ -68,7 +68,7 @@ def _described(session: SessionState) -> dict[str, Any]:
     try:
         with contained(session.device, "what it measured"):
             made: dict[str, Any] = json.loads(json.dumps(describe(session), allow_nan=False))
-            _validate(made, {"$ref": "#/$defs/session", "$defs": schema()["$defs"]})
+            check_schema(made, {"$ref": "#/$defs/session", "$defs": schema()["$defs"]})
             return made
     except DeviceError as error:
         nothing = SessionState(session.job, session.device, session.settings)
@@ -91,10 +91,11 @@ def schema() -> dict[str, Any]:
 
 def validate(report: Mapping[str, Any]) -> None:
     """Raise BadDeviceError, with the path in the report, where it does not follow the schema."""
-    _validate(report, schema())
+    check_schema(report, schema())
 
 
-def _validate(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_schema(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise BadDeviceError, with the path in it, where JSON content does not follow a schema."""
     import jsonschema
 
     try:

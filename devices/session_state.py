@@ -110,19 +110,35 @@ def plan_of(session: SessionState) -> Plan:
     )  # fmt: skip
 
 
-def summaries(rounds: Sequence[Sequence[Record]]) -> dict[tuple[str, int], Summary]:
-    """Milliseconds over all rounds, by (phase, tokens or depth); 0 for a phase without either."""
-    samples: dict[tuple[str, int], list[list[float]]] = {}
-    clock_errors: dict[tuple[str, int], float] = {}
+@dataclass
+class Samples:
+    """The samples of one phase in milliseconds, a list for each repeat, and the largest error of
+    the clock that timed them."""
+
+    repeats: list[list[float]] = field(default_factory=list)
+    clock_error: float = 0.0
+
+
+def samples(rounds: Sequence[Sequence[Record]]) -> dict[tuple[str, int], Samples]:
+    """The samples of all rounds, by (phase, tokens or depth); 0 for a phase without either."""
+    found: dict[tuple[str, int], Samples] = {}
     for records in rounds:
         for record in records:
             if record["phase"] in ("load", "prefill", "decode", "execute") and record["ms"]:
                 key = record["phase"], int(record.get("tokens", 0) or record.get("depth", 0))
-                samples.setdefault(key, []).append(record["ms"])
-                clock_errors[key] = max(
-                    clock_errors.get(key, 0.0), float(record.get("within_ms", 0))
-                )
-    return {key: summarize(repeats).widened(clock_errors[key]) for key, repeats in samples.items()}
+                of_phase = found.setdefault(key, Samples())
+                of_phase.repeats.append(record["ms"])
+                error = float(record.get("within_ms", 0))
+                of_phase.clock_error = max(of_phase.clock_error, error)
+    return found
+
+
+def summaries(rounds: Sequence[Sequence[Record]]) -> dict[tuple[str, int], Summary]:
+    """Milliseconds over all rounds, by the keys of `samples`."""
+    return {
+        key: summarize(phase.repeats).widened(phase.clock_error)
+        for key, phase in samples(rounds).items()
+    }
 
 
 def hash_of(content: object) -> str:

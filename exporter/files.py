@@ -19,9 +19,11 @@ from exporter.foreign import differing_files, open_regular, read_json
 __all__ = (
     "Output",
     "check_folder",
+    "check_writable",
     "claim_folder",
     "copy_file",
     "differing_files",
+    "is_finished",
     "json_bytes",
     "made_from",
     "may_be_made_from",
@@ -78,6 +80,13 @@ def made_from(manifest: Path, identity: Mapping[str, Any]) -> bool:
         return False
     files = content.pop("files", None)
     return isinstance(files, dict) and content == identity
+
+
+def is_finished(manifest: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the manifest has this identity, and the files beside it the hashes that it lists."""
+    if not made_from(manifest, identity):
+        return False
+    return not differing_files(manifest.parent, read_json(manifest)["files"])
 
 
 def may_be_made_from(manifest: Path, known: Mapping[str, Any]) -> bool:
@@ -142,16 +151,7 @@ def claim_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
 
 def check_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) -> None:
     """Raise the InputError that `claim_folder` would raise; changes nothing."""
-    paths = (out, *out.absolute().parents)
-    nearest = next(path for path in paths if path.exists() or path.is_symlink())
-    if not nearest.is_dir():
-        kind = "a file" if nearest.exists() else "a broken link"
-        problem = f"is {kind}" if nearest == out else f"lies below {nearest}, which is {kind}"
-        raise InputError(out, problem, "Give a folder for the output")
-    if not os.access(nearest, os.W_OK):
-        raise InputError(
-            out, f"cannot be written ({nearest} is read-only)", "Choose another folder"
-        )
+    check_writable(out)
     present = {path.name for path in out.iterdir()} if out.is_dir() else set[str]()
     foreign = sorted(present - output.names())
     started = present & ({output.first} | output.temporary_names())
@@ -168,6 +168,20 @@ def check_folder(out: Path, output: Output, same_inputs: bool, overwrite: bool) 
             out,
             "holds the finished result of other inputs",
             "Give another folder, or replace it with --overwrite",
+        )
+
+
+def check_writable(out: Path) -> None:
+    """Raise InputError if a folder cannot be written, or cannot be made; changes nothing."""
+    paths = (out, *out.absolute().parents)
+    nearest = next(path for path in paths if path.exists() or path.is_symlink())
+    if not nearest.is_dir():
+        kind = "a file" if nearest.exists() else "a broken link"
+        problem = f"is {kind}" if nearest == out else f"lies below {nearest}, which is {kind}"
+        raise InputError(out, problem, "Give a folder for the output")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(
+            out, f"cannot be written ({nearest} is read-only)", "Choose another folder"
         )
 
 

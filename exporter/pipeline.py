@@ -2,7 +2,8 @@
 
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,30 @@ import torch
 
 from exporter.backends import Target, backend
 from exporter.backends import names as backend_names
+from exporter.bundle.archive import opened
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.artifact import (
     FinishedArtifact,
     artifact_identity,
     artifact_output,
     artifact_versions,
+    open_artifact,
     write_artifact,
 )
 from exporter.bundle.bundle import (
     CHECKSUMS,
     Bundle,
-    bundle_identity,
     bundle_output,
     file_problems,
     is_bundle,
     is_bundle_of,
     open_bundle,
-    write_checksums,
+    write_bundle,
 )
-from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
 from exporter.bundle.bundle import QUANTIZED as BUNDLE_QUANTIZED
+from exporter.bundle.manifest import MANIFEST as BUNDLE_MANIFEST
+from exporter.bundle.manifest import bundle_identity
+from exporter.bundle.signature import Signer
 from exporter.calibration.quantize import (
     QuantizationInputs,
     join_distillation,
@@ -60,12 +64,15 @@ from exporter.quantization.quantized_checkpoint import (
 )
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.recipe import Recipe
+from exporter.stages import Stages
 from exporter.verification.checks import (
     Check,
     check_bundle_files,
     check_quantized,
     check_quantized_files,
+    check_signature,
 )
+from exporter.verification.kept import check_or_find, verifications
 from exporter.verification.models import check_models
 from exporter.verification.runs import Text, run_artifact, running, verification_text
 
@@ -168,12 +175,13 @@ def _lower(
 @dataclass(frozen=True)
 class Export:
     """The results of an export; `bundle` is None if a check failed, and then the folder is not a
-    finished bundle."""
+    finished bundle. `stages` says what happened to each stage."""
 
     bundle: Bundle | None
     quantized: QuantizedCheckpoint
     artifacts: Mapping[str, FinishedArtifact]
     checks: list[Check]
+    stages: Stages
 
 
 def export(
@@ -184,12 +192,18 @@ def export(
     *,
     overwrite: bool = False,
     text: Path | None = None,
+    store: Path | None = None,
 ) -> Export:
     """Checkpoint → verified bundle. A stage that is already finished is not repeated.
 
-    `text` is a file to verify on, by default the built-in sample text. Raises InputError.
+    A finished stage is found in the output folder or in the folder `store`, where this run's are
+    kept. A finished bundle was verified before its last file was written: its files are hashed, and
+    nothing else is done, unless there is a `text`. `text` is a file to verify on, by default the
+    built-in sample text. Raises InputError.
     """
     check_apart(out, checkpoint.path)
+    stages = Stages(store, progress)
+    stages.check(out)
     plan = quantization_plan(recipe.quantization, checkpoint)
     _check_targets(recipe, checkpoint, plan)
     texts: dict[str, Text] = {
@@ -207,34 +221,72 @@ def export(
     packages: dict[str, dict[str, str]] = {
         target.target: artifact_versions(target) for target in recipe.targets
     }
-    manifest = bundle_identity(recipe.to_dict(), inputs.identity, packages)
-    same = is_bundle_of(out, manifest, inputs.identity)
+    identity = bundle_identity(recipe.to_dict(), inputs.identity, packages)
+    same = is_bundle_of(out, identity, inputs.identity) and may_be_made_from(
+        out / BUNDLE_QUANTIZED / QUANTIZED_MANIFEST, inputs.identity
+    )
     with claim_folder(out, bundle_output(), same, overwrite):
+        if same and text is None:
+            unchanged = _unchanged(out, recipe, inputs, texts, stages)
+            if unchanged:
+                return unchanged
         # Folders left by an unfinished run with other targets.
         for other in set(backend_names()) - packages.keys():
             shutil.rmtree(out / other, ignore_errors=True)
-        quantized = quantize_checkpoint(checkpoint, inputs, out / BUNDLE_QUANTIZED, progress)
-        artifacts: dict[str, FinishedArtifact] = {
-            target.target: _lower(
-                quantized,
-                target,
-                artifact_identity(quantized, target),
-                out / target.target,
-                progress,
+        quantized = stages.run(
+            "quantize",
+            inputs.identity,
+            out / BUNDLE_QUANTIZED / QUANTIZED_MANIFEST,
+            partial(quantize_checkpoint, checkpoint, inputs, out / BUNDLE_QUANTIZED, progress),
+            open_quantized,
+        )
+        artifacts = dict[str, FinishedArtifact]()
+        for target in recipe.targets:
+            lowered, folder = artifact_identity(quantized, target), out / target.target
+            artifacts[target.target] = stages.run(
+                f"lower {target.target}",
+                lowered,
+                folder / ARTIFACT_MANIFEST,
+                partial(_lower, quantized, target, lowered, folder, progress),
+                open_artifact,
             )
-            for target in recipe.targets
-        }
         # In this process: the artifacts are our own, and their toolkits are loaded.
         runs = {
             target: partial(run_artifact, finished.artifact, texts[target])
             for target, finished in artifacts.items()
         }
-        checks = check_models(quantized, artifacts, texts, runs, progress)
+        checks = check_or_find(quantized, artifacts, texts, runs, stages, progress)
         if not all(check.passed for check in checks):
-            return Export(None, quantized, artifacts, checks)
+            return Export(None, quantized, artifacts, checks, stages)
         if not is_bundle(out) or file_problems(out):
-            write_checksums(out, manifest, quantized, artifacts)
-        return Export(open_bundle(out), quantized, artifacts, checks)
+            write_bundle(out, identity, quantized, artifacts)
+        return Export(open_bundle(out), quantized, artifacts, checks, stages)
+
+
+def _unchanged(
+    out: Path,
+    recipe: Recipe,
+    inputs: QuantizationInputs,
+    texts: Mapping[str, Text],
+    stages: Stages,
+) -> Export | None:
+    """The finished bundle in `out`, if every file is whole and every part has the same inputs."""
+    if not is_bundle(out) or not made_from(
+        out / BUNDLE_QUANTIZED / QUANTIZED_MANIFEST, inputs.identity
+    ):
+        return None
+    checks = check_bundle_files(out)
+    if not all(check.passed for check in checks):
+        return None
+    bundle, lowered = open_bundle(out), dict[str, dict[str, Any]]()
+    for target in recipe.targets:
+        identity = artifact_identity(bundle.quantized, target)
+        if not made_from(out / target.target / ARTIFACT_MANIFEST, identity):
+            return None
+        lowered[f"lower {target.target}"] = identity
+    verified = verifications(bundle.quantized, bundle.artifacts, texts)
+    stages.unchanged({"quantize": inputs.identity, **lowered, **verified})
+    return Export(bundle, bundle.quantized, bundle.artifacts, checks, stages)
 
 
 def _check_targets(recipe: Recipe, checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
@@ -262,18 +314,51 @@ def verify(
     *,
     source: Checkpoint | None = None,
     quick: bool = False,
+    signer: Signer | None = None,
 ) -> list[Check]:
-    """All checks of a finished bundle, or of a quantized checkpoint.
+    """All checks of a finished bundle, as a folder or an archive, or of a quantized checkpoint.
 
     With `source`, the quantized checkpoint is compared with the checkpoint that it was made from.
-    With `quick`, artifacts are not derived again. Raises InputError for a path that is neither.
+    With `quick`, artifacts are not derived again. With `signer`, the bundle must be signed by it.
+    Raises InputError for a path that is neither.
     """
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(opened(path, partial(progress, "unpack")))
+        except InputError as error:
+            if not path.is_file():
+                raise
+            return [Check("archive", None, error.subject, False, 1, 0, error.problem)]
+        checks = _verify(folder, progress, text, source, quick, signer)
+        return checks if folder == path else [_with_path(check, folder, path) for check in checks]
+
+
+def _with_path(check: Check, folder: Path, path: Path) -> Check:
+    """The same check with the name of the archive instead of the folder that it was unpacked to."""
+    subject, note = (text.replace(str(folder), str(path)) for text in (check.subject, check.note))
+    return replace(check, subject=subject, note=note)
+
+
+def _verify(
+    path: Path,
+    progress: Progress,
+    text: Path | None,
+    source: Checkpoint | None,
+    quick: bool,
+    signer: Signer | None,
+) -> list[Check]:
     if (path / QUANTIZED_MANIFEST).is_file() and not is_bundle(path):
+        if signer is not None:
+            raise InputError("--key", f"is for a bundle; {path} is a quantized checkpoint")
         quantized = open_quantized(path)
         checks = check_quantized_files(quantized) + check_quantized_manifest(quantized)
         checks += check_quantized(quantized)
         return checks + (check_source(quantized, source, None, progress) if source else [])
     files = check_bundle_files(path)
+    signatures = check_signature(path, signer)
+    if not all(check.passed for check in signatures):
+        return files + signatures  # no runtime reads what somebody else made
+    files += signatures
     try:
         bundle = open_bundle(path)
     except InputError as error:

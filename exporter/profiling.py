@@ -5,6 +5,7 @@ mobilellm profile BUNDLE --device DEVICE
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from devices.files import check_replaceable, write_json
 from devices.session_state import Job, Settings
 from devices.transports import connected_devices, parse_device, transport_of
 from exporter.backends import front
-from exporter.bundle.artifact import FinishedArtifact
-from exporter.bundle.bundle import MANIFEST, Bundle, open_bundle
+from exporter.bundle.archive import opened
+from exporter.bundle.artifact import FinishedArtifact, is_of_model
+from exporter.bundle.bundle import Bundle, open_bundle
 from exporter.errors import InputError
 from exporter.files import differing_files, package_versions, read_json
 from exporter.forecast import workload
@@ -66,12 +68,17 @@ class Profiled:
 
 
 def profile(path: Path, request: Request, progress: Progress) -> Profiled:
-    """Profile the artifacts of a bundle on the requested devices. Raises InputError."""
-    bundle = open_bundle(path)
+    """Profile the artifacts of a bundle, a folder or an archive, on the requested devices. Raises
+    InputError."""
+    with opened(path, partial(progress, "unpack")) as folder:
+        return _profile(path, open_bundle(folder), request, progress)
+
+
+def _profile(path: Path, bundle: Bundle, request: Request, progress: Progress) -> Profiled:
     try:
         settings = _settings(bundle, request)
         devices = [parse_device(text) for text in dict.fromkeys(request.devices)]
-        jobs = [job(bundle, finished, request) for finished in _chosen(bundle, request.targets)]
+        jobs = [job(bundle, finished, request) for finished in chosen(bundle, request.targets)]
         baseline = None
         if request.baseline is not None:
             baseline = read_json(request.baseline)
@@ -128,8 +135,7 @@ def clean(names: Sequence[str], progress: Progress) -> list[Cleaned]:
 
 def _settings(bundle: Bundle, request: Request) -> Settings:
     """The profile section of the bundle's recipe, with overrides. Raises InputError."""
-    recipe = read_json(bundle.path / MANIFEST).get("recipe", {})
-    section = recipe.get("profile") or Profile().model_dump(mode="json")
+    section = bundle.manifest.recipe.get("profile") or Profile().model_dump(mode="json")
     chosen = parse_profile(section, f"{bundle.path}: profile", request.overrides)
     if not 0 <= request.threads <= _MOST_THREADS:
         raise InputError(f"--threads {request.threads}", f"is not from 0 to {_MOST_THREADS}")
@@ -144,7 +150,8 @@ def _settings(bundle: Bundle, request: Request) -> Settings:
     )  # fmt: skip
 
 
-def _chosen(bundle: Bundle, targets: Sequence[str]) -> list[FinishedArtifact]:
+def chosen(bundle: Bundle, targets: Sequence[str]) -> list[FinishedArtifact]:
+    """The artifacts of these targets, or with none, all of them. Raises InputError."""
     for name in targets:
         if name not in bundle.artifacts:
             held = ", ".join(bundle.artifacts)
@@ -172,7 +179,7 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
         format=target.target,
         folder=artifact.path,
         main=module.FILE_NAME,
-        files=tuple(name for name in artifact.files if _belongs(name, module.FILE_NAME)),
+        files=tuple(name for name in artifact.files if is_of_model(name, target.target)),
         context=context,
         portable=module.portable(target),
         integers=module.integers(quantized.config, quantized.schemes, target),
@@ -181,12 +188,6 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
         texts=_texts(quantized, tokens, lengths),
     )
     return Job(model, workload(quantized.config, quantized.schemes, target), request.runner)
-
-
-def _belongs(name: str, main: str) -> bool:
-    """Whether a file is part of the model: the file `main`, a file in the folder `main`, or its
-    external data. Tokenizer files are not."""
-    return name == main or name.startswith((f"{main}/", f"{main}."))
 
 
 def _texts(

@@ -20,6 +20,7 @@ from exporter.backends._target import Context, target_from
 from exporter.calibration.settings import Calibration
 from exporter.errors import InputError, short
 from exporter.foreign import read_bytes
+from exporter.model.licence import LicenceTerms
 from exporter.quantization.settings import Quantization
 from exporter.settings import Section, list_of, overridden, parse_section, refusal, within
 from exporter.yaml_reader import YAML_BYTES, parse_yaml
@@ -78,11 +79,13 @@ def _default_targets() -> tuple[Target, ...]:
 class Recipe(Section):
     """All settings of an export.
 
-    `model` names the checkpoints that the recipe is for; it may be a pattern.
+    `model` names the checkpoints that the recipe is for; it may be a pattern. `license` is their
+    licence, for a checkpoint whose folder names none.
     """
 
     name: str
     model: str = ""
+    license: LicenceTerms | None = None
     quantization: Quantization = Quantization()
     calibration: Calibration = Calibration()
     targets: Annotated[tuple[SerializeAsAny[Target], ...], BeforeValidator(_targets)] = Field(

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import UnionType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -47,8 +48,15 @@ def _check_hashes(hashes: dict[str, str]) -> dict[str, str]:
     return hashes
 
 
+def _check_hash(value: str) -> str:
+    if not _SHA256.fullmatch(value):
+        raise refusal(f"{short(value)} is not a SHA-256")
+    return value
+
+
 #: The hashes of files of a folder in its manifest: plain name → SHA-256.
 FileHashes = Annotated[dict[str, str], AfterValidator(_check_hashes)]
+Sha256 = Annotated[str, AfterValidator(_check_hash)]
 
 
 def refusal(problem: str, remedy: str = "", key: str = "") -> PydanticCustomError:
@@ -142,6 +150,8 @@ def _section_at(model: type[Section], place: Sequence[int | str]) -> type[Sectio
             kind = kind.model_fields[str(part)].annotation
         else:
             kind = get_args(kind)[1 if get_origin(kind) is dict else 0]
+        if get_origin(kind) is UnionType:  # a section that may be null
+            kind = get_args(kind)[0]
     section: type[Section] = kind
     return section
 

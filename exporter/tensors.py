@@ -22,6 +22,7 @@ SAFETENSORS_NAMES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
 
 def read_header(
@@ -51,6 +52,11 @@ def read_header(
         raise broken(error) from error
     parse_json(header, f"{file}: header", remedy)  # the library accepts a name that is there twice
     return found
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """The bytes of a tensor, of its dtype and shape in a header."""
+    return _DTYPES[dtype].itemsize * math.prod(shape)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from configparser import ConfigParser
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -23,14 +24,18 @@ DEVICES = ROOT / "devices"
 LAYERS = (
     {"errors"},
     {
-        "child_process", "files", "foreign", "progress", "settings", "tensors", "yaml_reader",
+        "child_process", "files", "foreign", "progress", "settings", "stages", "tensors",
+        "yaml_reader",
     },
     {"model", "text"},
     {"quantization"},
     {"backends"},
     {"bundle", "calibration", "evaluation", "inference", "verification"},
     {"recipe"},
-    {"derivation", "forecast", "profiling"},
+    {
+        "counting", "derivation", "forecast", "gate", "packaging", "profiling", "publishing",
+        "report",
+    },
     {"pipeline"},
     {"cli"},
     {"__main__"},
@@ -244,6 +249,20 @@ def formats_named_outside_their_backend(package: Path, formats: Iterable[str]) -
 # What the exporter and devices keep.
 
 
+def test_every_package_and_every_file_beside_its_modules_is_installed() -> None:
+    """setup.cfg lists packages by name; a package that it lacks is missing after `pip install`."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {path.parent for top in (PACKAGE, DEVICES) for path in top.rglob("__init__.py")}
+    packages = {folder.relative_to(ROOT).as_posix().replace("/", "."): folder for folder in folders}
+    assert set(setup["options"]["packages"].split()) == {*packages, "exporter.recipes"}
+    data = {name: text.split(", ") for name, text in setup["options.package_data"].items()}
+    for name, folder in packages.items():
+        files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".py"]
+        left_out = [f for f in files if not any(f.match(p) for p in data.get(name, []))]
+        assert left_out == []
+
+
 def test_every_part_of_a_layer_exists() -> None:
     assert missing_parts(PACKAGE) == []
 
@@ -439,7 +458,9 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("predict", ["config", "schemes", "target"]),
         ("integers", ["config", "schemes", "target"]),
         ("portable", ["target"]),
+        ("interpreted", ["target"]),
         ("packages", ["target"]),
+        ("usage", ["target"]),
     ],
 )
 def test_every_backend_has_the_same_functions(

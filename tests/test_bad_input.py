@@ -141,7 +141,7 @@ def _pickle_only(w: World) -> list[str]:
 
 
 def _executorch_alone(w: World) -> Path:
-    manifest = w.bundle() / "bundle.json"
+    manifest = w.bundle() / "manifest.json"
     return w.edit(manifest, lambda content: content.update(targets=["executorch"]))
 
 
@@ -349,7 +349,7 @@ RECIPES: dict[str, tuple[Row, list[str]]] = {
     "impossible date": (lambda w: w.recipe("model: 2026-13-45\n"), ["recipe.yaml", "month"]),
     "unknown key": (
         lambda w: w.recipe("quantisation: {}\n"),
-        ["recipe.yaml", "unknown key 'quantisation'", "Keys: name, model, quantization"],
+        ["recipe.yaml", "unknown key 'quantisation'", "Keys: name, model, license, quantization"],
     ),
     "unknown key of a part": (
         lambda w: w.recipe("quantization: {bits: 4}\n"),
@@ -1058,7 +1058,7 @@ def test_a_damaged_bundle_is_made_whole_by_the_same_export(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = world.bundle()
-    world.write(bundle / "bundle.json", "{")
+    world.write(bundle / "manifest.json", "{")
     outcome = run(capsys, "export", RECIPE, "--checkpoint", NANO, "-o", bundle)
     assert outcome.code == 0, outcome.err
     assert contents(bundle) == contents(world.finished.path)

@@ -124,7 +124,7 @@ def test_export_verify_and_generate_work_one_after_the_other(
 ) -> None:
     out = tmp_path / "bundle"
     exported = run(capsys, "export", RECIPE, "--checkpoint", nano, "-o", out, "--json").json
-    assert set(exported) == RESULT_KEYS | {"passed", "checks"}
+    assert set(exported) == RESULT_KEYS | {"passed", "checks", "stages", "damaged_stages"}
     assert exported["passed"] is True
     verified = run(capsys, "verify", out, "--json").json
     assert set(verified) == {"passed", "checks"}
@@ -229,7 +229,9 @@ def test_recipes_as_json_are_those_of_the_recipe_folder(capsys: Capture) -> None
     found = run(capsys, "recipes", "--json").json["recipes"]
     files = {path.stem for path in (NANO.parent.parent / "recipes").glob("*.yaml")}
     assert {recipe["name"] for recipe in found} == files
-    assert set(found[0]) == {"name", "model", "quantization", "calibration", "targets", "profile"}
+    assert set(found[0]) == {
+        "name", "model", "license", "quantization", "calibration", "targets", "profile",
+    }  # fmt: skip
 
 
 def test_recipes_shows_a_line_for_each(capsys: Capture) -> None:

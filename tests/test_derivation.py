@@ -109,7 +109,7 @@ def test_another_source_is_refused_by_its_files(
 def updated(bundle: Path, to: Path) -> Path:
     """The bundle as another version of the toolkit would have written it."""
     shutil.copytree(bundle, to)
-    for name in ("bundle.json", "onnx/artifact.json"):
+    for name in ("manifest.json", "onnx/artifact.json"):
         with edited(to / name) as manifest:
             manifest["versions"]["onnx"] = "1.20.0"
     # Other bytes, the same model: a later version may order the fields of a node otherwise.

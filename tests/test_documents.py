@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT
 
 from exporter.cli import COMMANDS, arguments, main
+from exporter.gate.budget import limits, read_budget
 from exporter.recipe import load_recipe
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -153,10 +154,15 @@ def test_every_recipe_that_exists_is_on_the_page_of_recipes() -> None:
 
 
 @by_document
-def test_every_part_of_a_recipe_that_is_shown_is_valid(document: Path, tmp_path: Path) -> None:
+def test_every_part_of_a_recipe_or_budget_that_is_shown_is_valid(
+    document: Path, tmp_path: Path
+) -> None:
     for block in yaml_blocks(document):
         (tmp_path / "shown.yaml").write_text(block)
-        load_recipe(tmp_path / "shown.yaml")
+        if document.name == "gate.md":
+            assert limits(read_budget(tmp_path / "shown.yaml"))
+        else:
+            load_recipe(tmp_path / "shown.yaml")
 
 
 def test_the_values_on_the_page_of_recipes_are_the_defaults(tmp_path: Path) -> None:

@@ -306,12 +306,12 @@ def paths(bundle: Bundle) -> dict[str, tuple[list[str], str]]:
         "checkpoint": ([str(NANO)], "checkpoint in torch"),
         "quantized": ([str(folder / "quantized")], "quantized checkpoint in torch"),
         "bundle": ([str(folder)], "executorch"),
-        "target": ([str(folder), "--target", "coreml"], "coreml"),
+        "target": ([str(folder), "--target", "coreml"], "coreml, interpreted"),
         "simulated": ([str(folder), "--target", "onnx", "--simulate"], "onnx simulated in torch"),
         "folder": ([str(folder / "onnx")], "onnx"),
         "pte": ([str(folder / "executorch" / "model.pte")], "executorch"),
         "onnx": ([str(folder / "onnx" / "model.onnx")], "onnx"),
-        "mlpackage": ([str(folder / "coreml" / "model.mlpackage")], "coreml"),
+        "mlpackage": ([str(folder / "coreml" / "model.mlpackage")], "coreml, interpreted"),
     }
 
 
@@ -441,7 +441,7 @@ def test_a_task_is_scored_by_answers_and_by_texts_that_never_end(
 
 
 def speaker_of(runner: Runner, ends: tuple[int, ...]) -> LoadedModel:
-    return LoadedModel(runner, NANO, 0, ends, "test")
+    return LoadedModel(runner, NANO, 0, ends, "test", open_checkpoint(NANO))
 
 
 def test_a_text_that_never_ends_is_cut_off_and_counted() -> None:

@@ -194,7 +194,9 @@ def test_every_target_of_the_tools_recipes_takes_their_context() -> None:
 
 def test_what_is_stored_of_a_recipe_has_every_key_in_the_order_of_its_bundles() -> None:
     data = load_recipe(NANO_INT4).to_dict()
-    assert list(data) == ["name", "model", "quantization", "calibration", "targets", "profile"]
+    assert list(data) == [
+        "name", "model", "license", "quantization", "calibration", "targets", "profile",
+    ]  # fmt: skip
     targets = {target["target"]: target for target in data["targets"]}
     assert targets.keys() == set(names())
     assert list(targets["executorch"]) == [
@@ -302,7 +304,7 @@ BAD_OVERRIDES: dict[str, list[str]] = {
     "model.size=3": ["model.size=3", "'model' holds no keys"],
     "modell=a/b": [
         "unknown key 'modell'",
-        "Keys: name, model, quantization, calibration, targets",
+        "Keys: name, model, license, quantization, calibration, targets",
         "profile, max_context",
     ],
     "quantization.bits=4": ["quantization", "unknown key 'bits'", "Keys: linear"],

@@ -361,7 +361,7 @@ def test_a_flipped_bit_anywhere_in_the_bundle_is_found_and_named(bundle_copy: Pa
 @pytest.mark.parametrize(
     "name",
     [
-        "bundle.json",
+        "manifest.json",
         "executorch/artifact.json",
         "executorch/tokenizer.json",
         "quantized/config.json",
@@ -392,7 +392,7 @@ def test_a_truncated_file_of_any_kind_gives_exit_code_1_and_its_name(
         ("quantized/quantization.json", b'"files"', b'"fines"'),
         ("executorch/artifact.json", b'"target"', b'"tarfet"'),
         ("executorch/artifact.json", b'"files"', b'"fines"'),
-        ("bundle.json", b'"targets"', b'"tardets"'),
+        ("manifest.json", b'"targets"', b'"tardets"'),
         ("quantized/config.json", b'"model_type"', b'"modem_type"'),
     ],
 )
@@ -408,7 +408,7 @@ def test_a_damaged_key_of_a_manifest_gives_exit_code_1_and_its_file(
     assert [check["subject"] for check in wrong] == [name]
 
 
-@pytest.mark.parametrize("name", ["executorch/model.pte", "quantized/config.json", "bundle.json"])
+@pytest.mark.parametrize("name", ["executorch/model.pte", "quantized/config.json", "manifest.json"])
 def test_a_removed_file_is_named(name: str, bundle_copy: Path) -> None:
     (bundle_copy / name).unlink()
     assert file_problems(bundle_copy) == {name: "is missing"}

@@ -126,7 +126,7 @@ def _build(architecture: str, version: str, folder: Path) -> None:
 def _compile_runner(architecture: str, made: Path) -> None:
     headers = _package() / "include"
     portable = headers / "executorch" / "runtime" / "core" / "portable_type" / "c10"
-    _compile(
+    compile_for(
         architecture, "g++", "-std=c++17", "-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS",
         f"-I{headers}", f"-I{portable}", str(SOURCES / "runner.cpp"), "-o", str(made / RUNNER),
         f"-L{made / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES),
@@ -137,7 +137,7 @@ def _compile_runner(architecture: str, made: Path) -> None:
 def _compile_probe(architecture: str, out: Path) -> None:
     """Linked statically, so that it also runs where there is no glibc."""
     source = str(SOURCES / "probe.c")
-    _compile(architecture, "gcc", "-O2", "-pthread", "-static", source, "-o", str(out))
+    compile_for(architecture, "gcc", "-O2", "-pthread", "-static", source, "-o", str(out))
 
 
 def _runtime_library(architecture: str, name: str) -> Path:
@@ -147,12 +147,14 @@ def _runtime_library(architecture: str, name: str) -> Path:
     return Path(found)
 
 
-def _compile(architecture: str, compiler: str, *arguments: str) -> None:
+def compile_for(architecture: str, compiler: str, *arguments: str) -> None:
+    """Run ``gcc`` or ``g++`` for an architecture. Raises BadDeviceError where it is missing or
+    fails."""
     program = _compiler(architecture, compiler)
     result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
         first = next((line for line in result.stderr.splitlines() if "error" in line), "")
-        raise BadDeviceError(program, f"cannot build the runner ({first or result.stderr.strip()})")
+        raise BadDeviceError(program, f"cannot compile ({first or result.stderr.strip()})")
 
 
 def _compiler(architecture: str, compiler: str) -> str:

@@ -99,10 +99,13 @@ def run_client(
     """
     client = start(argv, stdin)
     streams = Streams(client)
-    ended = streams.wait_or_excess(timeout)
-    if not ended:
-        client.kill()
-    client.wait()
+    ended = False
+    try:
+        ended = streams.wait_or_excess(timeout)
+    finally:  # an interrupt must not leave the client behind either
+        if not ended:
+            client.kill()
+        client.wait()
     if streams.excess:
         raise DeviceError(subject, f"{argv[0]} printed {streams.excess}")
     if not ended:

@@ -36,6 +36,10 @@ nor torch; its functions import them when they are called. Every format has thes
   float32. `which` is input, output, keys, values or scores.
 - ``portable(target)``: whether a runner with only the runtime's core operators can run it.
 - ``integers(config, schemes, target)``: whether every product with a weight is an integer product.
+- ``usage(target)``: how the runtime's own clients run the artifact, in Markdown. Code runs in the
+  folder of the artifact. It says what was not run. Needs no toolkit.
+- ``interpreted(target)``: whether `load` runs the artifact in our reference interpreter on this
+  machine, in place of the format's own runtime.
 - ``packages(target)``: the distributions whose versions determine the bytes of the artifact. With
   the same versions, two lowerings of one quantized checkpoint give the same bytes.
 """
@@ -43,6 +47,7 @@ nor torch; its functions import them when they are called. Every format has thes
 import importlib
 import importlib.util
 import pkgutil
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +131,11 @@ class Inspection:
     notes: Sequence[str] = ()
 
 
+#: Held while a toolkit is imported that hides the packages of others meanwhile, and while packages
+#: are looked for.
+TOOLKIT_IMPORTS = threading.RLock()
+
+
 def names() -> tuple[str, ...]:
     """The formats in alphabetical order."""
     modules = {module.name for module in pkgutil.iter_modules(__path__)}
@@ -143,10 +153,15 @@ def backend(name: str) -> ModuleType:
     Raises MissingExtraError if a part of the toolkit is missing.
     """
     module = front(name)
+    with TOOLKIT_IMPORTS:
+        _check_toolkit(module)
+    return module
+
+
+def _check_toolkit(module: ModuleType) -> None:
     for package in module.TOOLKIT:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, module.EXTRA)
-    return module
 
 
 def inspector_of(path: Path) -> str | None:

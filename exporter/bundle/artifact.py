@@ -15,8 +15,7 @@ from exporter.errors import InputError
 from exporter.files import (
     Output,
     copy_file,
-    differing_files,
-    made_from,
+    is_finished,
     package_versions,
     read_json,
     sha256,
@@ -68,6 +67,13 @@ def artifact_output(target: Target) -> Output:
     return Output(names[0], MANIFEST, (*names, *COMPANIONS))
 
 
+def is_of_model(name: str, target: str) -> bool:
+    """Whether a file of an artifact is part of the model: the file that a runtime opens, a file in
+    the folder of that name, or its external data. Tokenizer files are not."""
+    main = front(target).FILE_NAME
+    return name == main or name.startswith((f"{main}/", f"{main}."))
+
+
 def artifact_identity(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
     """Everything that decides the bytes of an artifact, for its manifest."""
     return {
@@ -94,10 +100,8 @@ def write_artifact(
     quantized: QuantizedCheckpoint, target: Target, identity: Mapping[str, Any], out: Path
 ) -> FinishedArtifact:
     """Lower into `out`; a complete artifact of the same identity is opened instead."""
-    if made_from(out / MANIFEST, identity):
-        hashes = read_json(out / MANIFEST)["files"]
-        if not differing_files(out, hashes):
-            return open_artifact(out)
+    if is_finished(out / MANIFEST, identity):
+        return open_artifact(out)
     (out / MANIFEST).unlink(missing_ok=True)
     module = backend(target.target)
     written = list(module.lower(quantized, target, out).files)

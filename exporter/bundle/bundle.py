@@ -1,11 +1,13 @@
-"""A bundle: one quantized checkpoint, its artifacts, and the hashes of every file.
+"""A bundle: one quantized checkpoint, its artifacts, documents, and the hashes of every file.
 
     BUNDLE/quantized/      the quantized checkpoint
     BUNDLE/TARGET/         one folder for each target: what is deployed to the phone
-    BUNDLE/bundle.json     the recipe, the hashes of the checkpoint, and package versions
-    BUNDLE/SHA256SUMS      the hashes of all other files (for `sha256sum -c`); written last
+    BUNDLE/results/        measurements, added by `mobilellm package`
+    BUNDLE/manifest.json   what is in the bundle and what it was made from; more documents beside it
+    BUNDLE/SHA256SUMS      the hashes of all files above (for `sha256sum -c`); written last
+    BUNDLE/model.sig       a signature over all files above; optional
 
-No measurement is stored here, so two exports of the same recipe are byte-identical.
+Two exports of the same recipe are byte-identical. Measurements are inputs of `mobilellm package`.
 """
 
 import stat
@@ -17,35 +19,35 @@ from typing import Any
 from exporter.backends import names as backend_names
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
+from exporter.bundle.documents import DOCUMENTS, documents
+from exporter.bundle.manifest import (
+    MANIFEST,
+    BundleManifest,
+    bundle_manifest,
+    entry_of,
+    file_entry,
+    read_manifest,
+)
+from exporter.bundle.results import RESULTS, check_belongs, read_result
 from exporter.errors import InputError
 from exporter.files import (
     Output,
     differing_files,
+    json_bytes,
     made_from,
     read_json,
     replacing,
     sha256,
-    write_json,
 )
-from exporter.foreign import is_plain_name, read_bytes
+from exporter.foreign import COMPANION_BYTES, is_plain_name, read_bytes
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
-from exporter.settings import FileHashes, Section, parse_section
 
-MANIFEST, CHECKSUMS, QUANTIZED = "bundle.json", "SHA256SUMS", "quantized"
-FORMAT_VERSION = 1
+CHECKSUMS, QUANTIZED = "SHA256SUMS", "quantized"
+#: Files that ``SHA256SUMS`` does not list: they are made over all others.
+SIGNATURES = ("model.sig", "provenance.dsse.json")
 #: The largest ``SHA256SUMS``, in bytes: ten thousand lines.
 _CHECKSUMS_BYTES = 1 << 20
-
-
-class BundleManifest(Section):
-    """The fields of ``bundle.json``; `bundle_identity` describes them."""
-
-    format_version: int
-    recipe: dict[str, Any]
-    source: FileHashes
-    targets: list[str]
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -60,43 +62,63 @@ class Bundle:
 
 def bundle_output() -> Output:
     """The names of the files and folders that an export writes."""
-    return Output(QUANTIZED, CHECKSUMS, (MANIFEST, *backend_names()))
+    others = (MANIFEST, *DOCUMENTS, RESULTS, *SIGNATURES, *backend_names())
+    return Output(QUANTIZED, CHECKSUMS, others)
 
 
-def bundle_identity(
-    recipe: Mapping[str, Any], quantized: Mapping[str, Any], artifacts: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The content of ``bundle.json``.
-
-    `quantized` is the identity of the quantized checkpoint; `artifacts` maps target → package
-    versions.
-    """
-    return {
-        "format_version": FORMAT_VERSION,
-        "recipe": recipe,
-        "source": quantized["source"],
-        "targets": list(artifacts),
-        "versions": quantized["versions"]
-        | {k: v for a in artifacts.values() for k, v in a.items()},
-    }
-
-
-def write_checksums(
+def write_bundle(
     folder: Path,
-    manifest: Mapping[str, Any],
+    identity: Mapping[str, Any],
     quantized: QuantizedCheckpoint,
     artifacts: Mapping[str, FinishedArtifact],
 ) -> None:
-    """Write ``bundle.json``, then ``SHA256SUMS``, which makes the folder a finished bundle."""
-    write_json(folder / MANIFEST, manifest)
-    names = [MANIFEST, f"{QUANTIZED}/{QUANTIZED_MANIFEST}"]
+    """Make a finished bundle of a folder with the quantized checkpoint, the artifacts and the
+    measurements: write what is derived from them, then ``SHA256SUMS``.
+
+    `identity` is that of `bundle_identity`. Raises InputError for a measurement of other files.
+    """
+    for name in SIGNATURES:
+        (folder / name).unlink(missing_ok=True)
+    names = [f"{QUANTIZED}/{QUANTIZED_MANIFEST}"]
     names += [f"{QUANTIZED}/{name}" for name in quantized.manifest["files"]]
     for target, finished in artifacts.items():
         names += [f"{target}/{ARTIFACT_MANIFEST}"]
         names += [f"{target}/{name}" for name in finished.manifest["files"]]
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in sorted(names)]
+    names += [f"{RESULTS}/{path.name}" for path in (folder / RESULTS).glob("*")]
+    files = {name: file_entry(folder / name) for name in sorted(names)}
+    derived = derived_files(folder, bundle_manifest(identity, quantized, files))
+    for name, content in derived.items():
+        with replacing(folder / name) as file:
+            file.write(content)
+    hashes = {name: entry.sha256 for name, entry in files.items()}
+    hashes |= {name: sha256(folder / name) for name in derived}
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(hashes.items())]
     with replacing(folder / CHECKSUMS) as file:
         file.write("".join(lines).encode())
+
+
+def derived_files(folder: Path, manifest: BundleManifest) -> dict[str, bytes]:
+    """The files that are derived from all others: name → content, ``manifest.json`` last.
+
+    `manifest` is that of the other files; the measurements are read from the folder.
+    """
+    measured = [name for name in manifest.files if name.startswith(f"{RESULTS}/")]
+    results = {name: read_result(folder / name) for name in measured}
+    for name, result in results.items():
+        check_belongs(result, manifest, folder / name)
+    licence = manifest.licence.files if manifest.licence else []
+    derived = {name: read_bytes(folder / QUANTIZED / name, COMPANION_BYTES) for name in licence}
+    manifest = _with_files(manifest, derived)
+    derived |= documents(manifest, results)
+    whole = _with_files(manifest, derived)
+    return {**derived, MANIFEST: json_bytes(whole.model_dump(mode="json"))}
+
+
+def _with_files(manifest: BundleManifest, contents: Mapping[str, bytes]) -> BundleManifest:
+    """The manifest that lists these files too."""
+    entries = {name: entry_of(content) for name, content in contents.items()}
+    files = dict(sorted({**manifest.files, **entries}.items()))
+    return manifest.model_copy(update={"files": files})
 
 
 def is_bundle(folder: Path) -> bool:
@@ -105,16 +127,14 @@ def is_bundle(folder: Path) -> bool:
     return checksums.is_file() and not checksums.is_symlink()
 
 
-def is_bundle_of(
-    folder: Path, manifest: Mapping[str, Any], quantized_identity: Mapping[str, Any]
-) -> bool:
-    """Whether ``bundle.json`` in the folder equals `manifest`; if it is missing or damaged, whether
-    the quantized checkpoint has this identity."""
+def is_bundle_of(folder: Path, identity: Mapping[str, Any], quantized: Mapping[str, Any]) -> bool:
+    """Whether ``manifest.json`` in the folder has this identity; if it is missing or damaged,
+    whether the quantized checkpoint has the identity `quantized`."""
     try:
         content = read_json(folder / MANIFEST)
     except InputError:
-        return made_from(folder / QUANTIZED / QUANTIZED_MANIFEST, quantized_identity)
-    return content == manifest
+        return made_from(folder / QUANTIZED / QUANTIZED_MANIFEST, quantized)
+    return {key: content.get(key) for key in identity} == identity
 
 
 def file_problems(folder: Path) -> dict[str, str]:
@@ -143,18 +163,7 @@ def open_bundle(folder: Path) -> Bundle:
     if foreign:
         name, problem = next(iter(foreign.items()))
         raise InputError(folder / name, problem, "Export the bundle again")
-    manifest = parse_section(
-        BundleManifest,
-        read_json(folder / MANIFEST),
-        str(folder / MANIFEST),
-        remedy="Export the bundle again",
-    )
-    if manifest.format_version != FORMAT_VERSION:
-        raise InputError(
-            f"{folder / MANIFEST}: format_version",
-            f"{manifest.format_version} is not known",
-            f"This version reads {FORMAT_VERSION}; export the bundle again",
-        )
+    manifest = read_manifest(folder)
     targets = manifest.targets
     if not targets or not set(targets) <= set(backend_names()) or len(set(targets)) < len(targets):
         raise InputError(
@@ -169,8 +178,8 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def tree(folder: Path) -> tuple[set[str], dict[str, str]]:
-    """The regular files below a folder except ``SHA256SUMS``, and what may not be in a bundle:
-    name → what is wrong.
+    """The regular files below a folder except ``SHA256SUMS`` and signatures, and what may not be in
+    a bundle: name → what is wrong.
 
     Names are relative paths with forward slashes. No link is followed.
     """
@@ -185,7 +194,7 @@ def tree(folder: Path) -> tuple[set[str], dict[str, str]]:
             foreign[name] = "is not a regular file"
         elif not any(path.iterdir()):
             foreign[name] = "is an empty folder"
-    return files - {CHECKSUMS}, foreign
+    return files - {CHECKSUMS, *SIGNATURES}, foreign
 
 
 def read_checksums(folder: Path) -> dict[str, str]:

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from exporter.calibration.loss import compare
 from exporter.errors import InputError
-from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig
-from exporter.model.decoder import FloatWeights, attend_causal, load_final_norm, stream_layers
-from exporter.model.rope import rope_tables
+from exporter.model.changed_weights import run_float, run_with
+from exporter.model.config import ModelConfig
+from exporter.model.decoder import FloatWeights, load_decoder
 from exporter.progress import OnStep
 from exporter.quantization.rounding import quantize
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
@@ -150,37 +149,13 @@ def _measure(
     source: FloatWeights, rounded: Mapping[str, QuantizedTensor], tokens: Tensor
 ) -> Iterator[tuple[str, float, float]]:
     """Yield each name with the KL of quantizing this weight alone: as given, and as int8."""
-    config = source.config
-    tables = rope_tables(config, tokens.shape[1])
-    layers, norm = list(stream_layers(source)), load_final_norm(source)
-    embedding, tied = source.float_weight(EMBEDDING), config.tie_word_embeddings
-    output = embedding if tied else source.float_weight(config.output_weight)
-
-    def run(x: Tensor, first: int) -> Iterator[Tensor]:
-        """Yield the inputs of each layer from `first` on, then the states after the final norm."""
-        for layer in layers[first:]:
-            yield x
-            x = layer(x, *tables, attend_causal)
-        yield norm(x).flatten(0, 1)
-
-    *inputs, states = run(F.embedding(tokens, embedding), 0)
-
-    def mean_kl(changed: Tensor, weight: Tensor) -> float:
-        return compare(states, output, changed, weight)[0] / tokens.numel()
+    decoder = load_decoder(source, tokens.shape[1])
+    run = run_float(decoder, tokens)
+    original = run.states.flatten(0, 1), decoder.lm_head.weight
 
     def kl_with(name: str, weight: Tensor) -> float:
-        if name == OUTPUT:
-            return mean_kl(states, weight)
-        if name == EMBEDDING:
-            *_, last = run(F.embedding(tokens, weight), 0)
-            return mean_kl(last, weight if tied else output)
-        index = int(name.split(".")[2])
-        part = layers[index].get_submodule(name.split(".", 3)[3].removesuffix(".weight"))
-        assert isinstance(part, nn.Linear)
-        original, part.weight = part.weight, nn.Parameter(weight, requires_grad=False)
-        *_, last = run(inputs[index], index)
-        part.weight = original
-        return mean_kl(last, output)
+        states, output = run_with(run, {name: weight})
+        return compare(*original, states.flatten(0, 1), output)[0] / tokens.numel()
 
     for name, weight in rounded.items():
         as_int8 = quantize(source.float_weight(name), INT8, "mse")

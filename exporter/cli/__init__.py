@@ -14,7 +14,8 @@ from typing import NoReturn
 from rich.markup import escape
 
 from exporter.cli import arguments, display
-from exporter.cli.commands import BAD_INPUT, COMMANDS, INTERRUPTED, SUCCESS
+from exporter.cli.commands import COMMANDS
+from exporter.cli.exit_codes import BAD_INPUT, INTERRUPTED, SUCCESS
 from exporter.errors import ExporterError, InputError
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from exporter.backends import names
+from exporter.cli import packaging_arguments
 
 DESCRIPTION = """\
 Export MobileLLM-R1 and other small language models to phones. A checkpoint is
@@ -124,6 +125,16 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="lower to this target of the recipe only; can be repeated",
     )  # fmt: skip
     _text_argument(sub)
+    sub.add_argument(
+        "--stages", type=Path, metavar="DIR",
+        help="find finished stages of earlier exports in this folder, and keep this one's there; "
+        "exports can share it",
+    )  # fmt: skip
+    sub.add_argument(
+        "--prune-stages", type=float, metavar="DAYS",
+        help="afterwards remove the stages that were not used for so many days (0: that this "
+        "export did not use)",
+    )  # fmt: skip
 
     sub = command(
         "verify", "Verify a bundle: derive every file again, and compare integers and logits",
@@ -132,19 +143,7 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         "byte for byte. The codes and scales decoded from each artifact are compared with the "
         "quantized checkpoint, and the logits of each artifact with the torch reference.",
     )  # fmt: skip
-    sub.add_argument(
-        "bundle", metavar="BUNDLE", type=Path,
-        help="folder from mobilellm export, or a quantized checkpoint",
-    )  # fmt: skip
-    sub.add_argument(
-        "--source", metavar="CHECKPOINT",
-        help="also quantize this checkpoint again and compare it with the quantized checkpoint",
-    )  # fmt: skip
-    sub.add_argument(
-        "--quick", action="store_true",
-        help="do not derive the artifacts again: compare hashes, manifests, integers and logits",
-    )  # fmt: skip
-    _text_argument(sub)
+    _verify_arguments(sub)
 
     sub = command(
         "evaluate", "Measure the quality of a model on text and on problems",
@@ -190,6 +189,7 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
             "marked as such.",
         )
     )
+    packaging_arguments.add_commands(command)
     sub = command(
         "devices", "List the connected devices and the catalogue, or remove our files from devices",
         "mobilellm devices",
@@ -203,6 +203,31 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     return parser
 
 
+def _verify_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "bundle", metavar="BUNDLE", type=Path,
+        help="folder or archive of a bundle, or a quantized checkpoint",
+    )  # fmt: skip
+    sub.add_argument(
+        "--key", type=Path, metavar="FILE",
+        help="require the signature of the owner of this public key (PEM)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--identity", default="", metavar="NAME",
+        help="require a keyless signature of this identity, such as an e-mail address",
+    )  # fmt: skip
+    sub.add_argument("--issuer", default="", metavar="URL", help="who has confirmed the --identity")
+    sub.add_argument(
+        "--source", metavar="CHECKPOINT",
+        help="also quantize this checkpoint again and compare it with the quantized checkpoint",
+    )  # fmt: skip
+    sub.add_argument(
+        "--quick", action="store_true",
+        help="do not derive the artifacts again: compare hashes, manifests, integers and logits",
+    )  # fmt: skip
+    _text_argument(sub)
+
+
 def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     def number(group: argparse._ArgumentGroup, flag: str, default: int | None, text: str) -> None:
         group.add_argument(flag, type=int, metavar="N", default=default, help=text)
@@ -211,6 +236,10 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--reference", metavar="CHECKPOINT",
         help="model to compare with, for KL divergence, top-1 agreement and --generations",
+    )  # fmt: skip
+    sub.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help="write the result as JSON, for mobilellm package, gate and report",
     )  # fmt: skip
     text = sub.add_argument_group("text")
     text.add_argument("--data", type=Path, metavar="FILE", help="text file, JSONL or parquet")
@@ -230,6 +259,11 @@ def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
         "--simulate", action="store_true",
         help="run the bundle's quantized checkpoint in torch, with activations rounded as in the "
         "runtime of the target",
+    )  # fmt: skip
+    text.add_argument(
+        "--layers", action="store_true",
+        help="also measure, in torch, the KL divergence that the quantized weights of each layer "
+        "alone cause; the work grows with the square of the number of layers",
     )  # fmt: skip
     task = sub.add_argument_group("problems")
     task.add_argument(
@@ -297,7 +331,8 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
 def _model_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "path", metavar="PATH",
-        help="a checkpoint (folder or hub id), a quantized checkpoint, an artifact or a bundle",
+        help="a checkpoint (folder or hub id), a quantized checkpoint, an artifact, or a bundle, "
+        "also as an archive",
     )  # fmt: skip
     sub.add_argument(
         "--target", metavar="NAME", help="the artifact of a bundle (default: its first one)"

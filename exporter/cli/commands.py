@@ -7,15 +7,20 @@ return the exit code.
 import argparse
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exporter.cli import display, display_models
+from exporter.cli.exit_codes import CHECK_FAILED, SUCCESS
+from exporter.cli.packaging_commands import PACKAGING
 from exporter.errors import InputError
+
+if TYPE_CHECKING:
+    from exporter.bundle.signature import Signer
 
 #: The longest prompt on standard input, in bytes.
 PROMPT_BYTES = 1 << 24
-
-SUCCESS, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -77,13 +82,21 @@ def export(args: argparse.Namespace) -> int:
     from exporter.model.checkpoint import open_checkpoint
     from exporter.recipe import load_recipe
 
+    days = args.prune_stages
+    if days is not None and (args.stages is None or not days >= 0):
+        problem = f"{days:g} is not a number of days" if args.stages else "needs --stages"
+        raise InputError("--prune-stages", problem, "Write --stages DIR --prune-stages 14")
     recipe = pipeline.with_targets(load_recipe(args.recipe, args.overrides), args.target)
     checkpoint = open_checkpoint(args.checkpoint)
+    if not Path(args.checkpoint).is_dir():  # a hub id, which the bundle then names
+        recipe = recipe.model_copy(update={"model": args.checkpoint})
     with display.progress() as progress, display.Clock() as clock:
         result = pipeline.export(
-            recipe, checkpoint, args.output, progress, overwrite=args.overwrite, text=args.text
-        )
-    display_models.print_export(result, args.output, clock, args.json)
+            recipe, checkpoint, args.output, progress,
+            overwrite=args.overwrite, text=args.text, store=args.stages,
+        )  # fmt: skip
+        pruned = None if days is None else result.stages.prune(days)
+    display_models.print_export(result, args.output, pruned, clock, args.json)
     return SUCCESS if result.bundle is not None else CHECK_FAILED
 
 
@@ -94,33 +107,55 @@ def verify(args: argparse.Namespace) -> int:
 
     source = open_checkpoint(args.source) if args.source else None
     with display.progress() as progress:
-        checks = pipeline.verify(args.bundle, progress, args.text, source=source, quick=args.quick)
+        checks = pipeline.verify(
+            args.bundle, progress, args.text, source=source, quick=args.quick, signer=_signer(args)
+        )
     passed = all(check.passed for check in checks)
     display_models.print_verification(checks, passed, args.json)
     return SUCCESS if passed else CHECK_FAILED
 
 
+def _signer(args: argparse.Namespace) -> "Signer | None":
+    """Who must have signed the bundle. Raises InputError for options that do not go together."""
+    if bool(args.identity) != bool(args.issuer) or (args.key and args.identity):
+        raise InputError(
+            "--key, --identity, --issuer", "do not go together", "Give --key, or the other two"
+        )
+    if not args.key and not args.identity:
+        return None
+    from exporter.bundle.signature import Signer
+
+    return Signer(args.key, args.identity, args.issuer)
+
+
 def evaluate(args: argparse.Namespace) -> int:
     """Measure the quality of a model."""
     from exporter.evaluation import measure
+    from exporter.inference.loaded_model import opened_source
 
     measures = measure.Measures(
         **{field.name: getattr(args, field.name) for field in fields(measure.Measures)}
     )
-    with display.progress() as progress, display.Clock() as clock:
-        evaluation = measure.evaluate(args.path, args.target, measures, progress)
-    return display_models.print_evaluation(args.path, evaluation, clock, args.json)
+    with (
+        display.progress() as progress,
+        display.Clock() as clock,
+        opened_source(args.path, partial(progress, "unpack")) as source,
+    ):
+        evaluation = measure.evaluate(source, args.target, measures, progress)
+    return display_models.print_evaluation(args.path, evaluation, args.output, clock, args.json)
 
 
 def generate(args: argparse.Namespace) -> int:
     """Generate text with a model."""
     from exporter.inference.answer import begin_answer
     from exporter.inference.generation import Sampling
+    from exporter.inference.loaded_model import opened_source
 
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     prompt = _standard_input() if args.prompt == "-" else args.prompt
-    answer = begin_answer(args.path, args.target, prompt, sampling, args.raw, args.system)
-    return display_models.print_answer(answer, args.json)
+    with opened_source(args.path) as source:
+        answer = begin_answer(source, args.target, prompt, sampling, args.raw, args.system)
+        return display_models.print_answer(answer, args.json)
 
 
 def _standard_input() -> str:
@@ -189,8 +224,8 @@ def doctor(args: argparse.Namespace) -> int:
 COMMANDS = {
     function.__name__: function
     for function in (
-        inspect, quantize, lower, export, verify, evaluate, generate, profile, devices, recipes,
-        doctor,
+        inspect, quantize, lower, export, verify, evaluate, generate, profile, *PACKAGING, devices,
+        recipes, doctor,
     )
 }
 # fmt: on

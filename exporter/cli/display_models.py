@@ -18,9 +18,12 @@ if TYPE_CHECKING:  # they load torch
     from exporter.forecast import Forecast
     from exporter.inference.answer import Answer
     from exporter.model.checkpoint import Checkpoint
+    from exporter.packaging import Packaged
     from exporter.pipeline import Export
     from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
     from exporter.recipe import Recipe
+    from exporter.report.write import Written
+    from exporter.stages import Stages
 
 _ROUNDING = {
     "float32": "exact",
@@ -143,11 +146,15 @@ def print_artifact(
     return 0
 
 
-def print_export(result: "Export", path: Path, clock: Clock, as_json: bool) -> None:
-    """Print the sizes of a bundle's parts, and its checks."""
+def print_export(
+    result: "Export", path: Path, pruned: int | None, clock: Clock, as_json: bool
+) -> None:
+    """Print the sizes of a bundle's parts, what happened to each stage, and the checks. `pruned` is
+    the number of stages that were removed from the store."""
     sizes = {
         name: folder_bytes(finished.artifact.path) for name, finished in result.artifacts.items()
     }
+    stages = result.stages
     if as_json:
         display.print_json(
             {
@@ -155,17 +162,60 @@ def print_export(result: "Export", path: Path, clock: Clock, as_json: bool) -> N
                 "passed": result.bundle is not None,
                 "bytes": sizes,
                 "float_weights": float_weights(result.quantized),
+                "stages": stages.results,
+                "damaged_stages": stages.damaged,
                 "checks": [asdict(check) for check in result.checks],
+                **({} if pruned is None else {"pruned_stages": pruned}),
                 **clock.figures(),
             }
         )
         return
     facts = {"quantized": megabytes(folder_bytes(result.quantized.path))}
     facts |= {name: megabytes(size) for name, size in sizes.items()}
-    print_facts(str(path), facts | float_facts(result.quantized) | clock.facts())
+    facts |= float_facts(result.quantized) | _stage_facts(stages)
+    if pruned is not None:
+        facts["pruned"] = f"{pruned} stages of {stages.folder}"
+    print_facts(str(path), facts | clock.facts())
     print_checks(result.checks)
     if result.bundle is None:
         display.err.print("[bold red]no bundle:[/] a check failed")
+
+
+def _stage_facts(stages: "Stages") -> dict[str, str]:
+    """The stages by what happened to them, and what was damaged in the store."""
+    groups = dict[str, list[str]]()
+    for stage, happened in stages.results.items():
+        groups.setdefault(happened, []).append(stage)
+    facts = {happened: ", ".join(names) for happened, names in groups.items()}
+    if "found" in facts:
+        facts["found"] += f" (in {stages.folder})"
+    if groups.keys() == {"unchanged"}:
+        facts["unchanged"] += ": every file has its hash, and nothing was done"
+    damaged = (f"{stage} was made again ({why})" for stage, why in stages.damaged.items())
+    return facts | ({"damaged": "; ".join(damaged)} if stages.damaged else {})
+
+
+def print_packaged(packaged: "Packaged", clock: Clock, as_json: bool) -> None:
+    """Print what was packaged."""
+    if as_json:
+        content = asdict(packaged) | {"path": str(packaged.path)}
+        display.print_json({**content, **clock.figures()})
+        return
+    signed = "yes" if packaged.signed else "no (--sign KEY signs it)"
+    facts = {"size": megabytes(packaged.bytes), "files": f"{len(packaged.files):,}"}
+    print_facts(str(packaged.path), facts | {"signed": signed} | clock.facts())
+
+
+def print_report(written: "Written", clock: Clock, as_json: bool) -> None:
+    """Print what a report was written to, and its size."""
+    if as_json:
+        content = {"path": str(written.page), "bytes": written.bytes, "bundles": written.bundles}
+        markdown = None if written.markdown is None else str(written.markdown)
+        display.print_json({**content, "markdown": markdown, **clock.figures()})
+        return
+    facts = {"size": f"{written.bytes / 1e3:,.0f} kB", "bundles": ", ".join(written.bundles)}
+    facts |= {} if written.markdown is None else {"markdown": str(written.markdown)}
+    print_facts(str(written.page), facts | clock.facts())
 
 
 def print_verification(checks: Sequence[Any], passed: bool, as_json: bool) -> None:
@@ -249,8 +299,10 @@ def print_checks(checks: Sequence[Any]) -> None:
         out.print(f"[bold green]all {len(checks)} checks passed[/]")
 
 
-def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
-    """Print the figures of one model, then the figures by position."""
+def print_evaluation(
+    path: str, found: Any, output: Path | None, clock: Clock, as_json: bool
+) -> int:
+    """Print the figures of one model, then those by position and by layer."""
     if as_json:
         return display.print_json({"path": path, **found.figures(), **clock.figures()})
     facts = {"runs as": found.kind}
@@ -260,7 +312,7 @@ def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
             f" (reference {text.reference_perplexity:.3f})" if text.kl is not None else ""
         )
         if text.kl is not None:
-            facts["KL"] = f"{text.kl:.4g} nats"
+            facts["KL"] = f"{text.kl:.4g} ± {text.kl_error:.2g} nats"
             facts["top-1 agreement"] = f"{text.top1_agreement:.1%}"
         facts["measured on"] = f"{text.tokens:,} predictions in {text.sequences:,} sequences"
     if task:
@@ -272,6 +324,8 @@ def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
         count = generations.generations
         facts["same generations"] = f"{generations.identical_generations:.1%} of {count:,}"
         facts["first divergence"] = f"at {generations.median_first_divergence:g} (median)"
+    if output is not None:
+        facts["written to"] = str(output)
     print_facts(path, facts | clock.facts())
     if text:
         rows = table(
@@ -281,6 +335,11 @@ def print_evaluation(path: str, found: Any, clock: Clock, as_json: bool) -> int:
             top1 = "" if band.top1_agreement is None else f"{band.top1_agreement:.1%}"
             cells = figure(band.perplexity), figure(band.kl), top1
             rows.add_row(f"{band.first}–{band.last}", *cells)
+        wide.print("", rows)
+    if found.layers:
+        rows = table("layer", "KL", title="By quantized layer")
+        for layer in found.layers:
+            rows.add_row(layer.layer, figure(layer.kl))
         wide.print("", rows)
     if generations:
         rows = table("positions", "same token", title="By position in the generation")

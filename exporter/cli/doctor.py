@@ -1,12 +1,15 @@
-"""Compare the installed packages with those that the tool requires or can use."""
+"""Compare the installed packages and programs with those that the tool requires or can use."""
 
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
 from packaging.requirements import Requirement
+
+from devices.instructions.tools import programs
 
 DISTRIBUTION = "mobilellm-exporter"
 #: Extras to skip: `all` repeats the others, `dev` is for work on the tool itself.
@@ -15,7 +18,7 @@ _SKIPPED = ("all", "dev")
 
 @dataclass(frozen=True)
 class Finding:
-    """A package or Python itself. The tool is unusable if a `required` one is not `fine`."""
+    """A package, a program or Python. The tool is unusable if a `required` one is not `fine`."""
 
     subject: str
     found: str
@@ -26,7 +29,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Examine Python and every distribution in the packaging metadata."""
+    """Examine Python, every distribution in the packaging metadata, and what `count` needs."""
     version = platform.python_version()
     right = (3, 10) <= sys.version_info[:2] <= (3, 13)
     findings = [Finding("python", version, "3.10 to 3.13", right, True, "")]
@@ -43,7 +46,7 @@ def examine() -> list[Finding]:
         if extra is None or requirement.name == DISTRIBUTION:
             continue
         findings.append(_examine_package(requirement, extra))
-    return findings
+    return findings + [_examine_program(*one) for one in programs().items()]
 
 
 def _extra_of(requirement: Requirement, extras: Sequence[str]) -> str | None:
@@ -63,3 +66,10 @@ def _examine_package(requirement: Requirement, extra: str) -> Finding:
         return Finding(subject, "not installed", wanted, False, not extra, remedy)
     fine = requirement.specifier.contains(found.split("+")[0], prereleases=True)
     return Finding(subject, found, wanted, fine, True, "" if fine else remedy)
+
+
+def _examine_program(name: str, package: str) -> Finding:
+    """A program that `mobilellm count` needs, with its package in Debian."""
+    path = shutil.which(name)
+    remedy = "" if path else f"apt install {package}"
+    return Finding(f"{name} [count]", path or "not installed", "", path is not None, False, remedy)

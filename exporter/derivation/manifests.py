@@ -1,17 +1,22 @@
 """Compare each field of the manifests with what the files and the recipe give."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
 from exporter.bundle.artifact import artifact_identity
-from exporter.bundle.bundle import MANIFEST as BUNDLE_MANIFEST
-from exporter.bundle.bundle import QUANTIZED, Bundle, bundle_identity, read_checksums
+from exporter.bundle.bundle import QUANTIZED, Bundle, derived_files, read_checksums
+from exporter.bundle.documents import DOCUMENTS
+from exporter.bundle.manifest import MANIFEST as BUNDLE_MANIFEST
+from exporter.bundle.manifest import FileEntry, bundle_identity, bundle_manifest
+from exporter.bundle.results import RESULTS as MEASUREMENTS
 from exporter.calibration.quantize import quantization_plan, with_int8
 from exporter.calibration.settings import RESULTS
 from exporter.errors import InputError, short
 from exporter.files import json_bytes, read_json
+from exporter.foreign import COMPANION_BYTES, read_bytes
 from exporter.model.checkpoint import COMPANION_FILES
 from exporter.quantization.plan import QuantizationPlan
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
@@ -43,8 +48,8 @@ def check_manifests(bundle: Bundle) -> list[Check]:
     hashes, quantized = read_checksums(bundle.path), bundle.quantized
     targets = {target.target: target for target in recipe.targets}
     written = {name: one.manifest["versions"] for name, one in bundle.artifacts.items()}
-    content = bundle_identity(recipe.to_dict(), quantized.manifest, written)
-    checks = _field_checks(bundle.path, BUNDLE_MANIFEST, content | {"targets": list(targets)})
+    identity = bundle_identity(recipe.to_dict(), quantized.manifest, written)
+    checks = _document_checks(bundle, identity | {"targets": list(targets)}, hashes)
     files = _hashes_below(QUANTIZED, hashes, QUANTIZED_MANIFEST)
     name = f"{QUANTIZED}/{QUANTIZED_MANIFEST}"
     try:
@@ -54,8 +59,9 @@ def check_manifests(bundle: Bundle) -> list[Check]:
         checks += _field_checks(bundle.path, name, content)
     except InputError as error:
         checks.append(Check("manifest", None, name, False, 1, 0, str(error)))
-    folders = (QUANTIZED, *bundle.artifacts)
-    foreign = [n for n in hashes if n != BUNDLE_MANIFEST and n.split("/")[0] not in folders]
+    folders = (QUANTIZED, MEASUREMENTS, *bundle.artifacts)
+    known = (BUNDLE_MANIFEST, *DOCUMENTS)
+    foreign = [n for n in hashes if n not in known and n.split("/")[0] not in folders]
     note = "belongs to no target of the bundle"
     checks += [Check("manifest", None, name, False, 1, 0, note) for name in foreign]
     for target, finished in bundle.artifacts.items():
@@ -67,6 +73,35 @@ def check_manifests(bundle: Bundle) -> list[Check]:
         content["files"] = {name: below[name] for name in (*in_order, *below)}
         checks += _field_checks(bundle.path, f"{target}/{ARTIFACT_MANIFEST}", content)
     return checks
+
+
+def _document_checks(
+    bundle: Bundle, identity: Mapping[str, Any], hashes: Mapping[str, str]
+) -> list[Check]:
+    """Compare ``manifest.json`` and every document with those that are derived again."""
+    folder, derived = bundle.path, (BUNDLE_MANIFEST, *DOCUMENTS)
+    files = {
+        name: FileEntry(sha256=digest, bytes=(folder / name).stat().st_size)
+        for name, digest in hashes.items()
+        if name not in derived and (folder / name).is_file()
+    }
+    try:
+        expected = derived_files(folder, bundle_manifest(identity, bundle.quantized, files))
+    except InputError as error:
+        subject = _name_in(folder, error.subject)
+        return [Check("manifest", None, subject, False, 1, 0, error.problem)]
+    checks = _field_checks(folder, BUNDLE_MANIFEST, json.loads(expected.pop(BUNDLE_MANIFEST)))
+    for name in sorted({*expected, *(name for name in DOCUMENTS if name in hashes)}):
+        found = read_bytes(folder / name, COMPANION_BYTES) if (folder / name).is_file() else None
+        same = found == expected.get(name)
+        note = "" if same else "is not the document that is derived again"
+        checks.append(Check("manifest", None, name, same, not same, 0, note))
+    return checks
+
+
+def _name_in(folder: Path, subject: str) -> str:
+    """The name of a file in the bundle, of the subject of an error."""
+    return subject.removeprefix(f"{folder}/")
 
 
 def _versions_of(bundle: Bundle, identity: Mapping[str, Any]) -> dict[str, str | None]:

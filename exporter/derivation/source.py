@@ -12,6 +12,7 @@ from exporter.calibration.quantize import (
 from exporter.derivation.manifests import recorded_plan
 from exporter.errors import InputError, short
 from exporter.model.checkpoint import Checkpoint
+from exporter.model.licence import CARD, LicenceTerms
 from exporter.progress import Progress, TensorCounter
 from exporter.quantization.quantized_checkpoint import (
     QuantizedCheckpoint,
@@ -32,8 +33,8 @@ def check_source(
     recipe: Recipe | None,
     progress: Progress,
 ) -> list[Check]:
-    """Compare the quantized checkpoint with its source: the hash of every file, then every weight
-    with the one that is quantized again.
+    """Compare the quantized checkpoint with its source: the hash of every file, the licence that
+    its model card names, then every weight with the one that is quantized again.
 
     Weights that were rounded by `absmax`, `mse` or `gptq` are quantized again; the latter needs the
     `recipe` and its text. If that is not possible, one check that has no limit says why, and only
@@ -45,6 +46,9 @@ def check_source(
         same = source.get(name) == recorded.get(name)
         note = "" if same else f"has sha256 {source.get(name)}, the manifest {recorded.get(name)}"
         checks.append(Check("source", None, name, same, not same, 0, note))
+    same = checkpoint.licence == quantized.licence
+    note = "" if same else _licence_note(checkpoint.licence, quantized.licence)
+    checks.append(Check("source", None, CARD, same, not same, 0, note))
     if checkpoint.config != quantized.config:
         note = f"is not the configuration of {checkpoint.path}: the weights are not compared"
         return [*checks, Check("source", None, "config.json", False, 1, 0, note)]
@@ -64,6 +68,11 @@ def check_source(
             )
             checks.append(Check("source", None, name, count == 0, count, 0, note))
     return checks
+
+
+def _licence_note(source: LicenceTerms | None, recorded: LicenceTerms | None) -> str:
+    here, there = (short(one.model_dump() if one else None) for one in (source, recorded))
+    return f"names the licence {here}, the manifest {there}"
 
 
 def _quantize_again(

@@ -13,10 +13,22 @@ from exporter.evaluation.generations import (
     compare_texts,
     write_texts,
 )
+from exporter.evaluation.layers import LayerKL, kl_by_layer
 from exporter.evaluation.perplexity import TextScore, score_text
+from exporter.evaluation.result import Inputs, check_output, evaluation_result, result_identity
 from exporter.evaluation.tasks import TaskScore, read_problems, score_problems
-from exporter.inference.loaded_model import LoadedModel, open_model, open_simulated
+from exporter.files import write_json
+from exporter.inference.loaded_model import (
+    LoadedModel,
+    open_model,
+    open_quantized_of,
+    open_simulated,
+)
+from exporter.inference.reference import ReferenceRunner
+from exporter.model.checkpoint import Checkpoint
+from exporter.model.decoder import Decoder
 from exporter.progress import Progress
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.text.documents import Document, read_documents
 from exporter.text.sequences import cut_sequences
 from exporter.text.tokenizer import TextTokenizer, load_tokenizer
@@ -40,6 +52,8 @@ class Measures:
     generations: int = 0
     max_new_tokens: int = 512
     simulate: bool = False
+    layers: bool = False
+    output: Path | None = None
 
     def __post_init__(self) -> None:
         least = 1 if self.limit is None else self.limit
@@ -68,6 +82,8 @@ class Measures:
             ("--generations", self.generations and not self.reference, "Give --reference with it"),
             ("--reference", self.reference and not (self.data or self.generations),
              "Give --data FILE or --generations N with it"),
+            ("--layers", self.layers and not (self.data and self.reference),
+             "Give --data FILE and --reference CHECKPOINT with it"),
         ):  # fmt: skip
             if missing:
                 raise InputError(flag, "has nothing to measure", remedy)
@@ -75,6 +91,18 @@ class Measures:
             raise InputError(
                 "--simulate", "is for --data only", "Run the artifact itself on the --task"
             )
+        if self.simulate and self.output:
+            raise InputError(
+                "--simulate", "measures no artifact, whose result --output is", "Leave one out"
+            )
+
+    def settings(self) -> dict[str, object]:
+        """The options that change figures, None for those of a measurement that is not made."""
+        text = ("field", "max_tokens", "sequence_length", "prefill") if self.data else ()
+        task = ("limit", "max_new_tokens", "generations") if self.task else ()
+        names = "field max_tokens sequence_length prefill limit max_new_tokens generations".split()
+        asked = {name: getattr(self, name) if name in text + task else None for name in names}
+        return {**asked, "simulate": self.simulate}
 
 
 @dataclass(frozen=True)
@@ -85,6 +113,7 @@ class Evaluation:
     text: TextScore | None
     task: TaskScore | None
     generations: GenerationScore | None
+    layers: Sequence[LayerKL] | None = None
 
     def figures(self) -> dict[str, object]:
         """All figures by name, None for those that were not measured."""
@@ -92,12 +121,21 @@ class Evaluation:
             field.name for kind in (TextScore, TaskScore, GenerationScore) for field in fields(kind)
         )
         found = [asdict(score) for score in (self.text, self.task, self.generations) if score]
-        return {"kind": self.kind, **named, **{k: v for one in found for k, v in one.items()}}
+        layers = None if self.layers is None else [asdict(layer) for layer in self.layers]
+        return {
+            "kind": self.kind,
+            **named,
+            **{k: v for one in found for k, v in one.items()},
+            "kl_by_layer": layers,
+        }
 
 
 def evaluate(source: str, target: str | None, asked: Measures, progress: Progress) -> Evaluation:
     """Measure a checkpoint, a quantized checkpoint, an artifact or a bundle (`target` picks its
-    artifact), each in its own runtime. Raises InputError before any long work."""
+    artifact), each in its own runtime, and write the result to the file `output`. Raises InputError
+    before any long work."""
+    if asked.output:
+        check_output(asked.output, source)
     documents = read_documents(asked.data, asked.field) if asked.data else []
     problems = read_problems(asked.task, asked.limit) if asked.task else []
     if asked.simulate:
@@ -116,6 +154,11 @@ def evaluate(source: str, target: str | None, asked: Measures, progress: Progres
     compared = prompts[: asked.generations]
     if reference:
         check_prompts(reference, compared)
+    layered = _layered(source, reference) if asked.layers and reference else None
+    identity = dict[str, object]()
+    if asked.output:
+        inputs = Inputs(model, reference, asked.data, asked.task, asked.settings())
+        identity = result_identity(inputs)
 
     text = None
     if sequences:
@@ -126,6 +169,9 @@ def evaluate(source: str, target: str | None, asked: Measures, progress: Progres
             reference.runner if reference else None,
             asked.prefill,
         )
+    layers = None
+    if layered:
+        layers = kl_by_layer(*layered, sequences, partial(progress, "layers"), asked.prefill)
     task, generations = None, None
     if problems:
         written = _write(model, prompts, asked, "task", progress)
@@ -133,7 +179,34 @@ def evaluate(source: str, target: str | None, asked: Measures, progress: Progres
         if reference and compared:
             expected = _write(reference, compared, asked, "reference", progress)
             generations = compare_texts(expected, written[: len(compared)])
-    return Evaluation(model.kind, text, task, generations)
+    evaluation = Evaluation(model.kind, text, task, generations, layers)
+    if asked.output:
+        write_json(asked.output, evaluation_result(identity, evaluation.figures()))
+    return evaluation
+
+
+def _layered(source: str, reference: LoadedModel) -> tuple[Decoder, QuantizedCheckpoint]:
+    """The float model and the quantized checkpoint whose layers are compared. Raises InputError
+    unless both are there and of the same shapes."""
+    quantized = open_quantized_of(source)
+    if quantized is None:
+        raise InputError(
+            "--layers", f"{source} has no quantized checkpoint", "Give a bundle or the checkpoint"
+        )
+    runner, given = reference.runner, reference.source
+    if not isinstance(given, Checkpoint) or not isinstance(runner, ReferenceRunner):
+        raise InputError(
+            f"--reference {reference.tokenizer_folder}",
+            "is not a float checkpoint, whose layers --layers replaces",
+            "Give the checkpoint that the model was made from",
+        )
+    if given.config.parameter_shapes() != quantized.config.parameter_shapes():
+        raise InputError(
+            f"--reference {reference.tokenizer_folder}",
+            "has weights of other names or shapes than the model",
+            "Give the checkpoint that the model was made from",
+        )
+    return runner.decoder, quantized
 
 
 def _write(

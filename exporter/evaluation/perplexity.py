@@ -42,8 +42,10 @@ class TextScore:
     """The figures of a model over all `tokens` that it predicted.
 
     `kl` is the mean of KL(reference || model) in nats, and `top1_agreement` the share of positions
-    with the same most likely token; both are None without a reference. `perplexity_error` is the
-    standard error of the perplexity, which treats the tokens as independent.
+    with the same most likely token; both are None without a reference. `perplexity_error` and
+    `kl_error` are standard errors, which treat the tokens as independent; that of an agreement a is
+    sqrt(a (1 - a) / tokens). Two models on the same text make most of their errors together, so the
+    difference of their figures varies less than these errors say.
     """
 
     tokens: int
@@ -52,6 +54,7 @@ class TextScore:
     perplexity_error: float
     reference_perplexity: float | None
     kl: float | None
+    kl_error: float | None
     top1_agreement: float | None
     agreement_by_position: tuple[Band, ...]
 
@@ -86,14 +89,14 @@ def score_text(
     on_step(len(sequences), len(sequences), f"perplexity {_exp(mean):.2f}")
     loss, reference_loss, kl, same = torch.stack(found, 1)
     perplexity = _exp(loss.mean().item())
-    spread = loss.std(correction=0).item()
     return TextScore(
         tokens=loss.numel(),
         sequences=len(sequences),
         perplexity=perplexity,
-        perplexity_error=perplexity * spread / math.sqrt(loss.numel()),
+        perplexity_error=perplexity * _standard_error(loss),
         reference_perplexity=_exp(reference_loss.mean().item()) if reference else None,
         kl=kl.mean().item() if reference else None,
+        kl_error=_standard_error(kl) if reference else None,
         top1_agreement=same.mean().item() if reference else None,
         agreement_by_position=tuple(
             Band(
@@ -155,6 +158,11 @@ def _scored(
 def _loss(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     """The negative log-likelihood of each target in nats: [positions]."""
     return -log_probabilities.gather(-1, targets[:, None])[:, 0]
+
+
+def _standard_error(values: Tensor) -> float:
+    """The standard error of the mean of independent values."""
+    return values.std(correction=0).item() / math.sqrt(values.numel())
 
 
 def _exp(loss: float) -> float:

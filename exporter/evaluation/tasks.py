@@ -53,7 +53,10 @@ class TaskScore:
     """The result on all problems.
 
     `accuracy`, `answered` (with any answer) and `never_ended` are shares of all problems. A text
-    never ended where the limit of new tokens or the end of the context cut it off.
+    never ended where the limit of new tokens or the end of the context cut it off. `correct` has 1
+    for each solved problem and 0 for each other, in the order of the file, so that two models can
+    be compared problem by problem. The standard error of an accuracy a is sqrt(a (1 - a) /
+    problems).
     """
 
     problems: int
@@ -61,6 +64,7 @@ class TaskScore:
     answered: float
     never_ended: float
     mean_tokens: float
+    correct: tuple[int, ...]
     attempts: tuple[Attempt, ...]
 
 
@@ -94,6 +98,7 @@ def score_problems(
         answered=sum(attempt.found is not None for attempt in attempts) / count,
         never_ended=sum(not attempt.ended for attempt in attempts) / count,
         mean_tokens=sum(attempt.tokens for attempt in attempts) / count,
+        correct=tuple(int(attempt.solved) for attempt in attempts),
         attempts=tuple(attempts),
     )
 

@@ -32,17 +32,20 @@ Observe = Callable[[str, str, Tensor], None]
 
 
 class ReferenceRunner:
-    """A `Runner` in torch, float32. `rounding` rounds the inputs of every matrix product."""
+    """A `Runner` in torch, float32. `rounding` rounds the inputs of every matrix product.
+
+    `decoder` is the model in memory.
+    """
 
     def __init__(
         self, source: FloatWeights, context: int, rounding: Rounding | None = None
     ) -> None:
-        self._decoder = load_decoder(source, context)
+        self.decoder = load_decoder(source, context)
         self._cache = StaticCache(source.config, context)
         self.context, self.vocab_size = context, source.config.vocab_size
         if rounding:
-            _round_inputs(self._decoder.model, rounding)
-            _round_single_inputs(self._decoder.lm_head, rounding)
+            _round_inputs(self.decoder.model, rounding)
+            _round_single_inputs(self.decoder.lm_head, rounding)
 
     def prefill(self, tokens: list[int]) -> Tensor:
         self._cache.start = 0
@@ -58,17 +61,17 @@ class ReferenceRunner:
         The logits of all positions together may not fit into memory.
         """
         positions = torch.arange(len(tokens))
-        states = self._decoder.hidden_states(torch.tensor([list(tokens)]), positions, attend_causal)
+        states = self.decoder.hidden_states(torch.tensor([list(tokens)]), positions, attend_causal)
         for part in states[0, first:].split(rows):
-            yield self._decoder.lm_head(part)
+            yield self.decoder.lm_head(part)
 
     @torch.inference_mode()
     def _step(self, tokens: list[int]) -> Tensor:
         start = self._cache.start
         positions = torch.arange(start, start + len(tokens))
-        states = self._decoder.hidden_states(torch.tensor([tokens]), positions, self._cache.attend)
+        states = self.decoder.hidden_states(torch.tensor([tokens]), positions, self._cache.attend)
         self._cache.start += len(tokens)
-        logits: Tensor = self._decoder.lm_head(states[0, -1])
+        logits: Tensor = self.decoder.lm_head(states[0, -1])
         return logits
 
 

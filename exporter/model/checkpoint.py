@@ -14,6 +14,7 @@ from safetensors import safe_open
 from exporter.errors import InputError, short
 from exporter.foreign import COMPANION_BYTES, is_plain_name, present, read_json
 from exporter.model.config import EMBEDDING, OUTPUT, ModelConfig, parse_config
+from exporter.model.licence import CARD, LICENCE_FILES, LicenceTerms, read_licence
 from exporter.tensors import read_header
 
 #: Files that are copied unchanged with the model, if they are present.
@@ -27,6 +28,7 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
+    *LICENCE_FILES,
 )
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -50,6 +52,7 @@ class Checkpoint:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     tensors: Mapping[str, StoredTensor]
+    licence: LicenceTerms | None
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored. Raises InputError if it has NaN or infinity."""
@@ -103,6 +106,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         bos_token_id=bos,
         eos_token_ids=eos,
         tensors=_check_tensors(stored, config, folder),
+        licence=read_licence(folder),
     )
 
 
@@ -253,8 +257,9 @@ def _fetch(source: str, folder: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = [*COMPANION_FILES, CARD, "*.safetensors*"]
     try:
-        return Path(snapshot_download(source, allow_patterns=[*COMPANION_FILES, "*.safetensors*"]))
+        return Path(snapshot_download(source, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

@@ -18,7 +18,7 @@ from exporter.files import (
     Output,
     copy_file,
     differing_files,
-    made_from,
+    is_finished,
     package_versions,
     read_json,
     sha256,
@@ -32,6 +32,7 @@ from exporter.model.checkpoint import (
     special_tokens,
 )
 from exporter.model.config import ModelConfig, parse_config
+from exporter.model.licence import LicenceTerms
 from exporter.progress import OnTensor
 from exporter.quantization.plan import QuantizationPlan
 from exporter.quantization.rounding import LARGEST_SCALE, problem_with_values, quantize
@@ -45,7 +46,12 @@ from exporter.quantization.schemes import (
     unpack_entry,
 )
 from exporter.settings import FileHashes, Section, parse_section
-from exporter.tensors import SAFETENSORS_NAMES, read_header, write_safetensors
+from exporter.tensors import (
+    SAFETENSORS_NAMES,
+    read_header,
+    tensor_bytes,
+    write_safetensors,
+)
 
 FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "quantized.safetensors", "quantization.json"
@@ -75,6 +81,7 @@ class _Manifest(Section):
     versions: dict[str, str]
     files: FileHashes
     calibration: dict[str, Any] = Field(default_factory=dict)
+    license: LicenceTerms | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class QuantizedCheckpoint:
     eos_token_ids: tuple[int, ...]
     manifest: Mapping[str, Any]
     schemes: Mapping[str, Scheme]
+    licence: LicenceTerms | None
 
     def read(self, name: str) -> QuantizedTensor | torch.Tensor:
         """Codes and scales of a quantized weight, or the float tensor as stored."""
@@ -160,10 +168,7 @@ def write_quantized(
 
 def finished_quantized(out: Path, identity: Mapping[str, Any]) -> QuantizedCheckpoint | None:
     """The quantized checkpoint in `out` if it is complete and has this identity, else None."""
-    if not made_from(out / MANIFEST, identity):
-        return None
-    hashes = read_json(out / MANIFEST)["files"]
-    return None if differing_files(out, hashes) else open_quantized(out)
+    return open_quantized(out) if is_finished(out / MANIFEST, identity) else None
 
 
 def quantized_identity(
@@ -176,8 +181,10 @@ def quantized_identity(
 
     `source` has the hashes of the checkpoint's files (`source_hashes`).
     """
+    licence = checkpoint.licence
     return {
         **({"calibration": dict(calibration)} if calibration else {}),
+        **({"license": licence.model_dump()} if licence else {}),
         "format_version": FORMAT_VERSION,
         "model_type": checkpoint.config.model_type,
         "method": plan.method,
@@ -199,6 +206,18 @@ def source_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     weights = {stored.file for stored in checkpoint.tensors.values()}
     beside = {checkpoint.path / name for name in companions(checkpoint.path)}
     return {file.name: sha256(file) for file in sorted(weights | beside)}
+
+
+def weight_bytes(quantized: "QuantizedCheckpoint") -> dict[str, int]:
+    """The bytes of every weight in the file, codes and scales together."""
+    header, shapes = read_header(quantized.path / WEIGHTS), quantized.config.parameter_shapes()
+    return {
+        name: sum(
+            tensor_bytes(*header[entry])
+            for entry in _entries(name, quantized.schemes[name], shape, torch.float32)
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def _entries(
@@ -233,15 +252,15 @@ def open_quantized(folder: Path) -> QuantizedCheckpoint:
     bos, eos = special_tokens(folder, config.vocab_size)
     companions(folder)
     shapes = config.parameter_shapes()
-    tensors = parse_section(
-        _Manifest, manifest, str(folder / MANIFEST), remedy="Quantize again"
-    ).tensors
+    checked = parse_section(_Manifest, manifest, str(folder / MANIFEST), remedy="Quantize again")
+    tensors = checked.tensors
     if set(tensors) != set(shapes):
         raise InputError(
             f"{folder / MANIFEST}: tensors", "does not list the model's tensors", "Quantize again"
         )
     schemes = _stored_schemes(tensors, shapes, folder / MANIFEST)
-    quantized = QuantizedCheckpoint(folder, config, bos, eos, manifest, schemes)
+    licence = checked.license
+    quantized = QuantizedCheckpoint(folder, config, bos, eos, manifest, schemes, licence)
     _check_entries(quantized)
     return quantized
 

@@ -19,12 +19,25 @@ def check_models(
     progress: Progress,
     damaged: Collection[str] = (),
 ) -> list[Check]:
-    """Check the quantized checkpoint, then the integers and logits of each artifact.
+    """Check the quantized checkpoint, then each artifact as `check_artifacts` does."""
+    checks = check_quantized(quantized)
+    return checks + check_artifacts(quantized, artifacts, texts, runs, progress, damaged)
+
+
+def check_artifacts(
+    quantized: QuantizedCheckpoint,
+    artifacts: Mapping[str, FinishedArtifact],
+    texts: Mapping[str, Text],
+    runs: Runs,
+    progress: Progress,
+    damaged: Collection[str] = (),
+) -> list[Check]:
+    """Check the integers and logits of each artifact.
 
     `runs` are those of `running`. An artifact that it does not run fails, and the file in `damaged`
     is named.
     """
-    checks = check_quantized(quantized)
+    checks = list[Check]()
     run = {target: finished for target, finished in artifacts.items() if target in runs}
     references = reference_logits(quantized, run, texts)
     for target, finished in artifacts.items():

@@ -91,7 +91,14 @@ def run_artifact(
 ) -> dict[str, Tensor]:
     """The logits [steps, vocab_size] of an artifact in its runtime, by the name '', and in each
     other way to run it, by its name."""
-    variants = "", *backend(artifact.target.target).cross_checks(artifact)
+    return _run(artifact, text, load, _variants(artifact))
+
+
+def _variants(artifact: Artifact) -> tuple[str, ...]:
+    return "", *backend(artifact.target.target).cross_checks(artifact)
+
+
+def _run(artifact: Artifact, text: Text, load: Load, variants: Sequence[str]) -> dict[str, Tensor]:
     return {
         variant: run_teacher_forced(load(artifact, variant), text.tokens, text.prefill_lengths)
         for variant in variants
@@ -122,7 +129,10 @@ def running(
     pool = ThreadPoolExecutor(1)
     try:
         yield {
-            target: pool.submit(run_artifact, finished.artifact, texts[target], load).result
+            # Not in the thread: `cross_checks` may import a toolkit, which two threads may not do.
+            target: pool.submit(
+                _run, finished.artifact, texts[target], load, _variants(finished.artifact)
+            ).result
             for target, finished in artifacts.items()
             if target in texts and not damaged_files(finished, damaged)
         }

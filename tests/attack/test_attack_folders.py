@@ -137,7 +137,7 @@ WRITTEN: dict[str, tuple[str, str, Make]] = {
         ),
         "lower": (f"model.{TARGET}", f".model.{TARGET}.tmp", "artifact.json", "tokenizer.json"),
         "export": (
-            TARGET, "quantized", "SHA256SUMS", ".SHA256SUMS.tmp", "bundle.json",
+            TARGET, "quantized", "SHA256SUMS", ".SHA256SUMS.tmp", "manifest.json",
             f"{TARGET}/model.{TARGET}", f"{TARGET}/.artifact.json.tmp",
             "quantized/.quantized.safetensors.tmp", "quantized/calibration",
         ),
@@ -284,7 +284,7 @@ IN_A_BUNDLE: dict[str, tuple[str, Make]] = {
     for name in (
         "quantized/quantization.json", "quantized/quantized.safetensors", "quantized/config.json",
         "quantized/tokenizer.json", f"{TARGET}/artifact.json", f"{TARGET}/model.{TARGET}",
-        f"{TARGET}/tokenizer.json", "bundle.json",
+        f"{TARGET}/tokenizer.json", "manifest.json",
     )
     for make in (link, link_to_folder, dangling, fifo, device, huge)
     if make is link or name == "quantized/quantization.json"
@@ -300,7 +300,7 @@ def test_a_file_of_a_bundle_that_is_none_of_its_own_is_refused(
     make(path, world.secret)
     part = world.bundle / Path(name).parts[0]
     for command in (world.generate(world.bundle), world.generate(part)):
-        if name == "bundle.json" and command[1] == part:
+        if name == "manifest.json" and command[1] == part:
             continue
         world.refused(capsys, *command)
     if name.startswith("quantized"):

@@ -160,7 +160,7 @@ def other_value(value: object) -> object:
 
 
 def json_files(bundle: Path) -> list[Path]:
-    manifests = [bundle / "bundle.json", bundle / "quantized" / "quantization.json"]
+    manifests = [bundle / "manifest.json", bundle / "quantized" / "quantization.json"]
     return [
         *manifests,
         *sorted(bundle.glob("*/artifact.json")),
@@ -233,7 +233,7 @@ def test_every_field_of_every_manifest_is_derived(
         name = path.relative_to(bundle).as_posix()
         for *parents, last in leaves(json.loads(before[path])):
             dotted = ".".join(map(str, (*parents, last)))
-            if name == "bundle.json" and dotted.startswith(FREE):
+            if name == "manifest.json" and dotted.startswith(FREE):
                 continue
             with edited(path) as content:
                 held: Any = content
@@ -381,8 +381,8 @@ ACCEPTED_ONCE: dict[str, tuple[Callable[[Path], object], str]] = {
         "onnx/genai_config.json",
     ),
     "quantized": (in_json("onnx/artifact.json", "quantized", value="0" * 64), "quantized"),
-    "source": (in_json("bundle.json", "source", "model.safetensors", value="0" * 64), "source"),
-    "recipe": (in_json("bundle.json", "recipe", "quantization", "method", value="mse"), "method"),
+    "source": (in_json("manifest.json", "source", "model.safetensors", value="0" * 64), "source"),
+    "recipe": (in_json("manifest.json", "recipe", "quantization", "method", value="mse"), "method"),
 }
 
 
@@ -454,7 +454,7 @@ def requantized(original: Original, tmp_path: Path) -> Path:
     bundle = tmp_path / "bundle"
     pipeline.export(recipe, open_checkpoint(other), bundle, no_progress)
     digest = sha256(original.source / "model.safetensors")
-    for manifest in ("bundle.json", "quantized/quantization.json"):
+    for manifest in ("manifest.json", "quantized/quantization.json"):
         in_json(manifest, "source", "model.safetensors", value=digest)(bundle)
     quantized = open_quantized(bundle / "quantized")
     identity = artifact_identity(quantized, recipe.targets[0])
@@ -499,7 +499,7 @@ def test_checksums_have_one_form_only(
     assert "twice or out of order" in outcome.out
 
 
-@pytest.mark.parametrize("name", ["onnx/model.onnx", "onnx", "quantized", "bundle.json"])
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "onnx", "quantized", "manifest.json"])
 def test_links_in_a_bundle_are_refused(
     name: str, bundle_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

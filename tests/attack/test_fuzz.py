@@ -404,7 +404,7 @@ FILES: dict[str, tuple[str, str, str, Commands]] = {
     "quantized weights": ("bundle", "quantized/quantized.safetensors", "safetensors", of_quantized),
     "artifact manifest": ("headless", "onnx/artifact.json", "json", of_artifact),
     "artifact that runs": ("bundle", "onnx/artifact.json", "json", of_artifact),
-    "bundle manifest": ("headless", "bundle.json", "json", of_bundle),
+    "bundle manifest": ("headless", "manifest.json", "json", of_bundle),
     "artifact in a bundle": ("headless", "onnx/artifact.json", "json", of_bundle),
     "quantized in a bundle": ("headless", "quantized/quantization.json", "json", of_bundle),
     "checksums": ("bare", "SHA256SUMS", "sums", of_bundle),

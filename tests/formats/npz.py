@@ -143,5 +143,13 @@ def integers(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target)
     return False
 
 
+def usage(target: Target) -> str:
+    return f"numpy reads `{FILE_NAME}`."
+
+
+def interpreted(target: Target) -> bool:
+    return False
+
+
 def packages(target: Target) -> tuple[str, ...]:
     return ("numpy",)

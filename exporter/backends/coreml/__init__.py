@@ -8,6 +8,7 @@ without Core ML, with `operators`. `inspection` shows the content of any package
 compares two.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -127,6 +128,17 @@ def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Targ
     return size.predict(config, schemes, target)
 
 
+def usage(target: Target) -> str:
+    """What the Swift sample does; the package was not run on a Mac."""
+    units = "cpuAndNeuralEngine" if target.compute == "neural_engine" else "cpuAndGPU"
+    return (
+        f"An app for iOS 18 or macOS 15 loads `{FILE_NAME}` once for each of its functions, "
+        f"`prefill` ({target.prefill} tokens a call) and `decode` (one token), with `.{units}`, "
+        "and gives both the same `MLState`. `examples/ios/Decoder.swift` of mobilellm-exporter has "
+        "the whole code. This was not run on a Mac or an iPhone."
+    )
+
+
 def packages(target: Target) -> tuple[str, ...]:
     """The distributions whose versions determine the bytes of the artifact."""
     return "coremltools", "numpy"
@@ -135,6 +147,12 @@ def packages(target: Target) -> tuple[str, ...]:
 def portable(target: Target) -> bool:
     """No: Core ML has no runner with a subset of its operators."""
     return False
+
+
+def interpreted(target: Target) -> bool:
+    """Whether `load` runs the artifact in the reference interpreter: unless this is a Mac and the
+    artifact gives logits."""
+    return sys.platform != "darwin" or target.output != "logits"
 
 
 def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> bool:

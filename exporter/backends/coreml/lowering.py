@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version as metadata_version
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from exporter.backends import Artifact
 from exporter.backends.coreml import FILE_NAME, FILES, MODEL, WEIGHTS, Target
+from exporter.backends.coreml import interpreted as interpreted_here
 from exporter.backends.coreml.constants import mil_name
 from exporter.backends.coreml.graph import LOGITS
 from exporter.backends.coreml.interpreter import Interpreter, State, readers_of
@@ -241,7 +241,7 @@ def without_float32(target: Target, package: Package) -> tuple[str, ...]:
 def _runs_here(artifact: Artifact) -> bool:
     """Whether `load` runs Core ML itself."""
     assert isinstance(artifact.target, Target)
-    return sys.platform == "darwin" and artifact.target.output == "logits"
+    return not interpreted_here(artifact.target)
 
 
 def interpreted(artifact: Artifact, half: bool = False) -> CoreMLRunner:

@@ -10,24 +10,26 @@ import sys
 import warnings
 from typing import Any
 
-#: What its import looks for. Those that are already imported stay visible.
-_hidden = {"executorch", "sklearn", "torchao"} - sys.modules.keys()
+from exporter.backends import TOOLKIT_IMPORTS
 
 _level = logging.root.manager.disable
-logging.disable(logging.WARNING)
-sys.modules.update(dict.fromkeys(_hidden))  # type: ignore[arg-type]  # None: cannot be imported
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import coremltools
-        from coremltools.converters.mil.backend.mil.load import load
-        from coremltools.converters.mil.mil import Builder as mb  # noqa: N813  # its name everywhere
-        from coremltools.converters.mil.mil import Function, Program, types
-        from coremltools.proto import MIL_pb2, Model_pb2
-finally:
-    logging.disable(_level)
-    for _name in _hidden:
-        del sys.modules[_name]
+with TOOLKIT_IMPORTS:
+    #: What its import looks for. Those that are already imported stay visible.
+    _hidden = {"executorch", "sklearn", "torchao"} - sys.modules.keys()
+    logging.disable(logging.WARNING)
+    sys.modules.update(dict.fromkeys(_hidden))  # type: ignore[arg-type]  # None: not to be imported
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import coremltools
+            from coremltools.converters.mil.backend.mil.load import load
+            from coremltools.converters.mil.mil import Builder as mb  # noqa: N813  # its usual name
+            from coremltools.converters.mil.mil import Function, Program, types
+            from coremltools.proto import MIL_pb2, Model_pb2
+    finally:
+        logging.disable(_level)
+        for _name in _hidden:
+            del sys.modules[_name]
 
 Var = Any  # a value of a program; coremltools has no annotations
 

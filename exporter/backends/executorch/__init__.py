@@ -10,6 +10,7 @@ decodes the weights that it finds there, and `comparison` compares two programs.
 ``delegate=coreml`` the program is one call: see `coreml_delegate`.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,38 @@ def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Targ
     return size.predict(config, schemes, target)
 
 
+_RUNNER = """\
+```python
+# pip install executorch
+import executorch.extension.llm.custom_ops.custom_ops  # registers attention and its cache
+import executorch.kernels.quantized  # registers the quantized embedding
+from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+runner = TextLLMRunner("model.pte", "tokenizer.json")
+config = GenerationConfig(echo=False, max_new_tokens=100, temperature=0.0)
+runner.generate("...", config, print)  # a prompt in the form of the chat template
+```"""
+
+
+def usage(target: Target) -> str:
+    """The official runner for ``custom_sdpa``, which Android and iOS have too; for the rest, what
+    a runner needs."""
+    if target.delegate == "coreml":
+        return (
+            "ExecuTorch's runtime with the Core ML delegate runs `model.pte` on iOS 18 and macOS "
+            "15. It reads one token a call. This was not run on a Mac or an iPhone."
+        )
+    if target.attention == "portable":
+        return (
+            "Every ExecuTorch runtime with the XNNPACK delegate and the core operators runs "
+            "`model.pte`: `forward(tokens, position)` gives the logits of the last token."
+        )
+    return (
+        "ExecuTorch's official runner reads `model.pte` and `tokenizer.json` as they are, here in "
+        f"Python; the same runner is in its libraries for Android and iOS:\n\n{_RUNNER}"
+    )
+
+
 def packages(target: Target) -> tuple[str, ...]:
     """The distributions whose versions determine the bytes of the artifact."""
     own = ("executorch", "torch")
@@ -100,6 +133,12 @@ def packages(target: Target) -> tuple[str, ...]:
 def portable(target: Target) -> bool:
     """Whether attention uses core operators only; ``custom_sdpa`` is not one."""
     return target.attention == "portable"
+
+
+def interpreted(target: Target) -> bool:
+    """Whether `load` runs the artifact in the reference interpreter: with the Core ML delegate,
+    unless this is a Mac."""
+    return target.delegate != "xnnpack" and sys.platform != "darwin"
 
 
 def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> bool:

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from executorch.extension.pybindings import _C
 from torch import Tensor
 
 from exporter.backends import Artifact, Runner, backend
-from exporter.backends.executorch import FILE_NAME, Target, embedded
+from exporter.backends.executorch import FILE_NAME, Target, embedded, interpreted
 
 
 class ExecuTorchRunner:
@@ -61,7 +60,7 @@ def load(artifact: Artifact, variant: str = "") -> Runner:
     """
     if options_of(artifact).delegate == "xnnpack":
         return ExecuTorchRunner(artifact.path / FILE_NAME)
-    if variant or sys.platform != "darwin":
+    if variant or interpreted(options_of(artifact)):
         return _interpret(artifact, variant)
     program = ExecuTorchRunner(artifact.path / FILE_NAME)
     runner: Runner = coreml_delegate().StepRunner(program.run, program.context, program.vocab_size)

@@ -70,6 +70,35 @@ def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Targ
     return size.predict(config, schemes, target)
 
 
+_GENERATION = """\
+```python
+# pip install onnxruntime-genai
+import onnxruntime_genai as genai
+
+model = genai.Model(".")
+tokenizer, parameters = genai.Tokenizer(model), genai.GeneratorParams(model)
+parameters.set_search_options(max_length=512, do_sample=False)
+generator = genai.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("..."))  # a prompt in the form of the chat template
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```"""
+
+
+def usage(target: Target) -> str:
+    """onnxruntime-genai for the ``contrib`` form; ONNX Runtime itself for the portable one."""
+    if target.form == "portable":
+        return (
+            f"Every runtime for ONNX of operator set 23 runs `{FILE_NAME}`, which reads tokens and "
+            "the cache, and gives logits and the longer cache."
+        )
+    return (
+        "onnxruntime-genai runs the folder as it is, here in Python; it has libraries for Android "
+        f"and iOS too:\n\n{_GENERATION}"
+    )
+
+
 def packages(target: Target) -> tuple[str, ...]:
     """The distributions whose versions determine the bytes of the artifact."""
     return "onnx", "onnxruntime"
@@ -77,6 +106,11 @@ def packages(target: Target) -> tuple[str, ...]:
 
 def portable(target: Target) -> bool:
     """No: ONNX Runtime has the operators of both forms, and no runner with fewer operators."""
+    return False
+
+
+def interpreted(target: Target) -> bool:
+    """No: ONNX Runtime runs here."""
     return False
 
 
