@@ -73,7 +73,7 @@ from exporter.verification.checks import (
     check_signature,
 )
 from exporter.verification.kept import check_or_find, verifications
-from exporter.verification.models import check_models
+from exporter.verification.models import check_artifacts
 from exporter.verification.runs import Text, run_artifact, running, verification_text
 
 
@@ -382,7 +382,8 @@ def _verify(
             checks += check_source(bundle.quantized, source, bundle_recipe(bundle), progress)
         if not quick:
             checks += _check_derived(bundle, damaged, progress)
-        return checks + check_models(
+        checks += check_quantized(bundle.quantized)
+        return checks + check_artifacts(
             bundle.quantized, bundle.artifacts, texts, runs, progress, damaged
         )
 

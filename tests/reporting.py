@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gating import hashes
+
 from devices.session_state import summaries
 from exporter.bundle.artifact import is_of_model
 from exporter.bundle.manifest import BundleManifest, read_manifest
@@ -23,15 +25,6 @@ OPERATORS = [
     ("Softmax", 6, 3.0, "XnnpackBackend", False),
     ("add.out", 12, 1.0, "", False),
 ]
-
-
-def hashes(manifest: BundleManifest, folder: str) -> dict[str, str]:
-    """The SHA-256 of every file of a folder of the bundle."""
-    return {
-        name.removeprefix(f"{folder}/"): entry.sha256
-        for name, entry in manifest.files.items()
-        if name.startswith(f"{folder}/")
-    }
 
 
 def evaluation(

@@ -20,7 +20,7 @@ from devices.instructions.tools import CLOCK, EMULATOR, PLUGIN, PROCESSOR, SHORT
 from devices.transports.client import run_client
 from devices.transports.supervised import Completed
 
-#: What is counted, in the order in which `blocks.c` writes it: all of them, and some classes.
+#: The columns that `blocks.c` writes for a block: all instructions, then those of each class.
 INSTRUCTIONS, CLASSES = "instructions", ("simd", "dot_product", "i8mm")
 #: (file, offset of a block of code in it, INSTRUCTIONS or a class) → how many were executed.
 Blocks = Counter[tuple[str, int, str]]

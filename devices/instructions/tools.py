@@ -15,6 +15,8 @@ from devices.transports.client import run_client
 
 ARCHITECTURE = "aarch64"
 EMULATOR = "qemu-aarch64"
+#: The plugin of the emulator, the library whose clock stands still, and the program that reads the
+#: identity of the emulated CPU.
 PLUGIN, CLOCK, PROCESSOR = "blocks.so", "clock.so", "processor"
 #: Seconds for a program that only tells something.
 SHORT = 120.0

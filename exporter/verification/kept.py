@@ -43,8 +43,11 @@ def check_or_find(
     stages: Stages,
     progress: Progress,
 ) -> list[Check]:
-    """The checks of `check_models`. Those of the quantized checkpoint and of each artifact are one
-    stage each, which is kept if all of its checks passed."""
+    """The checks of `check_quantized`, then those of `check_artifacts`.
+
+    The quantized checkpoint and each artifact are one stage each, which is kept if all of its
+    checks passed.
+    """
     identities, targets = verifications(quantized, artifacts, texts), (None, *artifacts)
     checks, missing = dict[str | None, list[Check]](), list[str | None]()
     for target in targets:

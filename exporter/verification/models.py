@@ -1,27 +1,14 @@
-"""All checks of models: the quantized checkpoint, and the integers and logits of each artifact."""
+"""The checks of each artifact: its integers, then its logits."""
 
 from collections.abc import Collection, Mapping
 
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.progress import Progress, TensorCounter
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.verification.checks import Check, check_quantized
+from exporter.verification.checks import Check
 from exporter.verification.integers import check_integers
 from exporter.verification.logits import compare_with_reference, reference_logits
 from exporter.verification.runs import Runs, Text, damaged_files
-
-
-def check_models(
-    quantized: QuantizedCheckpoint,
-    artifacts: Mapping[str, FinishedArtifact],
-    texts: Mapping[str, Text],
-    runs: Runs,
-    progress: Progress,
-    damaged: Collection[str] = (),
-) -> list[Check]:
-    """Check the quantized checkpoint, then each artifact as `check_artifacts` does."""
-    checks = check_quantized(quantized)
-    return checks + check_artifacts(quantized, artifacts, texts, runs, progress, damaged)
 
 
 def check_artifacts(
