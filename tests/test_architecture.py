@@ -293,7 +293,9 @@ def test_a_large_library_is_imported_where_it_is_needed_alone() -> None:
 
 
 def test_a_format_is_named_in_its_backend_alone() -> None:
-    suffixes = {Path(front(name).FILE_NAME).suffix.removeprefix(".") for name in names()}
+    suffixes = {
+        Path(front(name).main_file(front(name).FILES)).suffix.removeprefix(".") for name in names()
+    }
     assert formats_named_outside_their_backend(PACKAGE, {*names(), *suffixes}) == []
 
 
@@ -460,6 +462,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("portable", ["target"]),
         ("interpreted", ["target"]),
         ("packages", ["target"]),
+        ("main_file", ["files"]),
         ("usage", ["target"]),
     ],
 )
@@ -474,7 +477,8 @@ def test_every_backend_names_its_files_and_its_packages(target: str) -> None:
     module = backend(target)
     packages = module.packages(module.Target())
     assert all(isinstance(name, str) for name in (*module.FILES, *packages))
-    assert module.FILE_NAME in {Path(name).parts[0] for name in module.FILES}
+    main = module.main_file(module.FILES)
+    assert any(name == main or name.startswith(f"{main}/") for name in module.FILES)
     assert len(packages) > 0
 
 

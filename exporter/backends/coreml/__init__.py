@@ -9,7 +9,7 @@ compares two.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 EXTRA, TOOLKIT = "coreml", ("coremltools",)
+RUNTIME_EXTRA, RUNTIME = EXTRA, TOOLKIT
 FILE_NAME = "model.mlpackage"
 #: The files of a package.
 MANIFEST = "Manifest.json"
@@ -137,6 +138,11 @@ def usage(target: Target) -> str:
         "and gives both the same `MLState`. `examples/ios/Decoder.swift` of mobilellm-exporter has "
         "the whole code. This was not run on a Mac or an iPhone."
     )
+
+
+def main_file(files: Collection[str]) -> str:
+    """The file, or the folder, that a runtime opens."""
+    return FILE_NAME
 
 
 def packages(target: Target) -> tuple[str, ...]:

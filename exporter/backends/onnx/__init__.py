@@ -8,7 +8,7 @@ read the files again, `decoding` decodes the weights that it finds there, and `c
 two models. onnxruntime-genai runs the artifact's folder unchanged.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 EXTRA, TOOLKIT = "onnx", ("onnx", "onnxruntime")
+RUNTIME_EXTRA, RUNTIME = EXTRA, TOOLKIT
 FILE_NAME = "model.onnx"
 DATA_NAME = f"{FILE_NAME}.data"
 GENAI_CONFIG = "genai_config.json"
@@ -97,6 +98,11 @@ def usage(target: Target) -> str:
         "onnxruntime-genai runs the folder as it is, here in Python; it has libraries for Android "
         f"and iOS too:\n\n{_GENERATION}"
     )
+
+
+def main_file(files: Collection[str]) -> str:
+    """The file, or the folder, that a runtime opens."""
+    return FILE_NAME
 
 
 def packages(target: Target) -> tuple[str, ...]:
