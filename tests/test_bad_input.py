@@ -778,8 +778,8 @@ EVALUATING: dict[str, tuple[Row, list[str]]] = {
         ["--simulate", "--data only"],
     ),
     "flipped program to evaluate": (
-        lambda w: w.data(PLENTY, path=_flipped(w.part("onnx") / "model.onnx")),
-        ["model.onnx", "sha256", "damaged"],
+        lambda w: w.data(PLENTY, path=_flipped(w.part("onnx") / "onnx" / "model_q4.onnx")),
+        ["onnx/model_q4.onnx", "sha256", "damaged"],
     ),
     "task of plain text": (
         lambda w: ["evaluate", str(NANO), "--task", str(w.write(w.root / "t.txt", "a"))],

@@ -1,5 +1,7 @@
 """The schemes that an ONNX model can store, and the size of its blocks. Needs no toolkit."""
 
+from collections.abc import Mapping
+
 from exporter.backends._storage import wrong_bits
 from exporter.backends.onnx import Target
 from exporter.model.config import EMBEDDING, OUTPUT
@@ -23,6 +25,17 @@ def block_of(scheme: Scheme, columns: int) -> int:
     while columns % block:
         block //= 2
     return block
+
+
+def data_type(schemes: Mapping[str, Scheme], target: Target) -> str:
+    """The data type that transformers.js asks for to get these weights: int4 if there are any, else
+    int8, else the type of the activations."""
+    half, bits = target.activations == "float16", {scheme.bits for scheme in schemes.values()}
+    if 4 in bits:
+        return "q4f16" if half else "q4"
+    if 8 in bits:
+        return "int8"
+    return "fp16" if half else "fp32"
 
 
 def stores(name: str, scheme: Scheme, shape: tuple[int, ...], target: Target) -> str | None:
