@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exporter.backends import Target, backend
+from exporter.backends import Target, backend, parse_target
 from exporter.backends import names as backend_names
 from exporter.bundle.archive import opened
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
@@ -302,14 +302,14 @@ def _check_targets(recipe: Recipe, checkpoint: Checkpoint, plan: QuantizationPla
 
 
 def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """The recipe with the named targets only, or unchanged without names. Raises InputError."""
-    kinds = [target.target for target in recipe.targets]
+    """The recipe with the named targets only, or unchanged without names. A target that the recipe
+    does not have is added, with its default options and the recipe's context. Raises InputError."""
+    held = {target.target: target for target in recipe.targets}
+    context = recipe.targets[0].max_context
     for name in names:
-        if name not in kinds:
-            raise InputError(
-                f"--target {name}", f"is not in the recipe {recipe.name}", f"It has: {kinds}"
-            )
-    chosen = tuple(target for target in recipe.targets if target.target in names)
+        if name not in held:
+            held[name] = parse_target({"target": name, "max_context": context}, f"--target {name}")
+    chosen = tuple(target for name, target in held.items() if name in names)
     return recipe.model_copy(update={"targets": chosen}) if names else recipe
 
 

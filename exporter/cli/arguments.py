@@ -127,7 +127,7 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _recipe_arguments(sub)
     sub.add_argument(
         "--target", action="append", default=[], metavar="NAME",
-        help="lower to this target of the recipe only; can be repeated",
+        help="lower to this target only, which the recipe need not name; can be repeated",
     )  # fmt: skip
     _text_argument(sub)
     sub.add_argument(
