@@ -47,6 +47,8 @@ TOOLKITS = {
     "coremltools": "coreml",
     "onnx": "onnx",
     "onnxruntime": "onnx",
+    "gguf": "gguf",
+    "llama_cpp": "gguf",
 }
 #: The modules that may import a large library.
 LIBRARIES = {

@@ -69,9 +69,7 @@ def read_weights(
                 place = f"{stored}{decoded.problem}"
                 yield source, place, _restored(known, name, decoded.weight)
     if others := sorted(contents.tensors.keys() - seen):
-        raise InputError(
-            f"{contents.path}: {others[0]}", "is no weight of the checkpoint", _REMEDY
-        )
+        raise InputError(f"{contents.path}: {others[0]}", "is no weight of the checkpoint", _REMEDY)
 
 
 def _copies(name: str, tensor: str, known: EquivalentCheckpoint) -> tuple[str, ...]:
