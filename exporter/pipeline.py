@@ -158,6 +158,7 @@ def lower(
     """Quantized checkpoint → one artifact in `out`. Raises InputError."""
     check_apart(out, quantized.path)
     backend(target.target).check(quantized.config, quantized.schemes, target)
+    backend(target.target).check_folder(quantized.path, target)
     require_whole(quantized)
     identity = artifact_identity(quantized, target)
     same = made_from(out / ARTIFACT_MANIFEST, identity)
@@ -212,6 +213,8 @@ def export(
     stages.check(out)
     plan = quantization_plan(recipe.quantization, checkpoint)
     _check_targets(recipe, checkpoint, plan)
+    for target in recipe.targets:
+        backend(target.target).check_folder(checkpoint.path, target)
     texts: dict[str, Text] = {
         target.target: verification_text(checkpoint, target.max_context, text)
         for target in recipe.targets

@@ -452,6 +452,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
     ("function", "parameters"),
     [
         ("check", ["config", "schemes", "target"]),
+        ("check_folder", ["folder", "target"]),
         ("lower", ["quantized", "target", "out"]),
         ("load", ["artifact", "variant"]),
         ("weights", ["artifact", "quantized"]),
