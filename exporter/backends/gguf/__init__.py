@@ -65,6 +65,13 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
     check_stored(config, schemes, stores)
 
 
+def check_folder(folder: Path, target: Target) -> None:
+    """Raise InputError for a tokenizer that llama.cpp does not have."""
+    from exporter.backends.gguf.vocabulary import check_tokenizer
+
+    check_tokenizer(folder)
+
+
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
     """The file size within 1 %, for a tokenizer of usual size; the memory within 10 % on x86-64."""
     from exporter.backends.gguf import size
