@@ -17,7 +17,8 @@ from lowering import MODELS, SCHEMES, Lower, check_logits, lowered_in, tokens
 from torch import Tensor
 
 from exporter import pipeline
-from exporter.backends import Runner, gguf as backend
+from exporter.backends import Runner
+from exporter.backends import gguf as backend
 from exporter.backends.gguf import blocks
 from exporter.backends.gguf.contents import open_contents
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
@@ -33,7 +34,7 @@ from exporter.recipe import parse_recipe
 from exporter.text.tokenizer import load_tokenizer
 from exporter.verification.checks import failures
 from exporter.verification.integers import check_integers
-from exporter.verification.runs import Text, verification_text
+from exporter.verification.runs import Text
 
 CONTEXT = 64
 INT4 = {"linear": "int4-g32", "embedding": "int4-g32"}
