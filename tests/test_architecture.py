@@ -49,6 +49,8 @@ TOOLKITS = {
     "onnxruntime": "onnx",
     "mlx": "mlx",
     "mlx_lm": "mlx",
+    "gguf": "gguf",
+    "llama_cpp": "gguf",
 }
 #: The modules that may import a large library.
 LIBRARIES = {
@@ -452,6 +454,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
     ("function", "parameters"),
     [
         ("check", ["config", "schemes", "target"]),
+        ("check_folder", ["folder", "target"]),
         ("lower", ["quantized", "target", "out"]),
         ("load", ["artifact", "variant"]),
         ("weights", ["artifact", "quantized"]),

@@ -19,7 +19,8 @@ from typing import Any
 from exporter.backends.gguf.splitting import REMEDY, pre_tokenizer_name
 from exporter.errors import InputError, short
 from exporter.foreign import present, read_json
-from exporter.model.config import ModelConfig
+from exporter.model.checkpoint import special_tokens
+from exporter.model.config import ModelConfig, parse_config
 from exporter.text.tokenizer import TOKENIZER_BYTES, template_of
 
 Fields = dict[str, str | bool | int | list[bytes] | list[int]]
@@ -52,10 +53,9 @@ class _Tokenizer:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise InputError for a tokenizer that llama.cpp cannot reproduce, or for broken files."""
-    if present(folder / "tokenizer.json", TOKENIZER_BYTES):
-        _read(folder / "tokenizer.json")
-        template_of(folder)
+    """Raise InputError for a model folder whose tokenizer llama.cpp cannot reproduce."""
+    config = parse_config(read_json(folder / "config.json"), folder / "config.json")
+    tokenizer_fields(folder, config, *special_tokens(folder, config.vocab_size))
 
 
 def tokenizer_fields(
