@@ -49,6 +49,10 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
     check_stored(config, schemes, stores)
 
 
+def check_folder(folder: Path, target: Target) -> None:
+    """Nothing: mlx-lm reads any tokenizer that transformers reads."""
+
+
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
     """The size of the weight file within 0.1 %. The memory was not compared with a Mac."""
     from exporter.backends.mlx import layout
