@@ -74,7 +74,13 @@ from exporter.verification.checks import (
 )
 from exporter.verification.kept import check_or_find, verifications
 from exporter.verification.models import check_artifacts
-from exporter.verification.runs import Text, run_artifact, running, verification_text
+from exporter.verification.runs import (
+    Text,
+    run_artifact,
+    running,
+    runs_everywhere,
+    verification_text,
+)
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,7 @@ def lower(
     """Quantized checkpoint → one artifact in `out`. Raises InputError."""
     check_apart(out, quantized.path)
     backend(target.target).check(quantized.config, quantized.schemes, target)
+    backend(target.target).check_folder(quantized.path, target)
     require_whole(quantized)
     identity = artifact_identity(quantized, target)
     same = made_from(out / ARTIFACT_MANIFEST, identity)
@@ -204,14 +211,16 @@ def export(
 
     A finished stage is found in the output folder or in the folder `store`, where this run's are
     kept. A finished bundle was verified before its last file was written: its files are hashed, and
-    nothing else is done, unless there is a `text`. `text` is a file to verify on, by default the
-    built-in sample text. Raises InputError.
+    nothing else is done, unless there is a `text`, or a format whose runtime may have been missing.
+    `text` is a file to verify on, by default the built-in sample text. Raises InputError.
     """
     check_apart(out, checkpoint.path)
     stages = Stages(store, progress)
     stages.check(out)
     plan = quantization_plan(recipe.quantization, checkpoint)
     _check_targets(recipe, checkpoint, plan)
+    for target in recipe.targets:
+        backend(target.target).check_folder(checkpoint.path, target)
     texts: dict[str, Text] = {
         target.target: verification_text(checkpoint, target.max_context, text)
         for target in recipe.targets
@@ -232,7 +241,7 @@ def export(
         out / BUNDLE_QUANTIZED / QUANTIZED_MANIFEST, inputs.identity
     )
     with claim_folder(out, bundle_output(), same, overwrite):
-        if same and text is None:
+        if same and text is None and all(map(runs_everywhere, packages)):
             unchanged = _unchanged(out, recipe, inputs, texts, stages)
             if unchanged:
                 return unchanged

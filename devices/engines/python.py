@@ -37,7 +37,10 @@ _RUNTIMES: Mapping[Format, _Runtime] = {
     "onnx": _Runtime("onnxruntime", ("onnxruntime",), _TRACES),
     "executorch": _Runtime("executorch", ("executorch",), _TRACES),
     "coreml": _Runtime("coreml", ("coremltools",), _TRACES),
-    "gguf": _Runtime("llama_cpp", ("llama-cpp-python",), frozenset({"mmap"})),
+    "gguf": _Runtime(
+        "llama_cpp", ("llama-cpp-python",), frozenset({"mmap"}),
+        note="llama.cpp's defaults, but on a CPU with AMX the weights are not repacked for it",
+    ),
     "mlx": _Runtime(
         "mlx", ("mlx", "mlx-lm"), beside=("config.json",), threads=1,
         note="MLX's default device: the GPU of a Mac, elsewhere the CPU with one thread",

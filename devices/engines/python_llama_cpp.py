@@ -2,11 +2,16 @@
 
 It has llama.cpp's defaults: a cache of float16, prompts in parts of 512 tokens, logits of the last
 token only, weights repacked for the CPU while they are loaded.
+
+One default is left out: on a CPU with AMX (servers) the weights stay as they are. llama.cpp would
+multiply prompts in AMX there, and crash if a GCC older than 12.4 compiled it, since that GCC leaves
+the table of ``ldtilecfg`` empty (GCC bug 114098).
 """
 
 import ctypes
 import importlib
 import sys
+from pathlib import Path
 from typing import Any, ClassVar
 
 #: The level of an error in llama.cpp's log.
@@ -25,16 +30,7 @@ class Runtime:
         self.log = library.llama_log_callback(_print_errors)  # kept: C calls it
         library.llama_log_set(self.log, None)
         library.llama_backend_init()
-        load = library.llama_model_default_params()
-        mapped = options.load != "file"
-        if hasattr(load, "load_mode"):
-            mode = library.LLAMA_LOAD_MODE_MMAP if mapped else library.LLAMA_LOAD_MODE_NONE
-            load.load_mode = mode
-        else:  # llama.cpp before 2026
-            load.use_mmap = mapped
-        model = library.llama_model_load_from_file(path.encode(), load)
-        if not model:
-            raise RuntimeError("no model of llama.cpp")
+        model = load_model(library, path, mapped=options.load != "file")
         trained = library.llama_model_n_ctx_train(model)
         self.context = min(options.context, trained) if options.context else trained
         use = library.llama_context_default_params()
@@ -63,6 +59,31 @@ class Runtime:
 
     def finish(self, trace: str) -> None:
         raise NotImplementedError("llama.cpp records no operators")
+
+
+def load_model(library: Any, path: str, mapped: bool) -> Any:
+    """llama.cpp's model of a file, mapped or read. Raises RuntimeError where it refuses the file,
+    after it said the reason."""
+    options = library.llama_model_default_params()
+    if hasattr(options, "load_mode"):
+        mode = library.LLAMA_LOAD_MODE_MMAP if mapped else library.LLAMA_LOAD_MODE_NONE
+        options.load_mode = mode
+    else:  # llama.cpp before 2026
+        options.use_mmap = mapped
+    if has_amx():
+        options.use_extra_bufts = False
+    model = library.llama_model_load_from_file(path.encode(), options)
+    if not model:
+        raise RuntimeError("no model of llama.cpp")
+    return model
+
+
+def has_amx() -> bool:
+    """Whether this is a Linux machine whose CPU has AMX."""
+    try:
+        return " amx_tile" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not a Linux machine
+        return False
 
 
 def _print_errors(level: int, text: bytes, _data: ctypes.c_void_p) -> None:

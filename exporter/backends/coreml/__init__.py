@@ -153,6 +153,10 @@ def _check_neural_engine(config: "ModelConfig", target: Target) -> None:
         )
 
 
+def check_folder(folder: Path, target: Target) -> None:
+    """The files of a model folder are copied as they are, whatever they hold."""
+
+
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
     """The file size within 2 %. Memory is the sum of file, cache and activations.
 

@@ -34,7 +34,7 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
         weights += 2 * config.num_hidden_layers * config.head_dim * 4  # norms of ones
     file = weights + _METADATA_BYTES + _TENSOR_BYTES * count + _TOKEN_BYTES * config.vocab_size
     positions = -(-target.max_context // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
-    kv_cache = config.kv_cache_bytes(positions, bytes_per_value=2)
+    kv_cache = config.kv_cache_bytes(positions, _WIDTHS[target.cache])
     return Prediction(file, kv_cache, file + kv_cache + _buffers(config, target) + _RUNTIME_BYTES)
 
 
