@@ -79,9 +79,13 @@ def tokenizer_fields(
             "Correct vocab_size, or get the tokenizer of this model",
         )
     template, special = template_of(folder)
-    unused = {token: (f"[PAD{token}]", _UNUSED) for token in range(config.vocab_size)}
-    tokens = (unused | dict(tokenizer.tokens)).values()
     ids = {text: token for token, (text, _) in tokenizer.tokens.items()}
+    tokens = [
+        tokenizer.tokens.get(token, (f"[PAD{token}]", _UNUSED))
+        for token in range(config.vocab_size)
+    ]
+    if len({text for text, _ in tokens}) < len(tokens):  # llama.cpp would end the process
+        raise InputError(path, "has a token [PAD…], the name of tokens that are not used", REMEDY)
     named = {name: ids[text] for name, text in special.items() if text in ids}
     fields: Fields = {
         "tokenizer.ggml.model": "gpt2",
@@ -96,6 +100,7 @@ def tokenizer_fields(
             fields[f"tokenizer.ggml.{field}_token_id"] = named[name]
     fields["tokenizer.ggml.add_bos_token"] = tokenizer.begin is not None
     fields["tokenizer.ggml.add_eos_token"] = tokenizer.end is not None
+    fields["tokenizer.ggml.add_space_prefix"] = False
     if template is not None:
         fields["tokenizer.chat_template"] = template
     return fields
