@@ -11,7 +11,7 @@ does not have. What remains is a difference of llama.cpp itself:
   bytes on their two sides.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
