@@ -127,7 +127,8 @@ def test_mlx_lm_writes_the_tokens_of_every_family(
     assert model.model_type == name
     shown(
         **CLIENT, model=f"{family}, small random weights, int4-g32",
-        target="mlx, activations: float32", ran="32 greedy tokens of 4 prompts, equal to those in torch",
+        target="mlx, activations: float32",
+        ran="32 greedy tokens of 4 prompts, equal to those in torch",
     )  # fmt: skip
 
 
