@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from commands import run
 from conftest import NANO
 
-from devices import execution, report
+from devices import execution, plots, report
 from devices.engines import Model, Plan, llama_bench, official, python
 from devices.errors import BadDeviceError, CommandFailedError, DeviceError
 from devices.session_state import Job, SessionState, Settings
@@ -218,28 +217,22 @@ def test_both_are_measured_on_this_machine(measured: Path) -> None:
 def test_gate_and_report_accept_the_profile(
     measured: Path, clients: Bundle, tmp_path: Path, capsys: Capture
 ) -> None:
-    limits = {"load": "100000 ms", "prefill": {32: "100000 ms"}, "decode": {64: "0.001 tokens/s"}}
+    limits = "{load: 100000 ms, prefill: {32: 100000 ms}, decode: {64: 0.001 tokens/s}}"
     budget = tmp_path / "budget.yaml"
-    targets = {target: {"devices": {"host": limits}} for target in RUNTIMES}
-    budget.write_text(json.dumps({"targets": targets}))
+    lines = [f"  {target}: {{devices: {{host: {limits}}}}}\n" for target in RUNTIMES]
+    budget.write_text("".join(["targets:\n", *lines]))
     gate = ["gate", clients.path, "--result", measured, "--budget", budget]
     passed = run(capsys, *gate)
     assert passed.code == 0, passed.out
-    budget.write_text(budget.read_text().replace('"100000 ms"', '"0.00001 ms"'))
+    budget.write_text(budget.read_text().replace("100000 ms", "0.00001 ms"))
     assert run(capsys, *gate).code == 1
     page, tables, plot = (tmp_path / name for name in ("page.html", "page.md", "plot.svg"))
     shown = ["--result", measured, "-o", page, "--markdown", tables]
     assert run(capsys, "report", clients.path, *shown).code == 0
     for target in RUNTIMES:
         assert f"| {target}, host | decode, after 64 tokens |" in tables.read_text()
-    draw(json.loads(measured.read_text()), plot)
+    plots.draw(json.loads(measured.read_text()), plot)
     assert plot.stat().st_size > 10_000
-
-
-def draw(content: Mapping[str, Any], path: Path) -> None:
-    from devices import plots
-
-    plots.draw(content, path)
 
 
 def job(bundle: Bundle, target: str, program: Path | None = None) -> Job:
