@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from exporter.backends import Artifact
-from exporter.backends.onnx import DATA, FOLDER, OPERATORS, ORT, STEMS, Target
+from exporter.backends.onnx import (
+    DATA,
+    FLOAT_PRODUCTS,
+    FOLDER,
+    OPERATORS,
+    ORT,
+    STEMS,
+    Target,
+)
 from exporter.backends.onnx.client_files import client_files
 from exporter.backends.onnx.forms import ContribForm, PortableForm
 from exporter.backends.onnx.graph import OnnxGraph
@@ -89,6 +97,7 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry(*FLOAT_PRODUCTS)
         self._session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )

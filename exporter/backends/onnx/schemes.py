@@ -42,6 +42,11 @@ def stores(name: str, scheme: Scheme, shape: tuple[int, ...], target: Target) ->
     """The reason why the model cannot store this weight in this scheme, or None."""
     if problem := wrong_bits(scheme, UNSIGNED.offsets):
         return problem
+    if scheme.bits == 4 and target.form == "portable" and shape[0] % 2:
+        return (
+            f"it has {shape[0]} rows, an odd number, and in the portable form two int4 codes of "
+            "neighbouring rows share a byte"
+        )
     if scheme == FLOAT or target.form == "portable" or in_whole_rows(name, scheme, target):
         return None
     block = block_of(scheme, shape[1])
