@@ -201,6 +201,10 @@ public final class MLModel {
             stateDescriptionsByName: features(found.states))
     }
 
+    public static func compileModel(at url: URL) async throws -> URL {
+        fatalError("only type-checked")
+    }
+
     public func makeState() -> MLState {
         say("new state")
         return MLState()
@@ -256,6 +260,8 @@ public protocol Tokenizer {
 }
 
 public enum AutoTokenizer {
+    static func from(modelFolder: URL) async throws -> Tokenizer { fatalError("only type-checked") }
+
     static func from(tokenizerConfig: Config, tokenizerData: Config) throws -> Tokenizer {
         fatalError("the test gives the tokenizer")
     }

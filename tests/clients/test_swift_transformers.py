@@ -169,6 +169,30 @@ def test_swift_transformers_writes_the_tokens_of_the_package_with_two_functions(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("written", "wrong", "said"),
+    [("", "", ""), ("maxNewTokens = 100", "maxNewTokens = text", "'text'"),
+     ("tokenizer: tokenizer)", "tokenizer: folder)", "'URL'")],
+    ids=["as it is", "a wrong option", "a wrong tokenizer"],
+)  # fmt: skip
+def test_the_usage_has_no_wrong_type(
+    written: str, wrong: str, said: str, client: Path, tmp_path: Path
+) -> None:
+    usage = backend.usage(backend.Target(interface="language_model"))
+    (code,) = re.findall(r"```swift\n(.*?)```", usage, re.DOTALL)
+    assert written in code
+    wrapped = "func usage(folder: URL, prompt: String) async throws {\n%s\n_ = text }\n"
+    source = tmp_path / "main.swift"
+    source.write_text(client.read_text() + wrapped % code.replace(written, wrong))
+    command = [SWIFT, "-typecheck", "-swift-version", "5", "-suppress-warnings"]
+    checked = subprocess.run(
+        [*map(str, command), "-module-cache-path", str(client.parent), str(source)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert said in checked.stderr
+    assert (checked.returncode == 0) == (said == "")
+
+
 def version_of(checkout: Path) -> str:
     command = ["git", "-C", str(checkout), "describe", "--tags", "--always"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
