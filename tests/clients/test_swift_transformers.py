@@ -164,7 +164,7 @@ def test_swift_transformers_writes_the_tokens_of_the_package_with_two_functions(
         client="swift-transformers", version=version_of(checkout), model="demo checkpoint",
         target="coreml interface=language_model",
         ran=f"its LanguageModel and Generation by Swift on Linux, with the reference interpreter "
-        f"in Core ML's place: {len(PROMPTS)} prompts, {STEPS} greedy tokens, all equal",
+        f"in Core ML's place: {len(PROMPTS)} prompts, up to {STEPS} greedy tokens, all equal",
         needs="iOS 18 or macOS 15; not run on either",
     )  # fmt: skip
 
