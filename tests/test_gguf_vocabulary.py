@@ -3,7 +3,7 @@
 import json
 import shutil
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,10 @@ from vocabularies import (
     excused,
     gpt2,
     lines_of,
+    llama3,
     llama_cpp,
+    qwen3,
+    smollm2,
     trained,
     write_gguf,
 )
@@ -139,6 +142,46 @@ def test_other_spellings_of_an_expression_are_the_same_split(
     ours, theirs = load_tokenizer(tmp_path), Vocabulary(tmp_path / "v.gguf", model.fields)
     lines = lines_of(model)[::5]
     assert [line for line in lines if theirs.encode(line) != ours.encode(line)] == []
+
+
+# Where llama.cpp differs.
+
+
+def test_llama_cpp_reads_composed_text_as_a_normalizer_would_compose_it(tmp_path: Path) -> None:
+    model = qwen3(tmp_path)
+    ours, theirs = load_tokenizer(model.folder), Vocabulary(tmp_path / "v.gguf", model.fields)
+    others = [line for line in lines_of(model) if excused(model, line)]
+    assert len(others) > 50
+    assert any(theirs.encode(line) != ours.encode(line) for line in others)
+    for line in others:
+        assert theirs.encode(unicodedata.normalize("NFC", line)) == ours.encode(line)
+
+
+def test_llama_cpp_does_not_merge_across_a_byte_that_the_vocabulary_lacks(tmp_path: Path) -> None:
+    model = smollm2(tmp_path)
+    ours, theirs = load_tokenizer(model.folder), Vocabulary(tmp_path / "v.gguf", model.fields)
+    assert theirs.encode("(\x04)") == ours.encode("(") + ours.encode(")")
+    assert ours.encode("(\x04)") == ours.encode("()") != theirs.encode("(\x04)")
+
+
+def test_llama_cpp_takes_the_longest_of_overlapping_tokens(tmp_path: Path) -> None:
+    tokenizer = trained(tmp_path, bytes_of())
+    tokenizer.add_tokens(["||a||", "||bb||"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    fields = tokenizer_fields(tmp_path, config_of(2016), 0, (1,))
+    theirs = Vocabulary(tmp_path / "v.gguf", fields)
+    a, bb = ours.encode("||a||||bb||")
+    assert theirs.encode("||a||||bb||") == [a, bb]
+    assert ours.encode("||a||bb||") == [a, *ours.encode("bb||")]
+    assert theirs.encode("||a||bb||") == [*ours.encode("||a"), bb]
+
+
+def test_llama_cpp_does_not_know_the_letters_and_digits_of_unicode_16(tmp_path: Path) -> None:
+    model = llama3(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), Vocabulary(tmp_path / "v.gguf", model.fields)
+    assert theirs.encode("  \U00010d40") != ours.encode("  \U00010d40")
+    assert theirs.encode("  \u0664") == ours.encode("  \u0664")
 
 
 # Text of token ids.
@@ -268,12 +311,12 @@ TEXT, START = {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<x>"}}
         (with_model(dropout=0.1), "model.dropout: is not supported"),
         (with_model(byte_fallback=True), "model.byte_fallback: is not supported"),
         (with_model(end_of_word_suffix="</w>"), "model.end_of_word_suffix: is not supported"),
-        (with_model(ignore_merges=True), "with ignore_merges true, which llama.cpp has not"),
+        (with_model(ignore_merges=True), "and ignore_merges true, which llama.cpp does not"),
         (with_model(vocab={"a": -1}), "'a' has the id -1"),
         (with_model(vocab={"a": True}), "'a' has the id True"),
         (with_model(vocab={"a": 0, "b": 0}), "gives one id to two tokens"),
         (without_a_byte, "model.unk_token: stands for 1 bytes that the vocabulary lacks"),
-        (with_split(individual_digits=False), "which llama.cpp has not"),
+        (with_split(individual_digits=False), "which llama.cpp does not have"),
         (with_split(type="Punctuation"), "'Punctuation' is not supported by llama.cpp"),
         (with_split(type="Split", pattern={"String": " "}), "{'String': ' '} is no expression"),
         (
@@ -293,7 +336,7 @@ TEXT, START = {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<x>"}}
             "a Split that is 'Removed' is not supported",
         ),
         (with_split(**BYTES), "does not end with its only ByteLevel"),
-        (with_part("pre_tokenizer", **BYTES), "splits text by [], which llama.cpp has not"),
+        (with_part("pre_tokenizer", **BYTES), "splits text by [], which llama.cpp does not have"),
         (with_part("pre_tokenizer", type="ByteLevel"), "add_prefix_space is not supported"),
         (with_part("pre_tokenizer", type="Metaspace"), "does not end with its only ByteLevel"),
         (lambda content: content.pop("pre_tokenizer"), "None does not split text into bytes"),
@@ -337,6 +380,35 @@ def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(
     assert problem in str(refused.value)
     assert str(refused.value).startswith(str(tmp_path))
     assert refused.value.remedy
+
+
+def places(value: Any, found: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all values, of long lists and objects only the first ones."""
+    yield found
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in list(entries)[:12]:
+        yield from places(inner if isinstance(inner, (dict, list)) else [], (*found, key))
+
+
+@pytest.mark.parametrize("value", [None, -1, "", True, [], {}, [[]], [{"type": []}]], ids=repr)
+def test_any_value_at_any_place_is_read_or_refused(value: Any, tmp_path: Path) -> None:
+    content = json.loads((NANO / "tokenizer.json").read_text())
+    post = {"type": "Sequence", "processors": [TEMPLATE | {"single": [START, TEXT]}]}
+    original = json.dumps({"whole": content | {"post_processor": post}})
+    changed(tmp_path, lambda _: None)
+    refused, tried = 0, list(places(json.loads(original)))[2:]
+    for *way, last in tried:
+        whole = inner = json.loads(original)
+        for key in way:
+            inner = inner[key]
+        inner[last] = value
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole["whole"]))
+        try:
+            check_tokenizer(tmp_path)
+        except InputError:
+            refused += 1
+    assert len(tried) > 100
+    assert refused > 20
 
 
 def test_the_unchanged_tokenizer_is_not_refused(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The ONNX backend: the same integers, the reference's logits, and the official client."""
 
-import itertools
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
 from exporter.evaluation.agreement import compare_logits
-from exporter.inference.generation import Generation, Sampling
 from exporter.inference.loaded_model import open_model
 from exporter.inference.reference import score
 from exporter.model.checkpoint import open_checkpoint
@@ -29,7 +27,6 @@ from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_blocks_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.text.tokenizer import load_tokenizer
 from exporter.verification.integers import check_integers
 from exporter.verification.runs import run_teacher_forced
 
@@ -61,10 +58,6 @@ def lower(lower_once: Lower) -> Lower:
 def lower_nano(bundle: Bundle, out: Path, **target: Any) -> FinishedArtifact:
     parsed = parse_target({"target": "onnx", "max_context": 512, **target}, "test")
     return pipeline.lower(bundle.quantized, parsed, out, no_progress)
-
-
-def until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
-    return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
 def logits(lowered: FinishedArtifact) -> torch.Tensor:
@@ -212,32 +205,6 @@ def test_the_contrib_form_merges_products_of_one_input(
     kinds = Counter(node.op_type for node in model.graph.node)
     assert kinds["GroupQueryAttention"] == 6
     assert kinds["MatMulNBits"] == 6 * 4 + 1
-
-
-def test_the_official_client_writes_the_same_tokens(
-    finished_bundle: Bundle, tmp_path: Path
-) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="the official client is optional")
-    lowered = lower_nano(finished_bundle, tmp_path / "onnx")
-    folder = lowered.artifact.path
-    tokenizer, runner = load_tokenizer(folder), backend.load(lowered.artifact)
-    model = genai.Model(str(folder))
-    prompts = [
-        tokenizer.prompt_text(f"Ada has {n} eggs. Ada finds 7 more. How many?", raw=False)
-        for n in (3, 14, 159, 265)
-    ]
-    for text in [*prompts, "Every evening the boats came home."]:
-        ids = tokenizer.encode(text)
-        assert list(genai.Tokenizer(model).encode(text)) == ids
-        own = list(Generation(runner, ids, (), Sampling(64)))
-        parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(ids) + 64, min_length=0, do_sample=False)
-        generator = genai.Generator(model, parameters)
-        generator.append_tokens(ids)
-        while not generator.is_done():
-            generator.generate_next_token()
-        theirs = list(generator.get_sequence(0))[len(ids) :]
-        assert until(theirs, lowered.eos_token_ids) == until(own, lowered.eos_token_ids)
 
 
 def test_a_second_prefill_starts_a_new_text(finished_bundle: Bundle, tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ GRAPHS = tuple(f"{FOLDER}/{stem}.onnx" for stem in STEMS.values())
 DATA = "_data"
 #: Ends the name of the .ort file, and of the list of its operators, in place of ``.onnx``.
 ORT, OPERATORS = ".ort", ".required_operators.config"
+#: The option of a session that keeps products of the portable form in float: where ONNX Runtime
+#: makes one MatMulNBits of DequantizeLinear and MatMul, it else rounds activations to int8.
+FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
 GENAI_CONFIG, CONFIG, TOKENIZER_CONFIG = (
     "genai_config.json", "config.json", "tokenizer_config.json",
 )  # fmt: skip
@@ -111,15 +114,21 @@ print(tokenizer.decode(generator.get_sequence(0)))
 
 
 def usage(target: Target) -> str:
-    """onnxruntime-genai for the ``contrib`` form; ONNX Runtime itself for the portable one."""
-    if target.form == "portable":
-        return (
-            f"Every runtime for ONNX of operator set 23 runs the graph in `{FOLDER}/`, which reads "
-            "tokens and the cache, and gives logits and the longer cache."
-        )
-    return (
+    """onnxruntime-genai and optimum run the folder; ONNX Runtime itself runs the graph."""
+    text = (
         "onnxruntime-genai runs the folder as it is, here in Python; it has libraries for Android "
-        f"and iOS too:\n\n{_GENERATION}"
+        f"and iOS too:\n\n{_GENERATION}\n\n"
+        'optimum-onnx reads it with `ORTModelForCausalLM.from_pretrained(".")`. All read one text '
+        "at a time."
+    )
+    if target.form == "contrib":
+        return text
+    option, value = FLOAT_PRODUCTS
+    return (
+        f"{text} Every runtime for ONNX of operator set 23 runs the graph in `{FOLDER}/`, which "
+        "reads tokens and the cache, and gives logits and the longer cache. In ONNX Runtime, set "
+        f"`{option}` to `{value}` in the options of the session, as `{GENAI_CONFIG}` does: it else "
+        "rounds activations to int8."
     )
 
 

@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from exporter.backends.onnx import CONFIG, GENAI_CONFIG, TOKENIZER_CONFIG, Target
+from exporter.backends.onnx import (
+    CONFIG,
+    FLOAT_PRODUCTS,
+    GENAI_CONFIG,
+    TOKENIZER_CONFIG,
+    Target,
+)
 from exporter.model.equivalent import client_config, equivalent
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.text.client_files import tokenizer_config
@@ -13,9 +19,10 @@ def client_files(
     quantized: QuantizedCheckpoint, target: Target, kind: str, graph: str
 ) -> Mapping[str, dict[str, Any]]:
     """Name → content of each JSON file, for the graph of this name and data type."""
-    files = {CONFIG: _config(quantized, target, kind)}
-    if target.form == "contrib":
-        files[GENAI_CONFIG] = _genai_config(quantized, target, graph)
+    files = {
+        CONFIG: _config(quantized, target, kind),
+        GENAI_CONFIG: _genai_config(quantized, target, graph),
+    }
     if (tokenizer := tokenizer_config(quantized.path)) is not None:
         files[TOKENIZER_CONFIG] = tokenizer
     return files
@@ -38,9 +45,14 @@ def _config(quantized: QuantizedCheckpoint, target: Target, kind: str) -> dict[s
 
 
 def _genai_config(quantized: QuantizedCheckpoint, target: Target, graph: str) -> dict[str, Any]:
-    """The configuration for onnxruntime-genai. `type` only selects its decoder-only loop."""
+    """The configuration for onnxruntime-genai. `type` only selects its decoder-only loop.
+
+    The portable form has no mask, its cache grows, and its products are to be float ones.
+    """
     config, ends = quantized.config, list(quantized.eos_token_ids)
-    end = ends[0] if ends else 0
+    end, contrib = ends[0] if ends else 0, target.form == "contrib"
+    mask = {"attention_mask": "attention_mask"} if contrib else {}
+    options = {} if contrib else dict([FLOAT_PRODUCTS])
     return {
         "model": {
             "type": "llama",
@@ -51,7 +63,11 @@ def _genai_config(quantized: QuantizedCheckpoint, target: Target, graph: str) ->
             "vocab_size": config.vocab_size,
             "decoder": {
                 "filename": graph,
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "provider_options": [],
+                    **options,
+                },
                 "hidden_size": config.hidden_size,
                 "head_size": config.head_dim,
                 "num_attention_heads": config.num_attention_heads,
@@ -59,7 +75,7 @@ def _genai_config(quantized: QuantizedCheckpoint, target: Target, graph: str) ->
                 "num_hidden_layers": config.num_hidden_layers,
                 "inputs": {
                     "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
+                    **mask,
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },
@@ -74,6 +90,6 @@ def _genai_config(quantized: QuantizedCheckpoint, target: Target, graph: str) ->
             "max_length": target.max_context,
             "do_sample": False,
             "num_beams": 1,
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": contrib,
         },
     }

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from exporter.backends import Artifact
-from exporter.backends.onnx import DATA, FOLDER, OPERATORS, ORT, STEMS, Target
+from exporter.backends.onnx import (
+    DATA,
+    FLOAT_PRODUCTS,
+    FOLDER,
+    OPERATORS,
+    ORT,
+    STEMS,
+    Target,
+)
 from exporter.backends.onnx.client_files import client_files
 from exporter.backends.onnx.forms import ContribForm, PortableForm
 from exporter.backends.onnx.graph import OnnxGraph
@@ -82,11 +90,6 @@ def _write_ort(folder: Path, stem: str) -> list[str]:
     return [model, operators]
 
 
-#: The option with which ONNX Runtime rounds no activations where it makes one MatMulNBits of
-#: DequantizeLinear and MatMul. Without it, it rounds them to int8.
-FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
-
-
 class OnnxRunner:
     """A `Runner` in ONNX Runtime. The `contrib` form updates its cache in place."""
 
@@ -94,7 +97,6 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
-        # Float activations in the products of the portable form, which has no int8 ones.
         options.add_session_config_entry(*FLOAT_PRODUCTS)
         self._session = onnxruntime.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
