@@ -14,8 +14,8 @@ import pytest
 import torch
 from clients.rows import PROMPTS
 from conftest import FAMILIES, LLAMA, LLAMA4, MakeCheckpoint, random_weights
-from greedy import Simulation, greedy
 from lowering import MODELS, SCHEMES, Lower, check_logits, lowered_in, tokens
+from simulation import Simulation, greedy
 from torch import Tensor
 
 from exporter import pipeline

@@ -1,24 +1,21 @@
-"""llama.cpp's clients run the file as it is: llama-cpp-python, and node-llama-cpp with libraries
-that llama.cpp's project built.
+"""llama-cpp-python runs a GGUF of ours as it is.
 
-The clients have the tokenizer, the chat template and the tokens that end a text from the file.
+    pip install 'mobilellm-exporter[llama-cpp]' && python -m pytest tests/clients/test_llama_cpp.py
+
+It has the tokenizer, the chat template and the tokens that end a text from the file.
 """
 
-import json
-import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import pytest
 from conftest import FAMILIES, NANO, ROOT, write_checkpoint
-from greedy import Simulation
 from lowering import wide_weights
+from simulation import Simulation
 
 from clients.rows import PROMPTS, Shown
 from exporter import pipeline
@@ -30,29 +27,9 @@ from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.recipe import parse_recipe
 from exporter.text.tokenizer import TextTokenizer, load_tokenizer
 
+llama_cpp = pytest.importorskip("llama_cpp", reason="pip install 'mobilellm-exporter[llama-cpp]'")
+
 STEPS, CONTEXT = 64, 256
-#: Folder of node's packages, which tests/tools.sh fills.
-NODE = Path(os.environ.get("MOBILELLM_NODE", ROOT / "build" / "node"))
-PROGRAM = """\
-import {getLlama, LlamaLogLevel} from "node-llama-cpp";
-const [path, prompts, steps] = process.argv.slice(2);
-const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});
-const model = await llama.loadModel({modelPath: path, gpuLayers: 0});
-const context = await model.createContext({contextSize: 256, threads: 1});
-const texts = [];
-for (const prompt of JSON.parse(prompts)) {
-    const sequence = context.getSequence(), found = [];
-    for await (const token of sequence.evaluate(prompt, {temperature: 0, yieldEogToken: true})) {
-        found.push(token);
-        if (found.length >= Number(steps)) break;
-    }
-    sequence.dispose();
-    texts.push(found);
-}
-const tokenized = model.tokenize(process.argv[5], true).map(Number);
-console.log(JSON.stringify({texts, tokenized, release: llama.llamaCppRelease}));
-process.exit(0);
-"""
 
 
 @dataclass(frozen=True)
@@ -102,9 +79,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     return lower(NANO, "int4-g32", tmp_path_factory.mktemp("demo"))
 
 
-# llama-cpp-python.
-
-
 def crashes_on_this_cpu() -> bool:
     """Whether the CPU has AMX, with which a llama.cpp that GCC before 12.4 compiled crashes when it
     reads several tokens at once: the table of ``ldtilecfg`` stays empty (GCC bug 114098)."""
@@ -112,7 +86,7 @@ def crashes_on_this_cpu() -> bool:
     return cpuinfo.is_file() and "amx_int8" in cpuinfo.read_text()
 
 
-def open_client(model: Lowered) -> llama_cpp.Llama:
+def open_client(model: Lowered) -> Any:
     options = {"n_batch": 1} if crashes_on_this_cpu() else {}
     return llama_cpp.Llama(model.file, n_ctx=CONTEXT, n_threads=1, verbose=False, **options)
 
@@ -120,7 +94,7 @@ def open_client(model: Lowered) -> llama_cpp.Llama:
 NEEDS = "`n_batch=1` on CPUs with AMX, if GCC before 12.4 compiled llama.cpp"
 
 
-def client_tokens(client: llama_cpp.Llama, ids: list[int]) -> list[int]:
+def client_tokens(client: Any, ids: list[int]) -> list[int]:
     client.reset()
     return list(islice(client.generate(ids, temp=0.0), STEPS))
 
@@ -173,37 +147,6 @@ def test_llama_cpp_python_runs_every_family(family: str, tmp_path: Path, shown: 
         model=f"a small random {family}", target="gguf", needs=NEEDS,
         ran=f"{STEPS} greedy tokens of {len(PROMPTS)} prompts in float and in int4: those of torch "
         "but for near ties",
-    )  # fmt: skip
-
-
-# node-llama-cpp.
-
-
-def test_node_llama_cpp_runs_the_demo(demo: Lowered, tmp_path: Path, shown: Shown) -> None:
-    package = NODE / "node_modules" / "node-llama-cpp" / "package.json"
-    if shutil.which("node") is None or not package.is_file():
-        pytest.skip(f"node-llama-cpp is not in {NODE}: tests/tools.sh installs it")
-    (tmp_path / "node_modules").symlink_to(NODE / "node_modules")
-    (tmp_path / "greedy.mjs").write_text(PROGRAM)
-    texts = [demo.tokenizer.prompt_text(prompt, raw=False) for prompt in PROMPTS]
-    prompts = [demo.tokenizer.encode(text) for text in texts]
-    command = ["node", "greedy.mjs", demo.file, json.dumps(prompts), str(STEPS), texts[0]]
-    made = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert made.returncode == 0, made.stderr
-    found = json.loads(made.stdout.splitlines()[-1])
-    assert found["tokenized"] == prompts[0]
-    simulation = demo.simulation()
-    for ids, tokens in zip(prompts, found["texts"], strict=True):
-        assert len(tokens) == STEPS or tokens[-1] in demo.quantized.eos_token_ids
-        assert simulation.unexplained(ids, tokens) == []
-    assert simulation.same > 0.9 * simulation.total > 0
-    shown(
-        client="node-llama-cpp", version=json.loads(package.read_text())["version"],
-        model="MobileLLM-R1 demo", target="gguf",
-        ran=f"greedy tokens of {len(PROMPTS)} prompts in the libraries that it brings (llama.cpp "
-        f"{found['release']['release']}), those of the quantized checkpoint but for near ties",
     )  # fmt: skip
 
 

@@ -20,8 +20,9 @@ _TOKEN_BYTES, _TOKENIZER_BYTES = 36, {128_256: 7_818_000}
 _CACHE_MULTIPLE = 256
 #: Tokens that are read at once, which decides the size of the buffers of a call.
 _CHUNK = 512
-#: Memory of llama.cpp and its binding besides weights, cache and buffers.
-_RUNTIME_BYTES = 8_000_000
+#: Memory of llama.cpp besides weights, cache, buffers and tokenizer, and that of a tokenizer for
+#: each of its bytes in the file: its tables of tokens and merges.
+_RUNTIME_BYTES, _TABLES = 3_000_000, 4.7
 
 
 def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:
@@ -38,7 +39,8 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
     file = weights + _METADATA_BYTES + _TENSOR_BYTES * count + tokenizer
     positions = -(-target.max_context // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
     kv_cache = config.kv_cache_bytes(positions, _WIDTHS[target.cache])
-    return Prediction(file, kv_cache, file + kv_cache + _buffers(config, target) + _RUNTIME_BYTES)
+    rest = _buffers(config, target) + int(_TABLES * tokenizer) + _RUNTIME_BYTES
+    return Prediction(file, kv_cache, file + kv_cache + rest)
 
 
 def _bytes(scheme: Scheme, shape: tuple[int, ...], target: Target) -> int:
