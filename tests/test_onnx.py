@@ -1,6 +1,9 @@
-"""The ONNX backend: the same integers, the reference's logits, and the official client."""
+"""The ONNX backend: the same integers, the reference's logits, and what clients read."""
 
+import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,6 +183,26 @@ def test_the_portable_form_has_standard_operators_only_and_passes_the_checker(
     assert [domain.version for domain in model.opset_import] == [23]
 
 
+def test_onnx_runtime_multiplies_by_the_weights_of_the_portable_form_as_they_are(
+    finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    """It dequantizes none of them: each becomes one MatMulNBits, the tied embedding included."""
+    import onnxruntime
+
+    for activations in ("float32", "float16"):
+        folder, facts = tmp_path / activations, {"form": "portable", "products": "float"}
+        lowered = lower_nano(finished_bundle, folder, activations=activations, **facts)
+        graph = lowered.artifact.path / backend.main_file(lowered.artifact.files)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(folder / "optimized.onnx")
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        kinds = Counter(node.op_type for node in optimized.graph.node)
+        assert kinds["MatMulNBits"] == 6 * 7 + 1
+        assert kinds["DequantizeLinear"] == kinds["MatMul"] == 0
+
+
 def test_onnx_s_own_reference_evaluator_computes_the_portable_form(
     finished_bundle: Bundle, tmp_path: Path
 ) -> None:
@@ -260,6 +283,72 @@ def test_a_truncated_data_file_is_found_before_the_runtime_opens_it(
         open_model(str(lowered.artifact.path), None)
     checks = check_integers(finished_bundle.quantized, lowered, lambda name: None)
     assert any("ends beyond the end" in check.note for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("linear", "embedding", "activations", "name", "dtype"),
+    [
+        ("int4-g32", "int8", "float32", "model_q4", "q4"),
+        ("float", "int4-g32", "float16", "model_q4f16", "q4f16"),
+        ("int8", "float", "float32", "model_int8", "int8"),
+        ("float", "float", "float32", "model", "fp32"),
+        ("float", "float", "float16", "model_fp16", "fp16"),
+    ],
+)
+def test_the_graph_has_the_name_that_transformers_js_asks_for(
+    linear: str, embedding: str, activations: str, name: str, dtype: str, lower: Lower
+) -> None:
+    target = {"activations": activations, "products": "float"}
+    _, lowered = lower(linear=linear, embedding=embedding, target=target)
+    folder, files = lowered.artifact.path, lowered.artifact.files
+    assert backend.main_file(files) == f"onnx/{name}.onnx"
+    assert {one for one in files if one.startswith("onnx/")} == {
+        f"onnx/{name}.onnx",
+        f"onnx/{name}.onnx_data",
+    }
+    model = onnx.load(str(folder / "onnx" / f"{name}.onnx"), load_external_data=False)
+    places = [one.value for t in model.graph.initializer for one in t.external_data[:1]]
+    assert set(places) <= {f"{name}.onnx_data"}
+    config = json.loads((folder / "config.json").read_text())
+    expected = {"dtype": dtype, "use_external_data_format": True}
+    assert config["transformers.js_config"] == expected
+    assert logits(lowered).isfinite().all()
+
+
+def test_config_json_has_the_shapes_of_the_cache_and_of_a_family_that_clients_know(
+    finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx")
+    config = json.loads((lowered.artifact.path / "config.json").read_text())
+    own = finished_bundle.quantized.config
+    model = onnx.load(str(lowered.artifact.path / GRAPH), load_external_data=False)
+    cache = next(one for one in model.graph.input if one.name == "past_key_values.0.key")
+    shape = [dim.dim_value for dim in cache.type.tensor_type.shape.dim]
+    assert shape[1::2] == [config["num_key_value_heads"], config["head_dim"]]
+    assert (config["model_type"], own.model_type) == ("qwen3", "llama4_text")
+    assert config["max_position_embeddings"] == 512
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "genai_config.json"])
+def test_a_changed_file_for_clients_is_a_difference(
+    name: str, finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    expected = lower_nano(finished_bundle, tmp_path / "onnx").artifact
+    found = replace(expected, path=Path(shutil.copytree(expected.path, tmp_path / "changed")))
+    assert list(backend.differences(found, expected)) == []
+    content = json.loads((found.path / name).read_text())
+    (found.path / name).write_text(json.dumps({**content, "auto_map": {"a": "evil.py"}}))
+    assert [place for place, _ in backend.differences(found, expected)] == [f"{name}.auto_map"]
+
+
+def test_the_portable_form_refuses_an_odd_number_of_int4_rows(lower: Lower) -> None:
+    target = {"form": "portable", "products": "float"}
+    with pytest.raises(InputError, match="95 rows, an odd number"):
+        lower(target=target, vocab_size=95)
+    quantized, lowered = lower(target=target, vocab_size=95, embedding="int8")
+    text = [token % 95 for token in tokens(20)]
+    found = run_teacher_forced(backend.load(lowered.artifact), text, (20,))
+    assert (found - score(quantized, text, [19], None)).abs().max() < 2e-3
 
 
 def test_the_portable_form_refuses_int8_products() -> None:

@@ -36,9 +36,8 @@ from exporter.text.tokenizer import load_tokenizer
 PYTHON = os.environ.get("MOBILELLM_OPTIMUM", "")
 pytestmark = pytest.mark.skipif(
     shutil.which(PYTHON) is None,
-    reason="optimum-onnx needs an environment of its own: python -m venv DIR && "
-    "DIR/bin/pip install torch 'optimum-onnx[onnxruntime]==0.1.0' && "
-    "export MOBILELLM_OPTIMUM=DIR/bin/python",
+    reason="optimum-onnx needs an environment of its own: bash tests/clients/optimum.sh "
+    "build/optimum .venv/bin/python && export MOBILELLM_OPTIMUM=build/optimum/bin/python",
 )
 
 #: The name of a row → the options of the target, and those that the user gives the session.
