@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 
+from clients.rows import PROMPTS, ROOT
 from exporter import pipeline
 from exporter.backends import parse_target
+from exporter.backends.onnx import FLOAT_PRODUCTS
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.inference.generation import Generation, Sampling
 from exporter.inference.loaded_model import open_model
@@ -30,7 +32,6 @@ from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.recipe import load_recipe
 from exporter.text.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "node"
 PACKAGES = Path(os.environ.get("MOBILELLM_NODE", ROOT / "build" / "node")) / "node_modules"
 CHROMIUM = Path("/usr/bin/chromium")
@@ -54,16 +55,10 @@ class Model:
 
 
 DEMO = Model(
-    "demo",
+    "MobileLLM-R1 demo",
     "mobilellm-r1-nano-int4",
     ROOT / "examples" / "mobilellm-r1-nano",
-    (
-        "Ada has 12 eggs. Ada finds 7 more. Ada sells 5. How many eggs does Ada have now?",
-        "Ben has 3 coins. How many coins does Ben have now?",
-        "What is 4 plus 5?",
-        "Tom buys 6 pens and loses 2. How many pens does Tom have?",
-        "Hello! Who are you?",
-    ),
+    PROMPTS,
 )
 SMOLLM2 = Model(
     "SmolLM2-135M",
@@ -86,9 +81,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "float": {"products": "float"},
     "portable": {"products": "float", "form": "portable"},
 }
-#: The form whose arithmetic a browser has: WebAssembly multiplies floats where `contrib` lets
-#: activations be rounded to int8.
+#: The form whose arithmetic a client has. ONNX Runtime turns the portable form into what `contrib`
+#: is, with activations rounded to int8, unless a session is told to multiply floats. WebAssembly
+#: multiplies floats in every form.
+IN_NODE = {"contrib": "contrib", "float": "float", "portable": "contrib"}
 IN_A_BROWSER = {"contrib": "float", "float": "float", "portable": "portable"}
+#: Options of a session in onnxruntime-node that let the portable form multiply floats.
+_KEY = FLOAT_PRODUCTS[0].removeprefix("session.")
+MULTIPLY_FLOATS = {"extra": {"session": {_KEY: FLOAT_PRODUCTS[1]}}}
 
 
 @dataclass(frozen=True)

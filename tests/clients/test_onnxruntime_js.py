@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from javascript import (
+from torch import Tensor
+
+from clients.javascript import (
     DEMO,
     FORMS,
     IN_A_BROWSER,
+    IN_NODE,
     MODELS,
+    MULTIPLY_FLOATS,
     STEPS,
     Artifacts,
     in_browser,
@@ -18,12 +22,12 @@ from javascript import (
     version,
     workspace,
 )
-from torch import Tensor
-
+from clients.rows import Shown
 from exporter.backends import onnx as backend
 from exporter.verification.runs import run_teacher_forced
 
 NODE, WEB = "onnxruntime-node", "onnxruntime-web"
+IN_NODE_NEEDS = {"contrib": "", "float": "", "portable": "a session option to multiply floats"}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -56,21 +60,34 @@ def expected(artifacts: Artifacts, form: str) -> list[list[int]]:
 @needs(NODE)
 @pytest.mark.parametrize("form", FORMS)
 def test_onnxruntime_node_gives_our_tokens(
-    form: str, artifacts: Artifacts, tmp_path: Path, shown: Any
+    form: str, artifacts: Artifacts, tmp_path: Path, shown: Shown
 ) -> None:
     request = request_for(artifacts, form, str(artifacts.models))
     answer = in_node("onnxruntime", workspace(tmp_path / "place"), request)
-    assert answer["tokens"] == expected(artifacts, form)
+    assert answer["tokens"] == expected(artifacts, IN_NODE[form])
     shown(
         client=NODE, version=version(NODE), model=artifacts.model.name, target=f"onnx ({form})",
         ran=f"5 prompts x {STEPS} greedy tokens; {answer['milliseconds_per_token']:.1f} ms a token",
+        needs=IN_NODE_NEEDS[form],
     )  # fmt: skip
+
+
+@needs(NODE)
+def test_a_session_of_onnxruntime_node_can_be_told_to_multiply_floats(
+    demo: Artifacts, tmp_path: Path
+) -> None:
+    request = request_for(demo, "portable", str(demo.models))
+    assert expected(demo, "portable") != expected(demo, "contrib")
+    answer = in_node(
+        "onnxruntime", workspace(tmp_path / "place"), {**request, "session": MULTIPLY_FLOATS}
+    )
+    assert answer["tokens"] == expected(demo, "portable")
 
 
 @needs(WEB, browser=True)
 @pytest.mark.parametrize("form", ["contrib", "portable"])
 def test_onnxruntime_web_gives_our_tokens(
-    form: str, artifacts: Artifacts, tmp_path: Path, shown: Any
+    form: str, artifacts: Artifacts, tmp_path: Path, shown: Shown
 ) -> None:
     request = request_for(artifacts, form, "/models")
     with in_browser("onnxruntime", workspace(tmp_path / "place", artifacts.models)) as ask:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from javascript import (
+
+from clients.javascript import (
     DEMO,
     FORMS,
     IN_A_BROWSER,
+    IN_NODE,
     MODELS,
+    MULTIPLY_FLOATS,
     STEPS,
     Answer,
     Artifacts,
@@ -25,11 +28,12 @@ from javascript import (
     version,
     workspace,
 )
-
+from clients.rows import Shown
 from exporter.text.documents import Message
 from exporter.text.tokenizer import load_tokenizer
 
 CLIENT = "@huggingface/transformers"
+IN_NODE_NEEDS = {"contrib": "", "float": "", "portable": "a session option to multiply floats"}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -53,7 +57,8 @@ def request_for(model: Model, form: str, place: Path) -> dict[str, Any]:
 
 
 def check(answer: dict[str, Any], artifacts: Artifacts, form: str) -> None:
-    """The same texts, tokens of prompts, and greedy tokens as ours from the artifact `form`."""
+    """The same texts, tokens of prompts, and greedy tokens as ours from the artifact `form`, whose
+    arithmetic the client has."""
     finished, expected = artifacts.artifact(form), artifacts.answers(form)
     folder = finished.artifact.path
     assert [Answer(**one) for one in answer["answers"]] == expected
@@ -72,25 +77,37 @@ def check(answer: dict[str, Any], artifacts: Artifacts, form: str) -> None:
 @needs(CLIENT)
 @pytest.mark.parametrize("form", FORMS)
 def test_transformers_js_in_node_gives_our_tokens(
-    form: str, artifacts: Artifacts, tmp_path: Path, shown: Any
+    form: str, artifacts: Artifacts, tmp_path: Path, shown: Shown
 ) -> None:
     artifacts.artifact(form)
     place = workspace(tmp_path / "place", artifacts.models)
     answer = in_node("transformers", place, request_for(artifacts.model, form, place))
-    check(answer, artifacts, form)
+    check(answer, artifacts, IN_NODE[form])
     shown(
         client="transformers.js in Node.js", version=version(CLIENT), model=artifacts.model.name,
         target=f"onnx ({form})",
         ran=f"5 prompts x {STEPS} greedy tokens, a second turn, the chat template; "
         f"onnxruntime-node {answer['runtime']['node']}; "
         f"{answer['milliseconds_per_token']:.1f} ms a token",
+        needs=IN_NODE_NEEDS[form],
     )  # fmt: skip
+
+
+@needs(CLIENT)
+def test_a_session_of_transformers_js_can_be_told_to_multiply_floats(
+    demo: Artifacts, tmp_path: Path
+) -> None:
+    demo.artifact("portable")
+    place = workspace(tmp_path / "place", demo.models)
+    request = request_for(demo.model, "portable", place)
+    options = {"session_options": MULTIPLY_FLOATS}
+    check(in_node("transformers", place, {**request, "options": options}), demo, "portable")
 
 
 @needs(CLIENT, browser=True)
 @pytest.mark.parametrize("form", ["contrib", "portable"])
 def test_transformers_js_in_a_browser_gives_our_tokens(
-    form: str, artifacts: Artifacts, tmp_path: Path, shown: Any
+    form: str, artifacts: Artifacts, tmp_path: Path, shown: Shown
 ) -> None:
     artifacts.artifact(form)
     place = workspace(tmp_path / "place", artifacts.models)
