@@ -34,6 +34,7 @@ from exporter.verification.integers import check_integers
 from exporter.verification.runs import run_teacher_forced
 
 CONTEXT = 64
+GRAPH, DATA, ORT = "onnx/model_q4.onnx", "onnx/model_q4.onnx_data", "onnx/model_q4.ort"
 FLOAT_FORMS = [
     {"products": "float"},
     {"form": "portable", "products": "float"},
@@ -154,7 +155,7 @@ def test_the_tied_embedding_is_in_the_files_once(
     lowered = lower_nano(finished_bundle, tmp_path / "onnx", form=form, products="float")
     stored = finished_bundle.quantized.read(EMBEDDING)
     assert isinstance(stored, QuantizedTensor)
-    model = onnx.load(str(lowered.artifact.path / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(lowered.artifact.path / GRAPH), load_external_data=False)
     places = Counter(
         {entry.key: entry.value for entry in tensor.external_data}["offset"]
         for tensor in model.graph.initializer
@@ -165,7 +166,7 @@ def test_the_tied_embedding_is_in_the_files_once(
 
 def test_mapped_tensors_begin_at_pages(finished_bundle: Bundle, tmp_path: Path) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx")
-    model = onnx.load(str(lowered.artifact.path / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(lowered.artifact.path / GRAPH), load_external_data=False)
     offsets = [
         int({entry.key: entry.value for entry in tensor.external_data}["offset"])
         for tensor in model.graph.initializer
@@ -179,7 +180,7 @@ def test_the_portable_form_has_standard_operators_only_and_passes_the_checker(
     finished_bundle: Bundle, tmp_path: Path
 ) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx", form="portable", products="float")
-    path = lowered.artifact.path / "model.onnx"
+    path = lowered.artifact.path / GRAPH
     onnx.checker.check_model(str(path), full_check=True)
     model = onnx.load(str(path), load_external_data=False)
     assert {node.domain for node in model.graph.node} == {""}
@@ -192,7 +193,7 @@ def test_onnx_s_own_reference_evaluator_computes_the_portable_form(
     lowered = lower_nano(finished_bundle, tmp_path / "onnx", form="portable", products="float")
     from onnx.reference import ReferenceEvaluator
 
-    path = lowered.artifact.path / "model.onnx"
+    path = lowered.artifact.path / GRAPH
     evaluator = ReferenceEvaluator(onnx.load(str(path)))
     config = finished_bundle.quantized.config
     empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)
@@ -207,7 +208,7 @@ def test_the_contrib_form_merges_products_of_one_input(
     finished_bundle: Bundle, tmp_path: Path
 ) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx")
-    model = onnx.load(str(lowered.artifact.path / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(lowered.artifact.path / GRAPH), load_external_data=False)
     kinds = Counter(node.op_type for node in model.graph.node)
     assert kinds["GroupQueryAttention"] == 6
     assert kinds["MatMulNBits"] == 6 * 4 + 1
@@ -263,19 +264,19 @@ def test_a_flipped_bit_in_the_data_file_is_reported_with_its_tensor(
 ) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx")
     folder, name = lowered.artifact.path, "model.layers.3.feed_forward.down_proj.weight"
-    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(folder / GRAPH), load_external_data=False)
     wanted = name if part == "codes" else f"{name}.scales"
     tensor = next(t for t in model.graph.initializer if t.name == wanted)
     if tensor.external_data:
         offset = int({e.key: e.value for e in tensor.external_data}["offset"])
-        data = bytearray((folder / "model.onnx.data").read_bytes())
+        data = bytearray((folder / DATA).read_bytes())
         data[offset + 5] ^= 4
-        (folder / "model.onnx.data").write_bytes(data)
+        (folder / DATA).write_bytes(data)
     else:
         raw = bytearray(tensor.raw_data)
         raw[5] ^= 4
         tensor.raw_data = bytes(raw)
-        (folder / "model.onnx").write_bytes(model.SerializeToString())
+        (folder / GRAPH).write_bytes(model.SerializeToString())
     checks = check_integers(finished_bundle.quantized, lowered, lambda name: None)
     failed = [check for check in checks if not check.passed]
     assert [(check.subject, check.value) for check in failed] == [(f"{name} (filter)", 1)]
@@ -286,9 +287,9 @@ def test_a_truncated_data_file_is_found_before_the_runtime_opens_it(
     finished_bundle: Bundle, tmp_path: Path
 ) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx")
-    data = lowered.artifact.path / "model.onnx.data"
+    data = lowered.artifact.path / DATA
     data.write_bytes(data.read_bytes()[:-5000])
-    with pytest.raises(InputError, match=r"model\.onnx\.data.*sha256"):
+    with pytest.raises(InputError, match=r"model_q4\.onnx_data.*sha256"):
         open_model(str(lowered.artifact.path), None)
     checks = check_integers(finished_bundle.quantized, lowered, lambda name: None)
     assert any("ends beyond the end" in check.note for check in checks)
@@ -306,10 +307,10 @@ def test_the_ort_pair_runs_and_lists_its_operators(finished_bundle: Bundle, tmp_
 
     lowered = lower_nano(finished_bundle, tmp_path / "onnx", ort=True)
     folder = open_artifact(lowered.artifact.path).artifact.path
-    operators = (folder / "model.required_operators.config").read_text()
+    operators = (folder / "onnx" / "model_q4.required_operators.config").read_text()
     assert "GroupQueryAttention" in operators
     assert "MatMulNBits" in operators
-    session = onnxruntime.InferenceSession(folder / "model.ort")
+    session = onnxruntime.InferenceSession(folder / ORT)
     assert [value.name for value in session.get_inputs()][:1] == ["input_ids"]
 
 

@@ -371,7 +371,7 @@ BAD_RECIPES: dict[str, tuple[str | bytes, list[str]]] = {
     "targets as a mapping": ("targets: {target: onnx}\n", ["targets", "not a list of targets"]),
     "no targets": (
         "targets: []\n",
-        ["targets", "is empty", "Name one of coreml, executorch, onnx"],
+        ["targets", "is empty", "Name one of coreml, executorch, gguf, mlx, onnx"],
     ),
     "a target twice": (
         "targets: [{target: onnx}, {target: onnx}]\n",

@@ -15,6 +15,8 @@ nor torch; its functions import them when they are called. Every format has thes
   that other tools made; '' for a format without `inspect`.
 
 - ``check(config, schemes, target)``: raise InputError for what the format cannot hold.
+- ``check_folder(folder, target)``: raise InputError for files of the model folder that the format
+  cannot hold, such as a tokenizer.
 - ``predict(config, schemes, target) -> Prediction``: the size of the artifact. Needs no toolkit.
 - ``lower(quantized, target, out) -> Artifact``: write the files. Codes and scales are repacked,
   never chosen again.

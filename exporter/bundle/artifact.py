@@ -118,7 +118,9 @@ def write_artifact(
 
 def open_artifact(path: Path) -> FinishedArtifact:
     """Open an artifact by its folder or by a file in it. Raises InputError."""
-    folder = path.parent if path.is_file() or (path.parent / MANIFEST).is_file() else path
+    above = (path.parent, path.parent.parent)  # a format may have a folder of its own for the model
+    default = path.parent if path.is_file() else path
+    folder = next((one for one in above if (one / MANIFEST).is_file()), default)
     manifest = read_json(folder / MANIFEST)
     subject = folder / MANIFEST
     if manifest.get("format_version") != FORMAT_VERSION:

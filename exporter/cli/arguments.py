@@ -95,6 +95,11 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32",
         help="data type of --dequantize (default: float32, which is exact; the others round)",
     )  # fmt: skip
+    sub.add_argument(
+        "--as", dest="family", choices=["qwen3", "llama"],
+        help="write the folder of --dequantize as a model of this type that computes the same; "
+        "MobileLLM-R1 is a qwen3, which more engines run (default: the checkpoint's own type)",
+    )  # fmt: skip
 
     sub = command(
         "lower", "Lower a quantized checkpoint to one mobile format",
@@ -122,7 +127,7 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _recipe_arguments(sub)
     sub.add_argument(
         "--target", action="append", default=[], metavar="NAME",
-        help="lower to this target of the recipe only; can be repeated",
+        help="lower to this target only, which the recipe need not name; can be repeated",
     )  # fmt: skip
     _text_argument(sub)
     sub.add_argument(

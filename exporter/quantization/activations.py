@@ -65,8 +65,8 @@ def round_blocks_to_int8(x: Tensor, block: int) -> Tensor:
 
 
 def round_blocks_to_q8_0(x: Tensor) -> Tensor:
-    """Round x as llama.cpp does before a product with Q4_0 or Q8_0: int8, symmetric, in blocks of 32
-    features, with the scale kept as float16.
+    """Round x as llama.cpp does before a product with Q4_0 or Q8_0: int8, symmetric, in blocks of
+    32 features, with the scale kept as float16.
 
     Source: ``quantize_row_q8_0`` and ``ggml_quantize_mat_q8_0_4x8`` in ggml-cpu/arch/x86. The codes
     are of the scale in float32. Halves are rounded to even there, and away from zero on Arm.

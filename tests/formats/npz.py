@@ -47,6 +47,12 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) ->
         raise InputError("threads", f"{target.threads} is too few", "Give 1 or more")
 
 
+def check_folder(folder: Path, target: Target) -> None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        raise InputError(path, "has no place in an .npz", "Remove it")
+
+
 def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:
     file = 0
     for name, shape in config.parameter_shapes().items():

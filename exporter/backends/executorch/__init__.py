@@ -84,6 +84,10 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
     check_stored(config, schemes, partial(stores, config=config))
 
 
+def check_folder(folder: Path, target: Target) -> None:
+    """The files of a model folder are copied as they are, whatever they hold."""
+
+
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
     """The file size within 1 % (2 % for the smallest), the memory within 10 % on x86-64."""
     from exporter.backends.executorch import size

@@ -35,12 +35,14 @@ SUFFIX = ".gguf"
 class Target(backends.Target):
     """A .gguf file. `floats` is the type of matrices that are left in float; norms are float32.
 
-    The file has the model's `name` and its `base_model`, an id of the hub, if they are given. The
-    KV cache is that of llama.cpp's default, float16.
+    `cache` is the type of the KV cache that is verified: float16 is the default of llama.cpp, whose
+    attention then computes in float16 too. The file does not depend on it. `name` and `base_model`,
+    an id of the hub, are written into the file if they are given.
     """
 
     target: Literal["gguf"] = "gguf"
     floats: Literal["float32", "float16", "bfloat16"] = "float32"
+    cache: Literal["float16", "float32"] = "float16"
     name: str = ""
     base_model: str = ""
 
@@ -63,8 +65,15 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
     check_stored(config, schemes, stores)
 
 
+def check_folder(folder: Path, target: Target) -> None:
+    """Raise InputError for a tokenizer that llama.cpp does not have."""
+    from exporter.backends.gguf.vocabulary import check_tokenizer
+
+    check_tokenizer(folder)
+
+
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
-    """The file size within 1 %, for a tokenizer of usual size; the memory in llama.cpp on x86-64."""
+    """The file size within 1 %, for a tokenizer of usual size; the memory within 10 % on x86-64."""
     from exporter.backends.gguf import size
 
     return size.predict(config, schemes, target)
@@ -83,14 +92,16 @@ print(model.create_chat_completion(messages, temperature=0)["choices"][0]["messa
 
 def usage(target: Target) -> str:
     """llama.cpp, its Python binding, and the apps that are built on it."""
+    options = f"-m {FILE_NAME} -c {target.max_context}"
+    if target.cache == "float32":
+        options += " --cache-type-k f32 --cache-type-v f32 --flash-attn off"
     return (
         f"llama.cpp runs `{FILE_NAME}` by itself: tokenizer, chat template and the tokens that end "
         "a text are in it. It was run here through its Python binding, llama-cpp-python:\n\n"
         f"{_GENERATION}\n\n"
         "The same file is for llama.cpp's own programs and for apps that are built on llama.cpp, "
         "on phones too. These were not run here:\n\n"
-        f"```sh\nllama-cli -m {FILE_NAME} -c {target.max_context}\n"
-        f"llama-server -m {FILE_NAME} -c {target.max_context}\n```"
+        f"```sh\nllama-cli {options}\nllama-server {options}\n```"
     )
 
 
@@ -120,7 +131,8 @@ def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Tar
 
 
 def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "Rounding | None":
-    """int8 in blocks of 32 if a matrix is quantized; else the type of the float matrices."""
+    """int8 in blocks of 32 if a matrix is quantized; else the type of the float matrices, or
+    float16, in which attention computes unless the cache is float32."""
     from exporter.quantization.activations import (
         round_blocks_to_q8_0,
         round_to_bfloat16,
@@ -129,15 +141,17 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "R
 
     if any(scheme.bits for scheme in schemes.values()):
         return round_blocks_to_q8_0
-    return {"float16": round_to_half, "bfloat16": round_to_bfloat16}.get(target.floats)
+    if target.floats == "bfloat16":
+        return round_to_bfloat16
+    return round_to_half if "float16" in (target.floats, target.cache) else None
 
 
 def largest_activation(target: Target, which: str) -> float | None:
-    """The largest float16 for keys and values, and for all inputs if float matrices are float16."""
+    """The largest float16 for a cache of that type, and for all inputs of float16 matrices."""
     from exporter.quantization.activations import LARGEST_HALF
 
-    half = which in ("keys", "values") or (target.floats == "float16" and which == "input")
-    return LARGEST_HALF if half else None
+    kinds = {"keys": target.cache, "values": target.cache, "input": target.floats}
+    return LARGEST_HALF if kinds.get(which) == "float16" else None
 
 
 def lower(quantized: "QuantizedCheckpoint", target: Target, out: Path) -> Artifact:
@@ -152,7 +166,8 @@ def load(artifact: Artifact, variant: str = "") -> Runner:
     """The artifact in llama.cpp, on the CPU."""
     from exporter.backends.gguf.runtime import LlamaRunner
 
-    return LlamaRunner(artifact.path / FILE_NAME, artifact.target.max_context)
+    assert isinstance(artifact.target, Target)
+    return LlamaRunner(artifact.path / FILE_NAME, artifact.target)
 
 
 def cross_checks(artifact: Artifact) -> tuple[str, ...]:

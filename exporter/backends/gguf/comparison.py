@@ -17,7 +17,8 @@ from exporter.backends.gguf.contents import Contents, open_contents
 
 def differences(found: Path, expected: Path) -> Iterator[tuple[str, str]]:
     """How the file `found` differs from `expected`. Raises InputError."""
-    return _comparison.differences(*(_plain(open_contents(path)) for path in (found, expected)))
+    one, other = _plain(open_contents(found)), _plain(open_contents(expected))
+    return _comparison.differences(one, other)
 
 
 def _plain(contents: Contents) -> dict[str, Any]:

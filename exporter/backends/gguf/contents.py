@@ -192,7 +192,7 @@ def _read_value(cursor: _Cursor, key: str) -> Value:
 def _read_texts(cursor: _Cursor, count: int, key: str) -> list[bytes]:
     """The next texts. A file has hundreds of thousands, so they are not read by numpy."""
     found, at = list[bytes](), cursor.at
-    header = memoryview(cursor.data)[: min(len(cursor.data), _HEADER_BYTES)]
+    header = cursor.data.data[: min(len(cursor.data), _HEADER_BYTES)]
     for _ in range(count):
         if at + 8 > len(header):
             break
@@ -223,9 +223,7 @@ def _read_one(cursor: _Cursor, kind: GGUFValueType, key: str) -> Any:
     return cursor.number(_NUMBERS[kind], key)
 
 
-def _read_place(
-    cursor: _Cursor, name: str
-) -> tuple[GGMLQuantizationType, tuple[int, ...], int]:
+def _read_place(cursor: _Cursor, name: str) -> tuple[GGMLQuantizationType, tuple[int, ...], int]:
     """The type of a tensor, its shape with rows first, and its offset in the data."""
     count = cursor.count("<u4", _DIMENSIONS, f"dimensions of {name}")
     shape = [cursor.count("<u8", FILE_BYTES, f"numbers in a row of {name}") for _ in range(count)]

@@ -45,8 +45,9 @@ def read_weights(
 ) -> Iterator[tuple[str, str, QuantizedTensor | Tensor]]:
     """Every weight: its name, the tensor that holds it, and codes and scales or floats.
 
-    Raises InputError for a file of another family, and at the end for a tensor that llama.cpp would
-    read and that is no weight of the checkpoint.
+    Raises InputError for a file of another family. Raises it at the end for a tensor that is no
+    weight of the checkpoint, and for the weights of a norm that has none there, unless they are
+    ones.
     """
     known = as_written(quantized)
     if contents.architecture != known.config.model_type:
@@ -55,7 +56,7 @@ def read_weights(
             f"is {short(contents.architecture)}, not {known.config.model_type!r}",
             _REMEDY,
         )
-    names, seen = tensor_names(known.config), set[str]()
+    names, seen, not_ones = tensor_names(known.config), set[str](), list[str]()
     for name, tensor in names.items():
         for stored in _copies(name, tensor, known):
             if stored not in contents.tensors:
@@ -64,14 +65,20 @@ def read_weights(
             source = known.model.sources[name].name
             decoded = _decode(contents, stored, known.schemes[name])
             if source is None:
-                _check_ones(contents, stored, decoded.weight, known.read(name))
+                if not _equal(decoded.weight, known.read(name)):
+                    not_ones.append(stored)
             else:
                 place = f"{stored}{decoded.problem}"
                 yield source, place, _restored(known, name, decoded.weight)
     if others := sorted(contents.tensors.keys() - seen):
-        raise InputError(
-            f"{contents.path}: {others[0]}", "is no weight of the checkpoint", _REMEDY
-        )
+        raise InputError(f"{contents.path}: {others[0]}", "is no weight of the checkpoint", _REMEDY)
+    if not_ones:
+        problem = "is not ones everywhere: the model's norm has no weights"
+        raise InputError(f"{contents.path}: {not_ones[0]}", problem, _REMEDY)
+
+
+def _equal(one: QuantizedTensor | Tensor, other: QuantizedTensor | Tensor) -> bool:
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
 
 
 def _copies(name: str, tensor: str, known: EquivalentCheckpoint) -> tuple[str, ...]:
@@ -110,13 +117,3 @@ def _decode(contents: Contents, name: str, scheme: Scheme) -> _Decoded:
     )
     problem = f", whose blocks in group {unequal} have unequal scales" if unequal else ""
     return _Decoded(weight, problem)
-
-
-def _check_ones(
-    contents: Contents, name: str, weight: QuantizedTensor | Tensor, ones: QuantizedTensor | Tensor
-) -> None:
-    """Raise InputError unless the norm does what the model's own norm without weights does."""
-    assert isinstance(ones, Tensor)
-    if isinstance(weight, QuantizedTensor) or not torch.equal(weight, ones):
-        problem = "is not ones everywhere: the model's norm has no weights"
-        raise InputError(f"{contents.path}: {name}", problem, _REMEDY)

@@ -64,9 +64,7 @@ def _types(contents: Contents) -> dict[str, tuple[int, int, int]]:
     return dict(sorted(found.items(), key=lambda entry: -entry[1][2]))
 
 
-def _content(
-    contents: Contents, types: Mapping[str, tuple[int, int, int]]
-) -> dict[str, Any]:
+def _content(contents: Contents, types: Mapping[str, tuple[int, int, int]]) -> dict[str, Any]:
     """The content for JSON. Arrays of the tokenizer are given by their length."""
     return {
         "version": contents.version,

@@ -66,7 +66,7 @@ def fields(
     found |= tokenizer_fields(
         quantized.path, quantized.config, quantized.bos_token_id, quantized.eos_token_ids
     )
-    return {key: _field(value) for key, value in found.items()}
+    return {key: _field(value) for key, value in found.items() if value != []}
 
 
 def _architecture(known: ModelConfig) -> dict[str, Any]:

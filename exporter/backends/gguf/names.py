@@ -10,8 +10,8 @@ from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 
 #: The output layer of a model whose embedding is not tied.
 OUTPUT_TENSOR = "output.weight"
-#: The family whose RoPE rotates adjacent numbers in llama.cpp (``LLAMA_ROPE_TYPE_NORM``); the others
-#: that we write rotate the halves of a head (``LLAMA_ROPE_TYPE_NEOX``).
+#: The family whose RoPE rotates adjacent numbers in llama.cpp (``LLAMA_ROPE_TYPE_NORM``). The
+#: others that we write rotate the halves of a head (``LLAMA_ROPE_TYPE_NEOX``).
 _INTERLEAVED = "llama"
 #: The family for which llama.cpp demands an output layer, tied or not.
 _NEVER_TIED = "olmo2"

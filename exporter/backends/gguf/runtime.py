@@ -1,7 +1,7 @@
 """Run a GGUF file in llama.cpp on the CPU, through the C functions of llama-cpp-python.
 
-The cache and the attention are llama.cpp's defaults, which its clients use too: float16 keys and
-values, and flash attention. A prompt is read in chunks.
+Unless the target asks for another cache, it and the attention are llama.cpp's defaults, which its
+clients use too: float16 keys and values, and flash attention. A prompt is read in chunks.
 
 Weights are read as the file has them (`use_extra_bufts` is off). llama.cpp would repack them for
 AMX where the CPU has it, and crash if a GCC older than 12.4 compiled it: that GCC leaves the table
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporter.backends.gguf import Target
 from exporter.errors import InputError
 
 #: The most tokens of a prompt that are read at once.
@@ -27,10 +28,10 @@ _REMEDY = "Get the file again, or lower the model again"
 
 
 class LlamaRunner:
-    """A `Runner` in llama.cpp, with a cache of `context` positions. Raises InputError for a file
-    that llama.cpp refuses, with its last messages."""
+    """A `Runner` in llama.cpp, with the cache of the target. Raises InputError for a file that
+    llama.cpp refuses, with its last messages."""
 
-    def __init__(self, path: Path, context: int) -> None:
+    def __init__(self, path: Path, target: Target) -> None:
         _log.clear()
         llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -40,10 +41,11 @@ class LlamaRunner:
         if not model:
             raise _refused(path, "load it")
         weakref.finalize(self, llama_cpp.llama_model_free, model)
-        self._context = _open_context(path, model, context)
+        self._context = _open_context(path, model, target)
         weakref.finalize(self, llama_cpp.llama_free, self._context)
         vocabulary = llama_cpp.llama_model_get_vocab(model)
-        self.context, self.vocab_size = context, llama_cpp.llama_vocab_n_tokens(vocabulary)
+        self.context = target.max_context
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self._path = path
 
     def prefill(self, tokens: list[int]) -> Tensor:
@@ -72,14 +74,17 @@ class LlamaRunner:
         return torch.from_numpy(values.copy())
 
 
-def _open_context(path: Path, model: Any, context: int) -> Any:
+def _open_context(path: Path, model: Any, target: Target) -> Any:
     options = llama_cpp.llama_context_default_params()
-    options.n_ctx = context
-    options.n_batch = options.n_ubatch = min(_CHUNK, context)
+    options.n_ctx = target.max_context
+    options.n_batch = options.n_ubatch = min(_CHUNK, target.max_context)
+    if target.cache == "float32":
+        options.type_k = options.type_v = llama_cpp.GGML_TYPE_F32
+        options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # computes in float16
     options.n_threads = options.n_threads_batch = torch.get_num_threads()
     opened = llama_cpp.llama_init_from_model(model, options)
     if not opened:
-        raise _refused(path, f"make a context of {context} tokens")
+        raise _refused(path, f"make a context of {target.max_context} tokens")
     return opened
 
 
@@ -87,10 +92,13 @@ def _open_context(path: Path, model: Any, context: int) -> Any:
 _log: list[str] = []
 
 
-@llama_cpp.llama_log_callback
-def _log_callback(level: int, text: bytes, _: Any) -> None:
+def _keep_error(level: int, text: bytes, _: object) -> None:
     if level == _ERROR:
         _log.append(text.decode("utf-8", "backslashreplace").strip())
+
+
+#: llama.cpp calls it later, so it must not be collected.
+_log_callback: Any = llama_cpp.llama_log_callback(_keep_error)
 
 
 def _refused(path: Path, action: str) -> InputError:

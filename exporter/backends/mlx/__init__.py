@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from exporter.model.config import ModelConfig
-    from exporter.quantization.activations import Rounding
     from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
     from exporter.quantization.schemes import QuantizedTensor, Scheme
 
@@ -48,6 +47,10 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
 
     check_context(config, target)
     check_stored(config, schemes, stores)
+
+
+def check_folder(folder: Path, target: Target) -> None:
+    """Nothing: mlx-lm reads any tokenizer that transformers reads."""
 
 
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
@@ -87,19 +90,17 @@ let model = try await loadModel(directory: folder)
 print(try await ChatSession(model).respond(to: "..."))
 ```
 
-mlx-lm was run on Linux, on the CPU only. No Mac, no iPhone and no GPU was available, and MLX Swift \
-was not run."""
+mlx-lm was run on Linux, on the CPU only. MLX Swift was not run, and no Mac or iPhone was tried."""
+_SLOW = """\
+MLX computes in {kind} with this folder. That is slow on a CPU of Intel or AMD, where it also \
+rounds sums that a GPU does not round: for these, lower the model with `activations=float32`."""
 
 
 def usage(target: Target) -> str:
     """mlx-lm's commands, and MLX Swift."""
     if target.activations == "float32":
         return _USAGE
-    return (
-        f"{_USAGE} MLX computes in {target.activations} here, which is slow on a CPU of Intel or "
-        "AMD and rounds sums there that a GPU does not round: for these, lower the model with "
-        "`activations=float32`."
-    )
+    return f"{_USAGE}\n\n{_SLOW.format(kind=target.activations)}"
 
 
 def portable(target: Target) -> bool:
@@ -113,23 +114,12 @@ def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Tar
 
 
 def interpreted(target: Target) -> bool:
-    """No: MLX itself runs here, in float32 where there is no GPU (see `running`)."""
+    """No: MLX itself runs here, on the CPU and in float32 (see `running`)."""
     return False
 
 
-def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "Rounding | None":
-    """Activations have the target's type on a GPU, and float32 on a CPU, as `load` runs them."""
-    import sys
-
-    from exporter.quantization.activations import round_to_half
-
-    if target.activations == "float32" or sys.platform != "darwin":
-        return None
-    return round_to_half if target.activations == "float16" else _round_to_bfloat16
-
-
-def _round_to_bfloat16(x: "Tensor") -> "Tensor":
-    return x.bfloat16().float()
+def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> None:
+    """None: `load` computes in float32, whatever the target's type."""
 
 
 def largest_activation(target: Target, which: str) -> float | None:
@@ -151,7 +141,7 @@ def lower(quantized: "QuantizedCheckpoint", target: Target, out: Path) -> Artifa
 
 
 def load(artifact: Artifact, variant: str = "") -> Runner:
-    """The artifact in MLX: on the GPU of a Mac in its own type, on a CPU in float32."""
+    """The artifact in MLX on the CPU, in float32."""
     from exporter.backends.mlx import running
 
     return running.load(artifact.path, artifact.target.max_context)

@@ -27,7 +27,7 @@ from exporter.backends.mlx.layout import (
     unpack,
     wrong_biases,
 )
-from exporter.backends.mlx.lowering import ORIGIN, quantization
+from exporter.backends.mlx.lowering import ORIGIN, options, quantization
 from exporter.errors import InputError, short
 from exporter.foreign import read_json
 from exporter.model.config import ModelConfig, parse_config
@@ -39,6 +39,8 @@ from exporter.tensors import SAFETENSORS_NAMES, read_header
 
 _REMEDY = "Get the folder again, or lower the model again"
 _QUANTIZATION = ("quantization", "quantization_config")
+#: Every way in which a weight may be stored.
+_WAYS = tuple(Affine(bits, group) for bits in OFFSETS for group in GROUPS)
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,13 @@ def _stored(
 
 
 def _affine(given: object, shape: tuple[int, ...], subject: str) -> Affine:
-    numbers = given if isinstance(given, dict) else {}
-    group, bits = numbers.get("group_size"), numbers.get("bits")
-    known = (group, bits) in [(group, bits) for group in GROUPS for bits in OFFSETS]
-    if not known or len(numbers) > 2 or isinstance(group, float) or isinstance(bits, float):
+    affine = next((way for way in _WAYS if given == options(way)), None)
+    if affine is None:
         raise InputError(subject, f"{short(given)} is not a way to store weights here", _REMEDY)
-    if shape[1] % group:
-        raise InputError(subject, f"groups of {group} do not divide rows of {shape[1]}", _REMEDY)
-    return Affine(bits, group)
+    if shape[1] % affine.group:
+        problem = f"groups of {affine.group} do not divide rows of {shape[1]}"
+        raise InputError(subject, problem, _REMEDY)
+    return affine
 
 
 def _check_config(
@@ -197,9 +198,7 @@ def read_weights(
         raise InputError(name, problem + (f"; {more} more weights have such" if more else ""))
 
 
-def differences(
-    found: Path, expected: Path, files: tuple[str, ...]
-) -> Iterator[tuple[str, str]]:
+def differences(found: Path, expected: Path, files: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """How the config.json, the tokenizer_config.json and the tensors of a folder differ from those
     of another. Raises InputError for a folder that cannot be read."""
     for name in (CONFIG, TOKENIZER):

@@ -82,7 +82,9 @@ def entries_of(
     }
 
 
-def pack(name: str, weight: QuantizedTensor, affine: Affine, kind: torch.dtype) -> dict[str, Tensor]:
+def pack(
+    name: str, weight: QuantizedTensor, affine: Affine, kind: torch.dtype
+) -> dict[str, Tensor]:
     """The three tensors of a quantized weight. Raises InputError if a bias is too large for its
     type."""
     groups = weight.codes.shape[1] // affine.group

@@ -1,12 +1,13 @@
-"""Run an MLX folder in mlx-lm's model on this machine.
+"""Run an MLX folder in mlx-lm's model on this machine: on the CPU, and in float32.
 
-On a Mac the model runs on the GPU, in the type of its file. On a CPU it runs in float32: scales,
-biases and norms are converted, which is exact. MLX's kernels for the CPUs of Intel and AMD add up
-a product in the type of the activations, in float16 to twelve times slower, as no GPU does. So a
-CPU shows that the folder is right, and not how float16 rounds.
+Scales, biases and float weights are converted to float32, which is exact. So the result shows what
+the folder means, on every machine alike; it does not show how a GPU rounds in float16. MLX's own
+float16 on a CPU of Intel or AMD would not show that either: it is twelve times slower, and adds up
+a product in float16 (``_qmm_t`` in MLX's mlx/backend/cpu/quantized.cpp), which no GPU does.
 """
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from exporter.backends.mlx import FILE_NAME
 from exporter.backends.mlx.contents import open_contents
 from exporter.errors import InputError
+from exporter.foreign import JSON_BYTES, present
 
 #: Tokens of a prompt that are read at once.
 _CHUNK = 256
@@ -26,24 +28,28 @@ _CHUNK = 256
 def load(folder: Path, context: int) -> "MlxRunner":
     """The model of a folder that `open_contents` accepts. Raises InputError."""
     contents = open_contents(folder)
-    others = [path.name for path in folder.glob("model*.safetensors") if path.name != FILE_NAME]
-    if others:  # mlx-lm would read their tensors too
-        raise InputError(folder / others[0], "does not belong to this folder", "Remove it")
-    on_cpu = not mx.metal.is_available()
-    if on_cpu:
-        mx.set_default_device(mx.cpu)
+    _check_folder(folder)
+    mx.set_default_device(mx.cpu)
     model, _ = load_model(folder, lazy=True, trust_remote_code=False)
-    if on_cpu:
-        model.set_dtype(mx.float32)
+    model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return MlxRunner(model, context, contents.config.vocab_size)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse other files that mlx-lm would read: more weights, and other descriptions of them."""
+    for path in sorted(folder.iterdir()):
+        weights = path.match("model*.safetensors") and path.name != FILE_NAME
+        if weights or path.name == "hf_quant_config.json":
+            raise InputError(path, "does not belong to this folder", "Remove it")
+    present(folder / "generation_config.json", JSON_BYTES)
 
 
 class MlxRunner:
     """A `Runner` in MLX. mlx-lm reads a prompt in the same way: all but its last token in chunks,
     without logits."""
 
-    def __init__(self, model: "mx.nn.Module", context: int, vocab_size: int) -> None:
+    def __init__(self, model: Any, context: int, vocab_size: int) -> None:
         self._model, self.context, self.vocab_size = model, context, vocab_size
         self._cache = make_prompt_cache(model)
         self._position = 0
@@ -73,7 +79,8 @@ class MlxRunner:
             raise InputError("tokens", f"have an id outside the vocabulary of {self.vocab_size}")
         self._position = end
 
-    def _read(self, tokens: list[int]) -> "mx.array":
+    def _read(self, tokens: list[int]) -> Any:
+        """The logits of these tokens, which MLX computes when they are used."""
         return self._model(mx.array([tokens]), cache=self._cache)
 
     def _logits(self, token: int) -> Tensor:
