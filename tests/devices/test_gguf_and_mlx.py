@@ -113,7 +113,9 @@ def test_every_phase_gives_its_raw_samples_and_memory(
     assert names == ["start", "load", "warmup", "prefill", "prefill", "decode", "decode", "end"]
     assert [line["depth"] for line in lines if line["phase"] == "decode"] == [0, 40]
     assert [len(line["ms"]) for line in lines[1:-1]] == [1, 2, 1, 1, 5, 5]
-    assert all(line["memory"]["peak_rss"] >= line["memory"]["rss"] > 0 for line in lines[:-1])
+    for memory in (line["memory"] for line in lines[:-1]):
+        # The system reads the two at different moments, and MLX has a thread of its own.
+        assert memory["peak_rss"] > 0.95 * memory["rss"] > 0
     assert (lines[1]["context"], lines[1]["vocab_size"]) == (100, 512)
 
 
