@@ -499,7 +499,10 @@ def test_every_backend_has_a_target_of_its_own_name() -> None:
 
 
 #: What the command line and the front of a backend are loaded without.
-LIGHT = "torch numpy executorch torchao onnx onnxruntime coremltools mlx mlx_lm".split()
+LIGHT = [
+    "torch", "numpy", "executorch", "torchao", "onnx", "onnxruntime", "coremltools", "gguf",
+    "llama_cpp", "mlx", "mlx_lm",
+]  # fmt: skip
 HEAVY = [*LIGHT, *"pydantic transformers tokenizers safetensors huggingface_hub".split()]
 
 

@@ -12,18 +12,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from clients.rows import PROMPTS
 from conftest import FAMILIES, LLAMA, LLAMA4, MakeCheckpoint, random_weights
 from lowering import MODELS, SCHEMES, Lower, check_logits, lowered_in, tokens
+from simulation import Simulation, greedy
 from torch import Tensor
 
 from exporter import pipeline
-from exporter.backends import Runner
 from exporter.backends import gguf as backend
 from exporter.backends.gguf import blocks
 from exporter.backends.gguf.contents import open_contents
 from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.errors import InputError, MissingExtraError
-from exporter.evaluation.agreement import compare_logits
 from exporter.inference.loaded_model import open_model
 from exporter.inference.reference import ReferenceRunner
 from exporter.model.checkpoint import open_checkpoint
@@ -242,21 +242,6 @@ def test_the_metadata_describe_model_licence_and_source(
 # Every family in llama.cpp.
 
 
-def greedy(runner: Runner, prompt: list[int], steps: int) -> tuple[list[int], Tensor]:
-    """The likeliest tokens after a prompt, and the logits that each was chosen from."""
-    rows = [runner.prefill(prompt)]
-    chosen = [int(rows[0].argmax())]
-    for _ in range(steps - 1):
-        rows.append(runner.decode(chosen[-1]))
-        chosen.append(int(rows[-1].argmax()))
-    return chosen, torch.stack(rows)
-
-
-def forced(runner: Runner, prompt: list[int], chosen: list[int]) -> Tensor:
-    """The logits after a prompt, and after each of these tokens but the last."""
-    return torch.stack([runner.prefill(prompt), *(runner.decode(token) for token in chosen[:-1])])
-
-
 @EACH_MEMBER
 def test_float_activations_give_the_greedy_tokens_of_torch(member: str, lower_once: Lower) -> None:
     """The equivalent model is the same function: logits agree to the last bits of float32."""
@@ -306,13 +291,6 @@ def test_a_prompt_longer_than_a_chunk_is_read_whole(lower_once: Lower) -> None:
 
 # The rounding of activations, on the demo.
 
-PROMPTS = (
-    "Ada has 3 eggs and finds 4 more. How many eggs does she have?",
-    "Tom has 12 coins and gives 5 to Mia. How many coins does Tom have?",
-    "A box holds 6 pens. How many pens do 7 boxes hold?",
-    "Hugo picks 48 roses and puts them into 8 vases. How many are in each vase?",
-    "Lena reads 15 pages a day. How many pages does she read in 4 days?",
-)
 STEPS = 64
 
 
@@ -329,41 +307,23 @@ def demo(tmp_path_factory: pytest.TempPathFactory, nano: Path) -> Iterator[Any]:
 
 def against_the_simulation(
     quantized: QuantizedCheckpoint, finished: FinishedArtifact
-) -> tuple[int, int, list[str]]:
-    """The number of greedy tokens of an artifact over five prompts, how many of them the simulated
-    rounding chooses too, and what the rounding does not explain.
-
-    A token may differ where two logits are nearer than the error of the simulation. The divergence
-    from torch without rounding may be twice that of the simulation.
-    """
-    tokenizer = load_tokenizer(quantized.path)
-    runner = backend.load(finished.artifact)
-    context = finished.artifact.target.max_context
+) -> tuple[Simulation, list[str]]:
+    """The greedy tokens of an artifact after each prompt, and what rounding does not explain."""
+    tokenizer, runner = load_tokenizer(quantized.path), backend.load(finished.artifact)
     rounding = backend.rounding(quantized.schemes, backend.Target(), 0)
-    simulation = ReferenceRunner(quantized, context, rounding)
-    exact = ReferenceRunner(quantized, context)
-    total, same, unexplained = 0, 0, list[str]()
+    simulation = Simulation(quantized, rounding, finished.artifact.target.max_context)
+    unexplained = list[str]()
     for prompt in PROMPTS:
         ids = tokenizer.encode(tokenizer.prompt_text(prompt, raw=False))
-        chosen, found = greedy(runner, ids, STEPS)
-        simulated, reference = forced(simulation, ids, chosen), forced(exact, ids, chosen)
-        error = float((simulated - reference).abs().max())
-        for step, token in enumerate(chosen):
-            gap = float(simulated[step].max() - simulated[step, token])
-            total, same = total + 1, same + (gap == 0)
-            if gap > error:
-                unexplained.append(f"{prompt}: step {step} has a gap of {gap:.2f}, not {error:.2f}")
-        divergence = compare_logits(reference, found).kl
-        allowed = 1e-4 + 2 * compare_logits(reference, simulated).kl
-        if divergence > allowed:
-            unexplained.append(f"{prompt}: KL {divergence:.2g} is above {allowed:.2g}")
-    return total, same, unexplained
+        unexplained += simulation.unexplained(ids, *greedy(runner, ids, STEPS))
+    return simulation, unexplained
 
 
 def test_greedy_tokens_are_those_of_the_simulated_rounding(demo: Any) -> None:
-    total, same, unexplained = against_the_simulation(*demo)
+    simulation, unexplained = against_the_simulation(*demo)
     assert unexplained == []
-    assert total == len(PROMPTS) * STEPS and same > 0.95 * total
+    assert simulation.total == len(PROMPTS) * STEPS
+    assert simulation.same > 0.95 * simulation.total
 
 
 def test_an_artifact_with_other_scales_is_not_explained_by_rounding(
@@ -377,7 +337,7 @@ def test_an_artifact_with_other_scales_is_not_explained_by_rounding(
         data[place + 1] += 1  # each scale is 1.2 to 1.5 times as large
     path.write_bytes(data)
     changed = replace(finished, artifact=replace(finished.artifact, path=tmp_path))
-    _, _, unexplained = against_the_simulation(quantized, changed)
+    _, unexplained = against_the_simulation(quantized, changed)
     assert any("KL" in line for line in unexplained)
 
 

@@ -92,6 +92,23 @@ def test_lower_takes_the_options_of_a_new_format_and_refuses_others(
 
 
 @pytest.mark.usefixtures("npz")
+def test_a_file_that_a_new_format_cannot_hold_is_refused_before_any_work(
+    recipe: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: Capture
+) -> None:
+    checkpoint, quantized = make_checkpoint(LLAMA), tmp_path / "quantized"
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    run(capsys, "quantize", recipe, "--checkpoint", checkpoint, "-o", quantized)
+    for command in (
+        ["lower", quantized, "--target", "npz", "-o", tmp_path / "out", "max_context=200"],
+        ["export", recipe, "--checkpoint", checkpoint, "-o", tmp_path / "out"],
+    ):
+        refused = run(capsys, *command)
+        assert refused.code == 2
+        assert "chat_template.jinja: has no place in an .npz. Remove it." in refused.err
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("npz")
 def test_verify_reads_the_codes_of_a_new_format(
     recipe: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -14,6 +14,16 @@ from devices.engines.placed import Placed
 from devices.engines.records import Record, check_record
 from devices.errors import DeviceError
 
+#: Reads the model instead of mapping it, in the words of this version: $1 is the program.
+_READING = r"""
+program=$1
+shift
+if "$program" --help 2>&1 | grep -q -e --load-mode
+then set -- --load-mode none "$@"
+else set -- --mmap 0 "$@"
+fi
+exec "$program" "$@"
+"""
 BENCH_NOTE = (
     "random tokens, read and decoded once untimed before; of the steps at a depth their mean; "
     "llama-bench times no loading"
@@ -27,10 +37,10 @@ def bench_files(placed: Placed, plan: Plan) -> dict[str, Path]:
 
 def bench_commands(placed: Placed, plan: Plan) -> list[Command]:
     """A process for the prompts and one for the depths: in one it would measure all pairs."""
-    common = [
-        placed.program, "-m", placed.path, "-o", "json", "-r", "1", "-t", str(plan.threads),
-        "-mmp", "1" if plan.mmap else "0",
-    ]  # fmt: skip
+    program = [placed.program]
+    if not plan.mmap:
+        program = ["sh", "-c", _READING, "mobilellm", placed.program]
+    common = [*program, "-m", placed.path, "-o", "json", "-r", "1", "-t", str(plan.threads)]
     commands = []
     if plan.prompts:
         prompts = ["-p", ",".join(map(str, plan.prompts)), "-n", "0"]

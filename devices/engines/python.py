@@ -43,7 +43,8 @@ _RUNTIMES: Mapping[Format, _Runtime] = {
     ),
     "mlx": _Runtime(
         "mlx", ("mlx", "mlx-lm"), beside=("config.json",), threads=1,
-        note="MLX's default device: the GPU of a Mac, elsewhere the CPU with one thread",
+        note="MLX's default device: the GPU of a Mac, elsewhere the CPU with one thread, which is "
+        "slow where it computes float16 on a processor of Intel or AMD",
     ),
 }  # fmt: skip
 

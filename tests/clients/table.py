@@ -1,6 +1,6 @@
 """Write the rows that the client tests have shown into docs/clients.md.
 
-    rm -f build/clients.jsonl && python -m pytest tests/clients && python tests/clients/table.py
+    make clients
 
 With --check, fail if a row of the page was not shown, in whatever version of the client.
 """

@@ -48,7 +48,9 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) ->
 
 
 def check_folder(folder: Path, target: Target) -> None:
-    pass
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        raise InputError(path, "has no place in an .npz", "Remove it")
 
 
 def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:

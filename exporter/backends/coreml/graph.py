@@ -67,7 +67,7 @@ class Decoder:
         self.config, self.target, self.constants, self.steps = config, target, constants, steps
         self.kind = "fp16" if target.activations == "float16" else "fp32"
         self.padded = steps > 1
-        self.cache_shape = (
+        self.cache_shape: tuple[int, ...] = (
             config.num_hidden_layers,
             config.num_key_value_heads,
             target.max_context,

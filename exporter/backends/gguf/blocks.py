@@ -8,11 +8,13 @@ layouts are those of ``block_q4_0`` and ``block_q8_0`` in llama.cpp's ggml-commo
 import torch
 from torch import Tensor
 
-from exporter.backends.gguf.schemes import BLOCK
+from exporter.backends.gguf.schemes import BLOCK, BLOCK_TYPES
 from exporter.quantization.packing import Packing
 from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 _SCALE_BYTES = 2
+#: Rows that are packed at once.
+_ROWS = 4096
 _PACKING = Packing({4: 8, 8: 0})
 
 
@@ -23,13 +25,20 @@ def pack(quantized: QuantizedTensor) -> Tensor:
     """
     bits = quantized.scheme.code_bits
     rows, columns = quantized.codes.shape
-    count = columns // BLOCK
-    scales = quantized.scales.half().repeat_interleave(count // quantized.scales.shape[1], 1)
-    codes = _PACKING.pack(_halves_in_pairs(quantized.codes) if bits == 4 else quantized.codes, bits)
-    blocks = torch.empty(rows, count, _SCALE_BYTES + BLOCK * bits // 8, dtype=torch.uint8)
-    blocks[..., :_SCALE_BYTES] = scales.view(torch.uint8).view(rows, count, _SCALE_BYTES)
-    blocks[..., _SCALE_BYTES:] = codes.view(rows, count, -1)
+    blocks = torch.empty(rows, columns // BLOCK, BLOCK_TYPES[bits][1], dtype=torch.uint8)
+    for start in range(0, rows, _ROWS):  # in parts, since each step needs memory for a copy
+        part = slice(start, start + _ROWS)
+        _pack_rows(quantized.codes[part], quantized.scales[part], bits, blocks[part])
     return blocks
+
+
+def _pack_rows(codes: Tensor, scales: Tensor, bits: int, blocks: Tensor) -> None:
+    """Write codes [rows, columns] and scales [rows, groups] into `blocks`."""
+    rows, count = blocks.shape[:2]
+    repeated = scales.half().repeat_interleave(count // scales.shape[1], 1)
+    packed = _PACKING.pack(_halves_in_pairs(codes) if bits == 4 else codes, bits)
+    blocks[..., :_SCALE_BYTES] = repeated.view(torch.uint8).view(rows, count, _SCALE_BYTES)
+    blocks[..., _SCALE_BYTES:] = packed.view(rows, count, -1)
 
 
 def unpack(blocks: Tensor, scheme: Scheme) -> tuple[QuantizedTensor, list[int] | None]:

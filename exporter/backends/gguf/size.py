@@ -11,15 +11,18 @@ from exporter.quantization.schemes import FLOAT, Scheme
 
 #: Bytes of a float, by its type in the target.
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
-#: Bytes of the metadata but for the vocabulary, of the entry of a tensor, and of one token with its
-#: type and merges: the mean of the tokenizers of SmolLM2.
-_METADATA_BYTES, _TENSOR_BYTES, _TOKEN_BYTES = 2_000, 72, 36
+#: Bytes of the metadata but for the tokenizer, and of the entry of a tensor.
+_METADATA_BYTES, _TENSOR_BYTES = 2_000, 72
+#: Bytes of a token with its type and its merge, as SmolLM2 has them (39 in Qwen3). By the number of
+#: tokens, the bytes of a tokenizer that has more merges than tokens: Llama 3's, which is R1's.
+_TOKEN_BYTES, _TOKENIZER_BYTES = 36, {128_256: 7_818_000}
 #: The cache has a multiple of so many positions.
 _CACHE_MULTIPLE = 256
 #: Tokens that are read at once, which decides the size of the buffers of a call.
 _CHUNK = 512
-#: Memory of llama.cpp and its binding besides weights, cache and buffers.
-_RUNTIME_BYTES = 30_000_000
+#: Memory of llama.cpp besides weights, cache, buffers and tokenizer, and that of a tokenizer for
+#: each of its bytes in the file: its tables of tokens and merges.
+_RUNTIME_BYTES, _TABLES = 3_000_000, 4.7
 
 
 def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:
@@ -32,10 +35,12 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
     if config.qk_norm is not None and not config.qk_norm.weighted:
         count += 2 * config.num_hidden_layers
         weights += 2 * config.num_hidden_layers * config.head_dim * 4  # norms of ones
-    file = weights + _METADATA_BYTES + _TENSOR_BYTES * count + _TOKEN_BYTES * config.vocab_size
+    tokenizer = _TOKENIZER_BYTES.get(config.vocab_size, _TOKEN_BYTES * config.vocab_size)
+    file = weights + _METADATA_BYTES + _TENSOR_BYTES * count + tokenizer
     positions = -(-target.max_context // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
     kv_cache = config.kv_cache_bytes(positions, _WIDTHS[target.cache])
-    return Prediction(file, kv_cache, file + kv_cache + _buffers(config, target) + _RUNTIME_BYTES)
+    rest = _buffers(config, target) + int(_TABLES * tokenizer) + _RUNTIME_BYTES
+    return Prediction(file, kv_cache, file + kv_cache + rest)
 
 
 def _bytes(scheme: Scheme, shape: tuple[int, ...], target: Target) -> int:

@@ -64,16 +64,10 @@ def pre_tokenizer_name(part: object, ignore_merges: bool, path: Path) -> str:
     expressions = tuple(found for step in steps for found in _expressions(step, subject))
     name = _NAMES.get((expressions, ignore_merges))
     if name is None:
-        flag = (
-            ""
-            if (expressions, not ignore_merges) not in _NAMES
-            else (f" with ignore_merges {str(ignore_merges).lower()}")
-        )
-        raise InputError(
-            subject,
-            f"splits text by {short(list(expressions))}{flag}, which llama.cpp has not",
-            REMEDY,
-        )
+        other_flag = (expressions, not ignore_merges) in _NAMES
+        flag = f" and ignore_merges {str(ignore_merges).lower()}" if other_flag else ""
+        what = f"splits text by {short(list(expressions))}{flag}, which llama.cpp does not have"
+        raise InputError(subject, what, REMEDY)
     return name
 
 

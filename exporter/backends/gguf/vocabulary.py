@@ -1,23 +1,25 @@
 """The tokenizer in a GGUF file: vocabulary, merges, special tokens, chat template.
 
 llama.cpp makes its own tokenizer from these fields. `tokenizer_fields` gives them only if it then
-finds the same token ids as ``tokenizer.json``, and raises InputError with the part that llama.cpp
-does not have. What remains is a difference of llama.cpp itself:
+finds the same token ids as ``tokenizer.json``; a part that llama.cpp does not have is refused. What
+remains are differences of llama.cpp itself, as of the version that the extra ``llama-cpp`` has:
 
 - It does not compose characters. A tokenizer whose normalizer is NFC (Qwen) gives the same ids for
   text that is in that form already.
-- Added tokens that overlap in the text: it takes the longest one, ``tokenizer.json`` the first one.
-- Bytes that the vocabulary lacks are left out by both, but only ``tokenizer.json`` then merges the
-  bytes on their two sides.
+- Its tables of characters are those of Unicode 15: letters and digits of 2024 and later are split
+  as signs.
+- Of added tokens that overlap in the text, it takes the longest, ``tokenizer.json`` the first.
+- Bytes that the vocabulary lacks (six control characters of SmolLM2) are left out by both, but only
+  ``tokenizer.json`` then merges the bytes on their two sides.
+- It ends at tokens that it knows by their text, such as ``<|endoftext|>``, whatever the model says.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from exporter.backends.gguf.splitting import REMEDY, pre_tokenizer_name
-from exporter.errors import InputError, short
+from exporter.backends.gguf.splitting import REMEDY
+from exporter.backends.gguf.tokenizer_json import UNUSED, ByteLevelBPE, read_tokenizer
+from exporter.errors import InputError
 from exporter.foreign import present, read_json
 from exporter.model.checkpoint import special_tokens
 from exporter.model.config import ModelConfig, parse_config
@@ -25,31 +27,12 @@ from exporter.text.tokenizer import TOKENIZER_BYTES, template_of
 
 Fields = dict[str, str | bool | int | list[bytes] | list[int]]
 
-#: Types of tokens in a GGUF file: NORMAL, CONTROL, USER_DEFINED, UNUSED.
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 #: Tokens of text that llama.cpp always ends at, by their text.
 _KNOWN_ENDS = frozenset(
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> "
     "<|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> "
     "<eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[".split()
 )
-#: Bytes that occur in UTF-8.
-_UTF8 = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
-
-
-@dataclass(frozen=True)
-class _Tokenizer:
-    """What a ``tokenizer.json`` consists of, as far as llama.cpp has it.
-
-    `tokens` has text and type by id. `begin` and `end` are the ids that are added to a text, or
-    None.
-    """
-
-    tokens: Mapping[int, tuple[str, int]]
-    merges: Sequence[str]
-    pre: str
-    begin: int | None
-    end: int | None
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -70,7 +53,7 @@ def tokenizer_fields(
     path = folder / "tokenizer.json"
     if not present(path, TOKENIZER_BYTES):
         return {"tokenizer.ggml.model": "none"}
-    tokenizer = _read(path)
+    tokenizer = read_tokenizer(path)
     largest = max(tokenizer.tokens)
     if largest >= config.vocab_size:
         raise InputError(
@@ -79,9 +62,12 @@ def tokenizer_fields(
             "Correct vocab_size, or get the tokenizer of this model",
         )
     template, special = template_of(folder)
-    unused = {token: (f"[PAD{token}]", _UNUSED) for token in range(config.vocab_size)}
-    tokens = (unused | dict(tokenizer.tokens)).values()
     ids = {text: token for token, (text, _) in tokenizer.tokens.items()}
+    tokens = [
+        tokenizer.tokens.get(token, (f"[PAD{token}]", UNUSED)) for token in range(config.vocab_size)
+    ]
+    if len({text for text, _ in tokens}) < len(tokens):  # llama.cpp would end the process
+        raise InputError(path, "has a token [PAD…], the name of tokens that are not used", REMEDY)
     named = {name: ids[text] for name, text in special.items() if text in ids}
     fields: Fields = {
         "tokenizer.ggml.model": "gpt2",
@@ -96,13 +82,14 @@ def tokenizer_fields(
             fields[f"tokenizer.ggml.{field}_token_id"] = named[name]
     fields["tokenizer.ggml.add_bos_token"] = tokenizer.begin is not None
     fields["tokenizer.ggml.add_eos_token"] = tokenizer.end is not None
+    fields["tokenizer.ggml.add_space_prefix"] = False
     if template is not None:
         fields["tokenizer.chat_template"] = template
     return fields
 
 
 def _special_ids(
-    tokenizer: _Tokenizer,
+    tokenizer: ByteLevelBPE,
     named: Mapping[str, int],
     bos: int | None,
     ends: tuple[int, ...],
@@ -131,167 +118,3 @@ def _special_ids(
         )
     found |= zip(("eot", "eom"), others, strict=False)
     return {f"tokenizer.ggml.{name}_token_id": i for name, i in found.items() if i is not None}
-
-
-def _read(path: Path) -> _Tokenizer:
-    """Read a ``tokenizer.json``. Raises InputError for what llama.cpp does not have."""
-    content = read_json(path, TOKENIZER_BYTES)
-    model = content.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        kind = short(model.get("type") if isinstance(model, dict) else model)
-        raise InputError(f"{path}: model", f"{kind} is not a byte-level BPE", REMEDY)
-    _check_unsupported(content, model, path)
-    vocabulary = _vocabulary(model.get("vocab"), path)
-    tokens = {token: (text, _NORMAL) for text, token in vocabulary.items()}
-    tokens |= _added_tokens(content.get("added_tokens"), vocabulary, path)
-    _check_bytes(vocabulary, model, path)
-    begin, end = _added_to_texts(content.get("post_processor"), path)
-    for token in (begin, end):
-        if token is not None and token not in tokens:
-            raise InputError(f"{path}: post_processor", f"adds {token}, which is no token", REMEDY)
-    pre = pre_tokenizer_name(content.get("pre_tokenizer"), bool(model.get("ignore_merges")), path)
-    return _Tokenizer(tokens, list(_merges(model.get("merges"), vocabulary, path)), pre, begin, end)
-
-
-def _check_unsupported(content: Mapping[str, Any], model: Mapping[str, Any], path: Path) -> None:
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(key):
-            raise InputError(f"{path}: model.{key}", "is not supported by llama.cpp", REMEDY)
-    for key in ("truncation", "padding"):
-        if content.get(key):
-            raise InputError(f"{path}: {key}", "changes the length of texts", "Make it null")
-    for key, parts, allowed in (
-        ("normalizer", "normalizers", "NFC"),
-        ("decoder", "decoders", "ByteLevel"),
-    ):
-        kinds = {kind for kind, _ in _flat(content.get(key), parts)}
-        if kinds - {allowed} or (key == "decoder" and not kinds):
-            others = sorted(map(str, kinds - {allowed})) or [None]
-            raise InputError(f"{path}: {key}", f"{short(others[0])} is not llama.cpp's", REMEDY)
-
-
-def _flat(part: object, parts: str) -> Iterator[tuple[object, Mapping[str, Any]]]:
-    """The type and content of a part, or of each part of a sequence. A missing one has none."""
-    if isinstance(part, dict) and part.get("type") == "Sequence":
-        inner = part.get(parts)
-        for one in inner if isinstance(inner, list) else [inner]:
-            yield from _flat(one, parts)
-    elif part is not None:
-        yield (part.get("type"), part) if isinstance(part, dict) else (short(part), {})
-
-
-def _vocabulary(vocab: object, path: Path) -> dict[str, int]:
-    subject = f"{path}: model.vocab"
-    if not isinstance(vocab, dict) or not vocab:
-        raise InputError(subject, "holds no tokens", "Get the file again")
-    for text, token in vocab.items():
-        if not _is_id(token):
-            raise InputError(subject, f"{short(text)} has the id {short(token)}", "Correct it")
-    if len(set(vocab.values())) < len(vocab):
-        raise InputError(subject, "gives one id to two tokens", "Get the file again")
-    return vocab
-
-
-def _added_tokens(
-    added: object, vocabulary: Mapping[str, int], path: Path
-) -> dict[int, tuple[str, int]]:
-    """The added tokens. As in `tokenizers`, a new one gets the next free id, whatever the file
-    says, so a file that says something else is refused."""
-    subject = f"{path}: added_tokens"
-    found, next_id = dict[int, tuple[str, int]](), len(vocabulary)
-    for entry in added if isinstance(added, list) else []:
-        text, token = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (0, 0)
-        if not isinstance(text, str) or not text or not _is_id(token) or token in found:
-            raise InputError(subject, f"{short(entry)} is no token of its own", "Correct it")
-        if any(entry.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
-            raise InputError(subject, f"{short(text)} depends on what is beside it", REMEDY)
-        expected = vocabulary.get(text, next_id)
-        next_id += text not in vocabulary
-        if token != expected:
-            raise InputError(
-                subject, f"{short(text)} has the id {token}, not {expected}", "Correct it"
-            )
-        found[token] = (text, _CONTROL if entry.get("special") else _USER_DEFINED)
-    if len({text for text, _ in found.values()}) < len(found):
-        raise InputError(subject, "has the same token twice", "Correct it")
-    return found
-
-
-def _is_id(token: object) -> bool:
-    return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 1 << 31
-
-
-def _check_bytes(vocabulary: Mapping[str, int], model: Mapping[str, Any], path: Path) -> None:
-    if model.get("unk_token") is None:
-        return
-    lacking = [byte for byte, text in _byte_texts().items() if text not in vocabulary]
-    if lacking:
-        raise InputError(
-            f"{path}: model.unk_token",
-            f"stands for {len(lacking)} bytes that the vocabulary lacks",
-            REMEDY,
-        )
-
-
-def _byte_texts() -> dict[int, str]:
-    """The character that stands for each byte of UTF-8 in a byte-level vocabulary: itself if it is
-    a visible one of Latin-1, else the next after U+00FF."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0x100)} - {0xAD}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    texts = {byte: chr(byte) for byte in visible}
-    texts |= {byte: chr(0x100 + place) for place, byte in enumerate(hidden)}
-    return {byte: texts[byte] for byte in _UTF8}
-
-
-def _merges(merges: object, vocabulary: Mapping[str, int], path: Path) -> Iterator[str]:
-    """The merges as two texts with a space between them."""
-    subject, seen = f"{path}: model.merges", set[str]()
-    for entry in merges if isinstance(merges, list) else [merges]:
-        parts = entry.split(" ") if isinstance(entry, str) else entry
-        if not isinstance(parts, list) or not _is_merge(parts, vocabulary):
-            raise InputError(subject, f"{short(entry)} does not merge two tokens", REMEDY)
-        merge = " ".join(parts)
-        if merge in seen:
-            raise InputError(subject, f"{short(merge)} occurs twice", "Get the file again")
-        seen.add(merge)
-        yield merge
-
-
-def _is_merge(parts: Sequence[object], vocabulary: Mapping[str, int]) -> bool:
-    """Whether both parts and the merged token are in the vocabulary, and no part has a space."""
-    if len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-        return False
-    one, two = map(str, parts)
-    return {one, two, one + two} <= vocabulary.keys() and " " not in one + two
-
-
-def _added_to_texts(part: object, path: Path) -> tuple[int | None, int | None]:
-    """The ids that a post-processor adds before and after a text, None for neither."""
-    begin = end = None
-    for kind, one in _flat(part, "processors"):
-        if kind == "ByteLevel":
-            continue
-        before, after = _template(one) if kind == "TemplateProcessing" else (None, None)
-        if before is None or after is None or (begin, end) != (None, None):
-            raise InputError(f"{path}: post_processor", f"{short(kind)} is not llama.cpp's", REMEDY)
-        begin, end = next(iter(before), None), next(iter(after), None)
-    return begin, end
-
-
-def _template(part: Mapping[str, Any]) -> tuple[list[int] | None, list[int] | None]:
-    """The ids before and after the text in a template, at most one each; else None."""
-    before, after, texts = list[int](), list[int](), 0
-    single, tokens = part.get("single"), part.get("special_tokens")
-    for piece in single if isinstance(single, list) else [None]:
-        if isinstance(piece, dict) and "Sequence" in piece:
-            texts += 1
-            continue
-        name = piece.get("SpecialToken") if isinstance(piece, dict) else None
-        name = name.get("id") if isinstance(name, dict) else None
-        token = tokens.get(name) if isinstance(tokens, dict) and isinstance(name, str) else None
-        ids = token.get("ids") if isinstance(token, dict) else None
-        if not isinstance(ids, list) or not all(map(_is_id, ids)):
-            return None, None
-        (after if texts else before).extend(ids)
-    fits = texts == 1 and len(before) < 2 and len(after) < 2
-    return (before, after) if fits else (None, None)

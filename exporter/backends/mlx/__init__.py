@@ -79,14 +79,17 @@ mlx_lm.generate --model . --prompt "..." --max-tokens 256
 mlx_lm.server --model . --port 8080  # an HTTP server with OpenAI's interface
 ```
 
-MLX Swift (`mlx-swift-lm`, for apps on a Mac, an iPhone or an iPad) opens the same folder:
+MLX Swift (`mlx-swift-lm` 3, for apps on a Mac, an iPhone or an iPad) opens the same folder:
 
 ```swift
+import HuggingFace
+import MLXHuggingFace
 import MLXLLM
 import MLXLMCommon
+import Tokenizers
 
 let folder = URL(filePath: "...")  // this folder
-let model = try await loadModel(directory: folder)
+let model = try await loadModel(from: folder, using: #huggingFaceTokenizerLoader())
 print(try await ChatSession(model).respond(to: "..."))
 ```
 

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from exporter.backends.onnx.contents import Contents, unique
 from exporter.backends.onnx.graph import CONTRIB
-from exporter.backends.onnx.schemes import UNSIGNED
+from exporter.backends.onnx.layout import codes_of_bytes
+from exporter.backends.onnx.schemes import CODES_OF_BYTES, UNSIGNED
 from exporter.errors import InputError
 from exporter.quantization.packing import TWOS_COMPLEMENT, Packing
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 Weight = QuantizedTensor | Tensor
-#: Endings of names: a table for lookups, a transposed weight, and scales.
-_TABLE, _TRANSPOSED, _SCALES = ".table", ".transposed", ".scales"
+#: Endings of names: tables for lookups of columns and of rows, a transposed weight, and scales.
+_TABLE, _ROWS, _TRANSPOSED, _SCALES = ".table", ".rows", ".transposed", ".scales"
 #: The weight of a norm over heads that has none.
 _ONES = "ones"
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -123,14 +124,18 @@ def _weights_read(contents: Contents) -> Iterator[tuple[str, str, Callable[[], _
         stored = node.input(index)
         if stored not in tensors and node.kind in _MAY_READ_OTHERS:
             continue
+        if node.kind == ("", "Gather") and stored in CODES_OF_BYTES.values():
+            _check_codes_of_bytes(node)
+            continue
         if stored.endswith(_SCALES) and node.kind == ("", "Gather"):
-            if stored.removesuffix(_SCALES) not in gathered:
+            table = stored.removesuffix(_SCALES)
+            if not {table, table + _ROWS} & gathered:
                 raise node.problem(f"reads {stored!r}, the scales of no table")
             continue
         coded = read is _gathered and tensors[stored].data_type in _BITS
-        if coded and stored + _SCALES not in gathered:
+        if coded and stored.removesuffix(_ROWS) + _SCALES not in gathered:
             raise node.problem(f"reads {stored!r} without its scales")
-        yield stored.removesuffix(suffix), node.name, partial(read, node)
+        yield stored.removesuffix(suffix).removesuffix(_ROWS), node.name, partial(read, node)
 
 
 @dataclass(frozen=True)
@@ -208,14 +213,25 @@ def _multiplied_in_blocks(node: _Node) -> _Stored:
     return node.stored("filter", unpacked, bits, block, node.values(2, *_FLOATS))
 
 
-def _looked_up_in_blocks(node: _Node) -> _Stored:
-    """GatherBlockQuantized: codes [rows, bytes], scales [rows, blocks]."""
-    axes = node.attribute("gather_axis"), node.attribute("quantize_axis", 1)
-    if axes != (0, 1) or node.input(3):
-        raise node.problem(f"looks up along the axes {axes}, or with zero points")
-    bits, block = node.attribute("bits", 4), node.attribute("block_size", 128)
-    codes = node.unpacked(node.values(0, TensorProto.UINT8), UNSIGNED, bits)
-    return node.stored("table", codes, bits, block, node.values(2, *_FLOATS))
+def _check_codes_of_bytes(node: _Node) -> None:
+    """A lookup of the codes in bytes must decode them as `unsigned_bytes` packs them."""
+    bits = next(bits for bits, name in CODES_OF_BYTES.items() if name == node.input(0))
+    found, expected = node.floats(0), codes_of_bytes(bits).float()
+    if node.attribute("axis") or not torch.equal(found, expected):
+        raise node.problem(f"decodes bytes of codes of {bits} bits in another way")
+
+
+def _looked_up(node: _Node) -> _Stored:
+    """Gather of rows of bytes, whose codes a constant has: codes [rows, bytes], scales [rows,
+    blocks]."""
+    known = [bits for bits, name in CODES_OF_BYTES.items() if name in node.tensors]
+    if node.attribute("axis") or len(known) != 1:
+        raise node.problem("looks up along another axis, or codes of unknown bits")
+    codes = node.unpacked(node.values(0, TensorProto.UINT8), UNSIGNED, known[0])
+    name = node.input(0).removesuffix(_ROWS) + _SCALES
+    scales = _Node(NodeProto(input=[name]), node.contents, node.tensors).values(0, *_FLOATS)
+    block = codes.shape[1] // max(1, scales.shape[-1] if scales.ndim else 0)
+    return node.stored("table", codes, known[0], block, scales)
 
 
 def _multiplied_by_rows(node: _Node) -> _Stored:
@@ -255,6 +271,8 @@ def _gathered(node: _Node) -> _Stored:
     """Gather of rows of a table of floats, or of columns of codes whose scales another Gather looks
     up."""
     name = node.input(0)
+    if name.endswith(_ROWS):
+        return _looked_up(node)
     bits = _BITS.get(node.tensors[name].data_type)
     if node.attribute("axis") != (0 if bits is None else 1):
         raise node.problem(f"looks up along the axis {node.attribute('axis')}")
@@ -278,7 +296,6 @@ def _norm(node: _Node, index: int) -> _Stored:
 #: Node kind → which input is a weight, the ending of its name, and how it is decoded.
 _READERS: dict[tuple[str, str], tuple[int, str, Callable[[_Node], _Stored]]] = {
     (CONTRIB, "MatMulNBits"): (1, "", _multiplied_in_blocks),
-    (CONTRIB, "GatherBlockQuantized"): (0, _TABLE, _looked_up_in_blocks),
     (CONTRIB, "DynamicQuantizeMatMul"): (1, _TRANSPOSED, _multiplied_by_rows),
     ("", "DequantizeLinear"): (0, "", _dequantized),
     ("", "MatMul"): (1, _TRANSPOSED, _multiplied_floats),

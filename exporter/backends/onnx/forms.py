@@ -15,11 +15,12 @@ from exporter.backends.onnx.graph import CONTRIB, OnnxGraph, float_bytes
 from exporter.backends.onnx.layout import (
     block_scales,
     block_size,
+    codes_of_bytes,
     concatenate,
     transposed_bytes,
     unsigned_bytes,
 )
-from exporter.backends.onnx.schemes import in_whole_rows
+from exporter.backends.onnx.schemes import CODES_OF_BYTES, in_whole_rows
 from exporter.model.rope import rope_tables
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
@@ -202,19 +203,28 @@ class ContribForm(_Form):
         self.total_length = graph.op("Cast", length, to=TensorProto.INT32)
 
     def embed(self, weight: str) -> Value:
+        """Looks up rows of packed codes, then the codes of each byte, and multiplies by the scales.
+
+        ONNX Runtime's own operator for it, GatherBlockQuantized, is not for the CPU in its
+        WebAssembly builds with WebGPU, and transformers.js loads no others.
+        """
         stored = self.quantized.read(weight)
         if not isinstance(stored, QuantizedTensor):
             return self.float_embed(weight)
         codes, scales = self._blocks(weight, stored)
         rows, columns = stored.codes.shape
         bits = stored.scheme.code_bits
-        table = self.g.alias(
-            f"{weight}.table", codes, TensorProto.UINT8, [rows, columns * bits // 8]
+        g, block = self.g, block_size(stored)
+        table = g.alias(f"{weight}.rows", codes, TensorProto.UINT8, [rows, columns * bits // 8])
+        row = g.op("Cast", g.op("Gather", table, self.tokens), to=TensorProto.INT32)
+        known = codes_of_bytes(bits)
+        content = float_bytes(known, self.kind)
+        values = g.op(
+            "Gather", g.tensor(CODES_OF_BYTES[bits], self.kind, known.shape, content), row
         )
-        return self.g.op(
-            "GatherBlockQuantized", table, self.tokens, scales, domain=CONTRIB,
-            bits=bits, block_size=block_size(stored), gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
+        grouped = g.op("Reshape", values, g.integers(0, 0, columns // block, block))
+        scale = g.op("Unsqueeze", g.op("Gather", scales, self.tokens), g.integers(-1))
+        return g.op("Reshape", g.op("Mul", grouped, scale), g.integers(0, 0, columns))
 
     def linear(self, x: Value, *weights: str) -> Sequence[Value]:
         """Weights of the same scheme are merged into one product, which is faster."""

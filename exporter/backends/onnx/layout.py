@@ -30,6 +30,11 @@ def unsigned_bytes(weight: QuantizedTensor) -> bytes:
     return _bytes(UNSIGNED.pack(weight.codes, weight.scheme.code_bits))
 
 
+def codes_of_bytes(bits: int) -> Tensor:
+    """The codes in each byte of `unsigned_bytes`: int8 [256, 8 // bits]."""
+    return UNSIGNED.unpack(torch.arange(256, dtype=torch.uint8)[:, None], bits)
+
+
 def transposed_bytes(weight: QuantizedTensor) -> bytes:
     """The bytes of an INT4 tensor (two's complement, low nibble first) or an INT8 tensor
     [in_features, out_features]. Two int4 codes of neighbouring rows share a byte."""

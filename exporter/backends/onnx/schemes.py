@@ -8,8 +8,10 @@ from exporter.model.config import EMBEDDING, OUTPUT
 from exporter.quantization.packing import Packing
 from exporter.quantization.schemes import FLOAT, Scheme
 
-#: Codes of ``MatMulNBits`` and ``GatherBlockQuantized``: unsigned, low nibble first.
+#: Codes of ``MatMulNBits``, and of the embedding that shares them: unsigned, low nibble first.
 UNSIGNED = Packing({4: 8, 8: 128})
+#: Bits of a code → the name of the constant with the codes of every byte, which the lookup reads.
+CODES_OF_BYTES = {4: "codes_of_bytes_4", 8: "codes_of_bytes_8"}
 #: The range of block sizes in ONNX Runtime's own operators (the contrib form): powers of two.
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
 
