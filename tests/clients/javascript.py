@@ -81,14 +81,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "float": {"products": "float"},
     "portable": {"products": "float", "form": "portable"},
 }
-#: The form whose arithmetic a client has. ONNX Runtime turns the portable form into what `contrib`
-#: is, with activations rounded to int8, unless a session is told to multiply floats. WebAssembly
-#: multiplies floats in every form.
-IN_NODE = {"contrib": "contrib", "float": "float", "portable": "contrib"}
+#: The form whose arithmetic a browser has: WebAssembly multiplies floats where `contrib` lets
+#: activations be rounded to int8.
 IN_A_BROWSER = {"contrib": "float", "float": "float", "portable": "portable"}
-#: Options of a session in onnxruntime-node that let the portable form multiply floats.
+#: Options of a session in Node.js that let the portable form multiply floats. Without them ONNX
+#: Runtime turns it into what `contrib` is, with activations rounded to int8.
 _KEY = FLOAT_PRODUCTS[0].removeprefix("session.")
-MULTIPLY_FLOATS = {"extra": {"session": {_KEY: FLOAT_PRODUCTS[1]}}}
+MULTIPLY_FLOATS: dict[str, Any] = {"extra": {"session": {_KEY: FLOAT_PRODUCTS[1]}}}
+SESSION: dict[str, dict[str, Any]] = {
+    "contrib": {}, "float": {}, "portable": MULTIPLY_FLOATS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from clients.javascript import (
     DEMO,
     FORMS,
     IN_A_BROWSER,
-    IN_NODE,
     MODELS,
-    MULTIPLY_FLOATS,
+    SESSION,
     STEPS,
     Artifacts,
     in_browser,
@@ -62,9 +61,9 @@ def expected(artifacts: Artifacts, form: str) -> list[list[int]]:
 def test_onnxruntime_node_gives_our_tokens(
     form: str, artifacts: Artifacts, tmp_path: Path, shown: Shown
 ) -> None:
-    request = request_for(artifacts, form, str(artifacts.models))
+    request = request_for(artifacts, form, str(artifacts.models)) | {"session": SESSION[form]}
     answer = in_node("onnxruntime", workspace(tmp_path / "place"), request)
-    assert answer["tokens"] == expected(artifacts, IN_NODE[form])
+    assert answer["tokens"] == expected(artifacts, form)
     shown(
         client=NODE, version=version(NODE), model=artifacts.model.name, target=f"onnx ({form})",
         ran=f"5 prompts x {STEPS} greedy tokens; {answer['milliseconds_per_token']:.1f} ms a token",
@@ -73,15 +72,12 @@ def test_onnxruntime_node_gives_our_tokens(
 
 
 @needs(NODE)
-def test_a_session_of_onnxruntime_node_can_be_told_to_multiply_floats(
+def test_the_portable_form_rounds_activations_unless_a_session_is_told_not_to(
     demo: Artifacts, tmp_path: Path
 ) -> None:
     request = request_for(demo, "portable", str(demo.models))
-    assert expected(demo, "portable") != expected(demo, "contrib")
-    answer = in_node(
-        "onnxruntime", workspace(tmp_path / "place"), {**request, "session": MULTIPLY_FLOATS}
-    )
-    assert answer["tokens"] == expected(demo, "portable")
+    answer = in_node("onnxruntime", workspace(tmp_path / "place"), request)
+    assert answer["tokens"] == expected(demo, "contrib") != expected(demo, "portable")
 
 
 @needs(WEB, browser=True)

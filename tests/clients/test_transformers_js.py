@@ -14,9 +14,8 @@ from clients.javascript import (
     DEMO,
     FORMS,
     IN_A_BROWSER,
-    IN_NODE,
     MODELS,
-    MULTIPLY_FLOATS,
+    SESSION,
     STEPS,
     Answer,
     Artifacts,
@@ -81,8 +80,10 @@ def test_transformers_js_in_node_gives_our_tokens(
 ) -> None:
     artifacts.artifact(form)
     place = workspace(tmp_path / "place", artifacts.models)
-    answer = in_node("transformers", place, request_for(artifacts.model, form, place))
-    check(answer, artifacts, IN_NODE[form])
+    options = {"session_options": SESSION[form]} if SESSION[form] else {}
+    request = request_for(artifacts.model, form, place) | {"options": options}
+    answer = in_node("transformers", place, request)
+    check(answer, artifacts, form)
     shown(
         client="transformers.js in Node.js", version=version(CLIENT), model=artifacts.model.name,
         target=f"onnx ({form})",
@@ -91,17 +92,6 @@ def test_transformers_js_in_node_gives_our_tokens(
         f"{answer['milliseconds_per_token']:.1f} ms a token",
         needs=IN_NODE_NEEDS[form],
     )  # fmt: skip
-
-
-@needs(CLIENT)
-def test_a_session_of_transformers_js_can_be_told_to_multiply_floats(
-    demo: Artifacts, tmp_path: Path
-) -> None:
-    demo.artifact("portable")
-    place = workspace(tmp_path / "place", demo.models)
-    request = request_for(demo.model, "portable", place)
-    options = {"session_options": MULTIPLY_FLOATS}
-    check(in_node("transformers", place, {**request, "options": options}), demo, "portable")
 
 
 @needs(CLIENT, browser=True)
