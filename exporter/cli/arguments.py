@@ -301,8 +301,8 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--runner", type=Path, metavar="FILE",
-        help="an official runner built for the device: llama_main, executor_runner or "
-        "onnxruntime_perf_test",
+        help="an official runner built for the device: llama_main, executor_runner, "
+        "onnxruntime_perf_test or llama-bench",
     )  # fmt: skip
     sub.add_argument(
         "--threads", type=int, default=0, metavar="N",
@@ -315,7 +315,7 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--no-mmap", dest="mmap", action="store_false",
-        help="read the model into memory instead of mapping it (the native runner)",
+        help="read the model into memory instead of mapping it (native runner and llama.cpp)",
     )  # fmt: skip
     sub.add_argument(
         "--timeout", type=float, default=1800.0, metavar="S",
