@@ -17,8 +17,8 @@ test: $(VENV)/.dev  ## All tests, on two processes
 testbed: $(VENV)/.dev  ## Devices for the tests: adbd, and an arm64 Debian in qemu (Debian, root)
 	PYTHON=$(abspath $(BIN))/python tests/devices/testbed.sh
 
-tools:  ## Programs for the tests: browser, registry, Arm emulator, clients of others (Debian, root)
-	tests/tools.sh
+tools: $(VENV)/.dev  ## Programs for the tests: browser, registry, Arm emulator, clients of others (Debian, root)
+	PYTHON=$(abspath $(BIN))/python tests/tools.sh
 
 clients: $(VENV)/.dev  ## Run the clients of others (see tools), and write the table of docs/clients.md
 	rm -f build/clients.jsonl

@@ -16,14 +16,9 @@ if ! dpkg --status "${needed[@]}" >/dev/null 2>&1; then
         apt-get install --quiet --yes --no-install-recommends "${needed[@]}"
 fi
 "$(dirname "$0")"/tokenizers.sh
-# In an environment of its own: it wants an older transformers.
-optimum=$(realpath "$(dirname "$0")/..")/build/optimum
-if [ ! -e "$optimum/installed" ]; then
-    "${PYTHON:-python3}" -m venv "$optimum"
-    "$optimum/bin/python" -m pip install --quiet torch==2.13.0 'optimum-onnx[onnxruntime]==0.1.0'
-    touch "$optimum/installed"
-fi
-# 40 s, 230 MB to download, 360 MB on disk. The copy of the lock file is written last: it says that all is there.
+"$programs/../optimum.sh" "$(dirname "$0")/../build/optimum" "${PYTHON:-python3}"
+# 40 s, 230 MB to download, 360 MB on disk. The copy of the lock file is written last, when all is
+# there.
 cmp --silent "$programs/package-lock.json" "$packages/installed.json" && exit 0
 mkdir -p "$packages"
 cp "$programs/package.json" "$programs/package-lock.json" "$packages"

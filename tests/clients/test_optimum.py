@@ -1,7 +1,7 @@
 """optimum-onnx's ORTModelForCausalLM runs the ONNX artifact's folder as it is, in both forms.
 
-It needs transformers before 4.58, and so an environment of its own, whose interpreter the variable
-MOBILELLM_OPTIMUM names.
+It needs transformers before 4.58, and so an environment of its own: that in build/optimum, or the
+one whose interpreter the variable MOBILELLM_OPTIMUM names.
 """
 
 import json
@@ -28,16 +28,16 @@ from clients.greedy import (
     said_by,
     until,
 )
-from clients.rows import PROMPTS, Shown
+from clients.rows import PROMPTS, ROOT, Shown
 from exporter.backends import onnx as backend
 from exporter.backends.onnx import FLOAT_PRODUCTS
 from exporter.text.tokenizer import load_tokenizer
 
-PYTHON = os.environ.get("MOBILELLM_OPTIMUM", "")
+PYTHON = os.environ.get("MOBILELLM_OPTIMUM", str(ROOT / "build" / "optimum" / "bin" / "python"))
 pytestmark = pytest.mark.skipif(
     shutil.which(PYTHON) is None,
-    reason="optimum-onnx needs an environment of its own: bash tests/clients/optimum.sh "
-    "build/optimum .venv/bin/python && export MOBILELLM_OPTIMUM=build/optimum/bin/python",
+    reason="optimum-onnx needs an environment of its own, which `make tools` makes in "
+    "build/optimum (tests/clients/optimum.sh)",
 )
 
 #: The name of a row → the options of the target, and those that the user gives the session.
