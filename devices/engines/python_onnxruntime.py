@@ -17,6 +17,8 @@ class Runtime:
         session = self.runtime.SessionOptions()
         session.log_severity_level = 3
         session.intra_op_num_threads = options.threads
+        # As the exporter runs it: ONNX Runtime would round activations of the standard operators.
+        session.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         session.enable_profiling = bool(options.trace)
         if options.trace:
             session.profile_file_prefix = options.trace

@@ -23,6 +23,7 @@ from devices.transports import host, parse_device
 from devices.transports.supervised import Completed
 from exporter.backends import backend
 from exporter.bundle.bundle import Bundle
+from exporter.inference.reference import score
 from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import export, no_progress
 from exporter.recipe import load_recipe
@@ -101,6 +102,24 @@ def test_after_every_phase_it_generates_what_the_backend_generates(
     got = np.fromfile(logits, np.float32).reshape(6, -1)
     # llama.cpp may add in another order here, where it repacks the weights.
     assert np.abs(got - expected.numpy()).max() < 0.02 * expected.std()
+
+
+def test_the_portable_form_of_onnx_is_measured_without_rounded_activations(
+    tokens: Path, tmp_path: Path
+) -> None:
+    """ONNX Runtime would round them by default, and be faster."""
+    form = ["targets=[{target: onnx, form: portable, products: float, max_context: 200}]"]
+    recipe = load_recipe("mobilellm-r1-nano-int4", form)
+    result = export(recipe, open_checkpoint(NANO), tmp_path / "nano", no_progress)
+    artifact = result.artifacts["onnx"].artifact
+    model = artifact.path / backend("onnx").main_file(artifact.files)
+    program = Path(python.__file__).with_name("python_runner.py")
+    logits = tmp_path / "logits"
+    command = [sys.executable, program, "--engine", "onnxruntime", "--model", model,
+               "--tokens", tokens, "--generate", "1", "--logits", logits]  # fmt: skip
+    records(subprocess.run(command, capture_output=True, text=True, check=False))
+    expected = score(result.quantized, TOKENS, [len(TOKENS) - 1], None)[0].numpy()
+    assert np.abs(np.fromfile(logits, np.float32) - expected).max() < 1e-3
 
 
 @pytest.mark.parametrize("target", RUNTIMES)
