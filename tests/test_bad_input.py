@@ -778,7 +778,7 @@ EVALUATING: dict[str, tuple[Row, list[str]]] = {
         ["--simulate", "--data only"],
     ),
     "flipped program to evaluate": (
-        lambda w: w.data(PLENTY, path=_flipped(w.part("onnx") / "onnx" / "model_q4.onnx")),
+        lambda w: w.data(PLENTY, path=_flipped(w.part("onnx") / "onnx" / "model_q4.onnx").parent),
         ["onnx/model_q4.onnx", "sha256", "damaged"],
     ),
     "task of plain text": (

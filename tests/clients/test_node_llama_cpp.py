@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from greedy import Simulation
+from simulation import Simulation
 
 from clients.javascript import (
     MODELS,
@@ -17,16 +17,12 @@ from clients.javascript import (
     workspace,
 )
 from clients.rows import Shown
-from exporter import backends
 from exporter.backends import front
 from exporter.text.tokenizer import load_tokenizer
 
 CLIENT = "node-llama-cpp"
 
-pytestmark = [
-    needs(CLIENT),
-    pytest.mark.skipif("gguf" not in backends.names(), reason="this version has no target gguf"),
-]
+pytestmark = needs(CLIENT)
 
 
 @pytest.mark.parametrize("name", MODELS)
