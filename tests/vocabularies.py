@@ -26,6 +26,7 @@ llama_cpp = pytest.importorskip(
 DATA = ROOT.parent / "shared" / "data"
 LARGE = ROOT / "build" / "tokenizers"
 SMOLLM2 = ROOT / "build" / "smollm2-135m"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [*sorted((ROOT / "exporter").rglob("*.py")), *sorted((ROOT / "devices").rglob("*.c*"))]
 
 LLAMA3 = (
@@ -292,17 +293,25 @@ def random_lines(count: int, tokens: Sequence[str]) -> Iterator[str]:
 
 
 def lines_of(model: Model) -> list[str]:
-    """10,000 lines: prose, sums in words, programs, and characters of all kinds."""
-    if not DATA.is_dir():
-        pytest.skip(f"no {DATA}")
-    problems = map(json.loads, (DATA / "gsm8k-train.jsonl").read_text().splitlines())
-    texts = [
-        (DATA / "wikitext2-valid.txt").read_text().splitlines(),
-        [line for one in problems for line in (one["question"], *one["answer"].splitlines())],
-        [line for path in SOURCES for line in path.read_text().splitlines()],
-    ]
+    """10,000 lines: prose, sums in words, programs, and characters of all kinds.
+
+    Prose and sums are WikiText-2 and GSM8K, or without these the pages of this repository.
+    """
+    if DATA.is_dir():
+        problems = map(json.loads, (DATA / "gsm8k-train.jsonl").read_text().splitlines())
+        prose = [
+            *(DATA / "wikitext2-valid.txt").read_text().splitlines()[:2500],
+            *[line for one in problems for line in _lines(one["question"], one["answer"])][:2500],
+        ]
+    else:
+        prose = _lines(*(path.read_text() for path in PAGES))[:5000]
     tokens = [entry["content"] for entry in model.content["added_tokens"]]
-    return [line for text in texts for line in text[:2500]] + list(random_lines(2500, tokens))
+    programs = _lines(*(path.read_text() for path in SOURCES))[: 7500 - len(prose)]
+    return [*prose, *programs, *random_lines(2500, tokens)]
+
+
+def _lines(*texts: str) -> list[str]:
+    return [line for text in texts for line in text.splitlines()]
 
 
 def excused(model: Model, line: str) -> bool:
