@@ -161,7 +161,7 @@ def test_swift_transformers_writes_the_tokens_of_the_package_with_two_functions(
     assert lines[0] == "name a/model"  # and nothing was asked of the hub
     assert lines[1:] == [line for text in expected for line in ("new state", text)]
     shown(
-        client="swift-transformers", version=version_of(checkout), model="demo checkpoint",
+        client="swift-transformers", version=version_of(checkout), model="MobileLLM-R1 demo",
         target="coreml interface=language_model",
         ran=f"its LanguageModel and Generation by Swift on Linux, with the reference interpreter "
         f"in Core ML's place: {len(PROMPTS)} prompts, up to {STEPS} greedy tokens, all equal",
