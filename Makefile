@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NANO := examples/mobilellm-r1-nano
 
-.PHONY: quickstart test testbed tools swift lint docs clean
+.PHONY: quickstart test testbed tools clients swift lint docs clean
 
 quickstart: $(VENV)/.executorch,onnx,coreml  ## The demo checkpoint to a verified .pte that answers a question
 	$(BIN)/mobilellm export mobilellm-r1-nano-int4 --checkpoint $(NANO) -o build/nano
@@ -17,8 +17,13 @@ test: $(VENV)/.dev  ## All tests, on two processes
 testbed: $(VENV)/.dev  ## Devices for the tests: adbd, and an arm64 Debian in qemu (Debian, root)
 	PYTHON=$(abspath $(BIN))/python tests/devices/testbed.sh
 
-tools:  ## A browser, an OCI registry and an Arm emulator for the tests (Debian, root)
-	tests/tools.sh
+tools: $(VENV)/.dev  ## Programs for the tests: browser, registry, Arm emulator, clients of others (Debian, root)
+	PYTHON=$(abspath $(BIN))/python tests/tools.sh
+
+clients: $(VENV)/.dev  ## Run the clients of others (see tools), and write the table of docs/clients.md
+	rm -f build/clients.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients
+	$(BIN)/python tests/clients/table.py
 
 swift:  ## A Swift compiler for the test of the iOS sample, 470 MB to download (Debian)
 	tests/ios/swift.sh

@@ -73,12 +73,15 @@ def _choose_engine(
     if model.format == "coreml" and device.transport != "mac":
         raise BadDeviceError("coreml", "runs on a Mac only", "Give --device mac there")
     if android:
+        programs = official.programs_for(model.format)
+        if not programs:
+            raise BadDeviceError(f"{model.format} on {device}", "does not run on Android")
         raise BadDeviceError(
             f"{model.format} on {device}", "needs the runtime's own program",
-            "Build onnxruntime_perf_test and give it with --runner",
+            f"Build {' or '.join(programs)} and give it with --runner",
         )  # fmt: skip
     found = transport.run(device, python.version_command(model, device), SHORT)
-    versions = python.read_version(model, found)
+    versions = python.read_versions(model, found)
     return python.engine(model, device, workspace, folder, versions)
 
 

@@ -162,7 +162,7 @@ def _engine(session: SessionState) -> dict[str, Any] | None:
     return {
         "name": engine.name,
         "versions": dict(engine.versions),
-        "threads": session.threads,
+        "threads": engine.threads or session.threads,
         "cores": show_cores(session.cores) if session.cores else None,
         "mmap": session.settings.mmap if "mmap" in engine.capabilities else None,
         "note": engine.note,
@@ -170,7 +170,8 @@ def _engine(session: SessionState) -> dict[str, Any] | None:
 
 
 def _audited(session: SessionState) -> bool:
-    """Whether products are meant to reach delegates or integer kernels: all but float ONNX."""
+    """Whether products are meant to reach delegates or integer kernels: all but float ONNX. (Of
+    llama.cpp and MLX no operators are recorded; they have no delegates either.)"""
     return session.job.model.format != "onnx" or session.job.model.integers
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exporter.backends import Target, backend
+from exporter.backends import Target, backend, parse_target
 from exporter.backends import names as backend_names
 from exporter.bundle.archive import opened
 from exporter.bundle.artifact import MANIFEST as ARTIFACT_MANIFEST
@@ -51,18 +51,18 @@ from exporter.errors import InputError
 from exporter.files import check_apart, check_folder, claim_folder, made_from, may_be_made_from
 from exporter.model.checkpoint import Checkpoint
 from exporter.progress import Progress, TensorCounter, no_progress
+from exporter.quantization.dequantized import OUTPUT as DEQUANTIZED_OUTPUT
+from exporter.quantization.dequantized import check_family, write_dequantized
 from exporter.quantization.plan import QuantizationPlan
+from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import (
-    DEQUANTIZED_OUTPUT,
     QUANTIZED_OUTPUT,
     QuantizedCheckpoint,
     open_quantized,
     quantized_identity,
     require_whole,
     source_hashes,
-    write_dequantized,
 )
-from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.recipe import Recipe
 from exporter.stages import Stages
 from exporter.verification.checks import (
@@ -74,15 +74,23 @@ from exporter.verification.checks import (
 )
 from exporter.verification.kept import check_or_find, verifications
 from exporter.verification.models import check_artifacts
-from exporter.verification.runs import Text, run_artifact, running, verification_text
+from exporter.verification.runs import (
+    Text,
+    run_artifact,
+    running,
+    runs_everywhere,
+    verification_text,
+)
 
 
 @dataclass(frozen=True)
 class DequantizedFolder:
-    """Where to write a Hugging Face folder of the dequantized weights, and their type."""
+    """Where to write a Hugging Face folder of the dequantized weights, their type, and the family
+    of the equivalent model to write, by default the model's own."""
 
     path: Path
     dtype: torch.dtype
+    family: str | None = None
 
 
 def quantize(
@@ -100,6 +108,8 @@ def quantize(
     """
     for written in (out, *([dequantized.path] if dequantized else [])):
         check_apart(written, checkpoint.path)
+    if dequantized:
+        check_family(checkpoint.config, dequantized.family)
     plan = quantization_plan(recipe.quantization, checkpoint)
     source = source_hashes(checkpoint)
     identity = quantized_identity(checkpoint, plan, source)
@@ -138,7 +148,9 @@ def _write_quantized(
     if dequantized:
         with claim_folder(dequantized.path, DEQUANTIZED_OUTPUT, False, overwrite):
             counter = TensorCounter(progress, "dequantize", len(quantized.schemes))
-            write_dequantized(quantized, dequantized.dtype, dequantized.path, counter)
+            write_dequantized(
+                quantized, dequantized.dtype, dequantized.path, counter, dequantized.family
+            )
     return quantized
 
 
@@ -152,6 +164,7 @@ def lower(
     """Quantized checkpoint → one artifact in `out`. Raises InputError."""
     check_apart(out, quantized.path)
     backend(target.target).check(quantized.config, quantized.schemes, target)
+    backend(target.target).check_folder(quantized.path, target)
     require_whole(quantized)
     identity = artifact_identity(quantized, target)
     same = made_from(out / ARTIFACT_MANIFEST, identity)
@@ -198,14 +211,16 @@ def export(
 
     A finished stage is found in the output folder or in the folder `store`, where this run's are
     kept. A finished bundle was verified before its last file was written: its files are hashed, and
-    nothing else is done, unless there is a `text`. `text` is a file to verify on, by default the
-    built-in sample text. Raises InputError.
+    nothing else is done, unless there is a `text`, or a format whose runtime may have been missing.
+    `text` is a file to verify on, by default the built-in sample text. Raises InputError.
     """
     check_apart(out, checkpoint.path)
     stages = Stages(store, progress)
     stages.check(out)
     plan = quantization_plan(recipe.quantization, checkpoint)
     _check_targets(recipe, checkpoint, plan)
+    for target in recipe.targets:
+        backend(target.target).check_folder(checkpoint.path, target)
     texts: dict[str, Text] = {
         target.target: verification_text(checkpoint, target.max_context, text)
         for target in recipe.targets
@@ -226,7 +241,7 @@ def export(
         out / BUNDLE_QUANTIZED / QUANTIZED_MANIFEST, inputs.identity
     )
     with claim_folder(out, bundle_output(), same, overwrite):
-        if same and text is None:
+        if same and text is None and all(map(runs_everywhere, packages)):
             unchanged = _unchanged(out, recipe, inputs, texts, stages)
             if unchanged:
                 return unchanged
@@ -296,14 +311,14 @@ def _check_targets(recipe: Recipe, checkpoint: Checkpoint, plan: QuantizationPla
 
 
 def with_targets(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """The recipe with the named targets only, or unchanged without names. Raises InputError."""
-    kinds = [target.target for target in recipe.targets]
+    """The recipe with the named targets only, or unchanged without names. A target that the recipe
+    does not have is added, with its default options and the recipe's context. Raises InputError."""
+    held = {target.target: target for target in recipe.targets}
+    context = recipe.targets[0].max_context
     for name in names:
-        if name not in kinds:
-            raise InputError(
-                f"--target {name}", f"is not in the recipe {recipe.name}", f"It has: {kinds}"
-            )
-    chosen = tuple(target for target in recipe.targets if target.target in names)
+        if name not in held:
+            held[name] = parse_target({"target": name, "max_context": context}, f"--target {name}")
+    chosen = tuple(target for name, target in held.items() if name in names)
     return recipe.model_copy(update={"targets": chosen}) if names else recipe
 
 

@@ -178,8 +178,10 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
     model = Model(
         format=target.target,
         folder=artifact.path,
-        main=module.FILE_NAME,
-        files=tuple(name for name in artifact.files if is_of_model(name, target.target)),
+        main=module.main_file(artifact.files),
+        files=tuple(
+            name for name in artifact.files if is_of_model(name, artifact.files, target.target)
+        ),
         context=context,
         portable=module.portable(target),
         integers=module.integers(quantized.config, quantized.schemes, target),

@@ -20,6 +20,7 @@ SAFETENSORS_NAMES = {
     torch.float32: "F32",
     torch.int8: "I8",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.uint8: "U8",
 }
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}

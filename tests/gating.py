@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from exporter.bundle.artifact import is_of_model
 from exporter.bundle.manifest import BundleManifest
 
 DATA = "d" * 64
@@ -18,6 +19,12 @@ def hashes(manifest: BundleManifest, folder: str) -> dict[str, str]:
         for name, entry in manifest.files.items()
         if name.startswith(f"{folder}/")
     }
+
+
+def of_model(manifest: BundleManifest, target: str) -> dict[str, str]:
+    """The SHA-256 of each file of the model in an artifact's folder."""
+    held = hashes(manifest, target)
+    return {name: held[name] for name in held if is_of_model(name, held, target)}
 
 
 def written(path: Path, content: Mapping[str, Any]) -> Path:
@@ -87,9 +94,7 @@ def profile(
     engine = {"name": "onnxruntime-python", "versions": {}, "threads": 4, "cores": "4-7"}
     engine |= {k.removeprefix("engine_"): v for k, v in changes.items() if k.startswith("engine_")}
     files = {
-        name: {"bytes": 1, "sha256": digest}
-        for name, digest in hashes(manifest, target).items()
-        if name.startswith("model")
+        name: {"bytes": 1, "sha256": digest} for name, digest in of_model(manifest, target).items()
     }
     probe = {"seconds": 1.0, "user_seconds": cpu_share, "system_seconds": 0.0, "peak_rss": 7e7}
     session = {
@@ -132,11 +137,7 @@ def counts(
 
     return {
         "result": "instructions", "schema_version": 1, "target": target,
-        "files": {
-            name: digest
-            for name, digest in hashes(manifest, target).items()
-            if name.startswith("model")
-        },
+        "files": of_model(manifest, target),
         "emulator": "qemu-aarch64 7.2.22", "runner": {"name": "native", "versions": {}},
         "context": 1024,
         "counts": [

@@ -87,10 +87,11 @@ def session(
         ms = {**asdict(times), "narrow": True}
         return {key: place, "ms": ms, "tokens_per_second": asdict(times.inverse(1000.0 * tokens))}
 
+    held = hashes(manifest, target)
     files = {
         name: {"bytes": 1, "sha256": digest}
-        for name, digest in hashes(manifest, target).items()
-        if is_of_model(name, target)
+        for name, digest in held.items()
+        if is_of_model(name, held, target)
     }
     identity = {
         "name": "Pixel 8", "machine": "aarch64", "system": "Android 15", "kernel": "6.1",

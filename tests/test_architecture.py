@@ -47,6 +47,10 @@ TOOLKITS = {
     "coremltools": "coreml",
     "onnx": "onnx",
     "onnxruntime": "onnx",
+    "mlx": "mlx",
+    "mlx_lm": "mlx",
+    "gguf": "gguf",
+    "llama_cpp": "gguf",
 }
 #: The modules that may import a large library.
 LIBRARIES = {
@@ -293,7 +297,9 @@ def test_a_large_library_is_imported_where_it_is_needed_alone() -> None:
 
 
 def test_a_format_is_named_in_its_backend_alone() -> None:
-    suffixes = {Path(front(name).FILE_NAME).suffix.removeprefix(".") for name in names()}
+    suffixes = {
+        Path(front(name).main_file(front(name).FILES)).suffix.removeprefix(".") for name in names()
+    } - {"safetensors"}  # checkpoints have it too
     assert formats_named_outside_their_backend(PACKAGE, {*names(), *suffixes}) == []
 
 
@@ -448,6 +454,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
     ("function", "parameters"),
     [
         ("check", ["config", "schemes", "target"]),
+        ("check_folder", ["folder", "target"]),
         ("lower", ["quantized", "target", "out"]),
         ("load", ["artifact", "variant"]),
         ("weights", ["artifact", "quantized"]),
@@ -460,6 +467,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("portable", ["target"]),
         ("interpreted", ["target"]),
         ("packages", ["target"]),
+        ("main_file", ["files"]),
         ("usage", ["target"]),
     ],
 )
@@ -474,7 +482,8 @@ def test_every_backend_names_its_files_and_its_packages(target: str) -> None:
     module = backend(target)
     packages = module.packages(module.Target())
     assert all(isinstance(name, str) for name in (*module.FILES, *packages))
-    assert module.FILE_NAME in {Path(name).parts[0] for name in module.FILES}
+    main = module.main_file(module.FILES)
+    assert any(name == main or name.startswith(f"{main}/") for name in module.FILES)
     assert len(packages) > 0
 
 
@@ -490,7 +499,10 @@ def test_every_backend_has_a_target_of_its_own_name() -> None:
 
 
 #: What the command line and the front of a backend are loaded without.
-LIGHT = "torch numpy executorch torchao onnx onnxruntime coremltools".split()
+LIGHT = [
+    "torch", "numpy", "executorch", "torchao", "onnx", "onnxruntime", "coremltools", "gguf",
+    "llama_cpp", "mlx", "mlx_lm",
+]  # fmt: skip
 HEAVY = [*LIGHT, *"pydantic transformers tokenizers safetensors huggingface_hub".split()]
 
 

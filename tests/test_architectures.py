@@ -97,7 +97,14 @@ FLOAT_TARGETS: dict[str, dict[str, Any]] = {
     "onnx contrib": {"target": "onnx", "products": "float"},
     "onnx portable": {"target": "onnx", "form": "portable", "products": "float"},
     "coreml": {"target": "coreml", "activations": "float32", "prefill": 16},
+    "gguf": {"target": "gguf", "cache": "float32"},
+    "mlx": {"target": "mlx", "activations": "float32"},
 }
+#: The targets of the int4 bundles.
+INT4_TARGETS = [
+    {"target": "executorch"}, {"target": "onnx"}, FLOAT_TARGETS["coreml"],
+    FLOAT_TARGETS["gguf"], FLOAT_TARGETS["mlx"],
+]  # fmt: skip
 
 
 @cache
@@ -192,9 +199,8 @@ def bundles(
     """Every model in int4, for all targets, verified."""
     found = {}
     for model in MODELS:
-        targets = [{"target": "executorch"}, {"target": "onnx"}, FLOAT_TARGETS["coreml"]]
         out = tmp_path_factory.mktemp("bundles") / model.name
-        result = exported(folders[model.name], out, "int4-g32", *targets)
+        result = exported(folders[model.name], out, "int4-g32", *INT4_TARGETS)
         failed = [check for check in result.checks if not check.passed]
         assert result.bundle is not None, failed
         found[model.name] = dict(result.artifacts)
@@ -205,7 +211,7 @@ def bundles(
 def test_int4_bundles_are_verified_for_every_target(
     model: Model, bundles: dict[str, dict[str, FinishedArtifact]]
 ) -> None:
-    assert bundles[model.name].keys() == {"executorch", "onnx", "coreml"}
+    assert bundles[model.name].keys() == {"executorch", "onnx", "coreml", "gguf", "mlx"}
 
 
 @EACH

@@ -466,8 +466,8 @@ RECIPES: dict[str, tuple[Row, list[str]]] = {
         ["max_context", "100000 is more than the model's", "Lower max_context"],
     ),
     "a target that the recipe does not have": (
-        lambda w: [*w.export(w.make()), "--target", "onnx"],
-        ["--target onnx", "is not in the recipe", "executorch"],
+        lambda w: [*w.export(w.make()), "--target", "tflite"],
+        ["--target tflite", "'tflite' is not a target", "Known: coreml, executorch, gguf"],
     ),
     "int8 groups for a tied embedding": (
         lambda w: w.export(w.make(), "quantization.embedding=int8-g32"),
@@ -778,8 +778,8 @@ EVALUATING: dict[str, tuple[Row, list[str]]] = {
         ["--simulate", "--data only"],
     ),
     "flipped program to evaluate": (
-        lambda w: w.data(PLENTY, path=_flipped(w.part("onnx") / "model.onnx")),
-        ["model.onnx", "sha256", "damaged"],
+        lambda w: w.data(PLENTY, path=_flipped(w.part("onnx") / "onnx" / "model_q4.onnx").parent),
+        ["onnx/model_q4.onnx", "sha256", "damaged"],
     ),
     "task of plain text": (
         lambda w: ["evaluate", str(NANO), "--task", str(w.write(w.root / "t.txt", "a"))],

@@ -129,7 +129,7 @@ def test_every_file_every_text_and_every_package_is_a_component(
 
 def test_the_graph_says_what_was_made_from_what(calibrated: BundleManifest) -> None:
     graph = {one["ref"]: one["dependsOn"] for one in document(calibrated)["dependencies"]}
-    assert graph["onnx/model.onnx"] == ["quantized/quantized.safetensors"]
+    assert graph["onnx/onnx/model_q4.onnx"] == ["quantized/quantized.safetensors"]
     assert graph["onnx/tokenizer.json"] == ["checkpoint"]
     read = ["checkpoint", "calibration/0", "calibration/1"]
     assert graph["quantized/quantized.safetensors"] == read

@@ -157,7 +157,8 @@ def test_the_card_shows_artifacts_integers_quality_and_speed(manifest: BundleMan
             entry.bytes for file, entry in manifest.files.items()
             if file.removeprefix(f"{name}/") in front(name).FILES
         )  # fmt: skip
-        assert f"| `{name}/{front(name).FILE_NAME}` | {size / 1e6:.2f} MB | 1,024 tokens |" in text
+        main = front(name).main_file(front(name).FILES)
+        assert f"| `{name}/{main}` | {size / 1e6:.2f} MB | 1,024 tokens |" in text
         assert f"### {name}" in text
     assert "| `int4-g32` | 43 | 2,457,600 | 1.38 MB |" in text
     assert "`a normalization weight, one vector`: `model.layers.*.input_layernorm.weight`" in text

@@ -4,6 +4,7 @@ Packages run in the reference interpreter, which `test_coreml_interpreter` tries
 """
 
 import hashlib
+import json
 import re
 import shutil
 import sys
@@ -475,6 +476,26 @@ def test_two_exports_are_equal_to_the_last_byte_whatever_was_made_between(lower:
     _, second = lower(fresh=True)
     assert contents(package_of(first)) == contents(package_of(second))
     assert len(contents(package_of(first))) == 6  # three files in three folders
+
+
+def test_a_package_that_coremltools_opens_and_saves_has_the_same_manifest(
+    lower: Lower, tmp_path: Path
+) -> None:
+    """It writes the manifest of a package that it only opens, which must not damage a bundle."""
+    _, lowered = lower()
+    before = contents(package_of(lowered))
+    opened = tmp_path / "opened.mlpackage"
+    shutil.copytree(package_of(lowered), opened)
+    model = coremltools.models.MLModel(str(opened), skip_model_load=True)
+    assert contents(opened) == before
+    model.save(str(tmp_path / "saved.mlpackage"))
+    for name in (MANIFEST, WEIGHTS):
+        assert (tmp_path / "saved.mlpackage" / name).read_bytes() == (opened / name).read_bytes()
+    manifest = json.loads((opened / MANIFEST).read_text())
+    entries = reversed(manifest["itemInfoEntries"].items())
+    (opened / MANIFEST).write_text(json.dumps({**manifest, "itemInfoEntries": dict(entries)}))
+    coremltools.models.MLModel(str(opened), skip_model_load=True)
+    assert contents(opened) == before  # so it does write it
 
 
 def test_nothing_but_the_package_is_left_in_the_artifacts_folder(lower: Lower) -> None:

@@ -315,10 +315,10 @@ def test_versions_of_tools_and_random_identifiers_are_no_differences(
     package = pair[0].path / backend.FILE_NAME
     changed(record_other_versions)(package)
     manifest = json.loads((package / MANIFEST).read_text())
-    entries = {
-        f"id {number}": item for number, item in enumerate(manifest["itemInfoEntries"].values())
-    }
-    manifest |= {"itemInfoEntries": entries, "rootModelIdentifier": "id 0"}
+    others = {identifier: f"id {n}" for n, identifier in enumerate(manifest["itemInfoEntries"])}
+    entries = {others[old]: item for old, item in manifest["itemInfoEntries"].items()}
+    root = others[manifest["rootModelIdentifier"]]
+    manifest |= {"itemInfoEntries": entries, "rootModelIdentifier": root}
     (package / MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
     assert list(backend.differences(*pair)) == []
 

@@ -113,9 +113,11 @@ def updated(bundle: Path, to: Path) -> Path:
         with edited(to / name) as manifest:
             manifest["versions"]["onnx"] = "1.20.0"
     # Other bytes, the same model: a later version may order the fields of a node otherwise.
-    model = onnx.load(str(to / "onnx" / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(to / "onnx" / "onnx" / "model_q4.onnx"), load_external_data=False)
     model.producer_version = "1.20.0"
-    (to / "onnx" / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    (to / "onnx" / "onnx" / "model_q4.onnx").write_bytes(
+        model.SerializeToString(deterministic=True)
+    )
     reseal(to)
     return to
 
@@ -134,12 +136,14 @@ def test_after_an_update_of_the_toolkit_a_changed_model_is_still_found(
     make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = updated(make_bundle("absmax"), tmp_path / "bundle")
-    model = onnx.load(str(bundle / "onnx" / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(bundle / "onnx" / "onnx" / "model_q4.onnx"), load_external_data=False)
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "epsilon":
                 attribute.f *= 2
-    (bundle / "onnx" / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    (bundle / "onnx" / "onnx" / "model_q4.onnx").write_bytes(
+        model.SerializeToString(deterministic=True)
+    )
     reseal(bundle)
     outcome = run(capsys, "verify", bundle)
     assert outcome.code == 1

@@ -310,7 +310,7 @@ def paths(bundle: Bundle) -> dict[str, tuple[list[str], str]]:
         "simulated": ([str(folder), "--target", "onnx", "--simulate"], "onnx simulated in torch"),
         "folder": ([str(folder / "onnx")], "onnx"),
         "pte": ([str(folder / "executorch" / "model.pte")], "executorch"),
-        "onnx": ([str(folder / "onnx" / "model.onnx")], "onnx"),
+        "onnx": ([str(folder / "onnx" / "onnx" / "model_q4.onnx")], "onnx"),
         "mlpackage": ([str(folder / "coreml" / "model.mlpackage")], "coreml, interpreted"),
     }
 

@@ -59,7 +59,9 @@ def test_a_result_names_what_was_measured_by_its_hashes(
     found = content_of(evaluate(finished_bundle.path, out, "--target", "onnx"), out)
     folder = finished_bundle.path / "onnx"
     assert found["files"] == {
-        path.name: sha256(path) for path in folder.iterdir() if path.name != "artifact.json"
+        path.relative_to(folder).as_posix(): sha256(path)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "artifact.json"
     }
     assert (found["result"], found["target"]) == (EVALUATION, "onnx")
     for key, name in (("data", "data.txt"), ("task", "task.jsonl")):

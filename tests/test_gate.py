@@ -357,14 +357,14 @@ def test_a_damaged_bundle_is_not_judged(bundle_copy: Path, tmp_path: Path) -> No
     budget = tmp_path / "budget.yaml"
     budget.write_text("bundle: {size: 1 GB}")
     assert gate(bundle_copy, budget).passed
-    flip(bundle_copy / "onnx" / "model.onnx.data", 1000)
-    with pytest.raises(InputError, match=r"model\.onnx\.data: has sha256"):
+    flip(bundle_copy / "onnx" / "onnx" / "model_q4.onnx_data", 1000)
+    with pytest.raises(InputError, match=r"model_q4\.onnx_data: has sha256"):
         gate(bundle_copy, budget)
 
 
 def test_a_measurement_of_other_files_is_refused(judge: Judge, manifest: BundleManifest) -> None:
-    other = evaluation(manifest, of_files={"model.onnx": "0" * 64})
-    with pytest.raises(InputError, match=r"measured another onnx/model\.onnx"):
+    other = evaluation(manifest, of_files={"onnx/model_q4.onnx": "0" * 64})
+    with pytest.raises(InputError, match=r"measured another onnx/onnx/model_q4\.onnx"):
         judge(on_data("perplexity", 2), other)
 
 

@@ -128,12 +128,12 @@ def test_counts_of_another_emulator_are_not_comparable(
 @pytest.mark.parametrize(("grown", "alarm"), [(1.009, False), (1.011, True)])
 def test_a_file_may_grow_by_the_tolerance_only(grown: float, alarm: bool) -> None:
     def files(size: float) -> Figures:
-        parts = {"onnx/model.onnx": 1e6, "onnx/model.onnx.data": size - 1e6}
+        parts = {"onnx/onnx/model_q4.onnx": 1e6, "onnx/onnx/model_q4.onnx_data": size - 1e6}
         return Figures([Figure("file", SIZE, size, "bytes", "onnx", parts=parts)], [])
 
     (found,) = compare(files(2e6 * grown), files(2e6), Tolerances()).findings
     assert found.passed is not alarm
-    assert ("most in onnx/model.onnx.data: +22 kB" in found.note) is alarm
+    assert ("most in onnx/onnx/model_q4.onnx_data: +22 kB" in found.note) is alarm
 
 
 # Times have noise.

@@ -88,7 +88,24 @@ def test_lower_takes_the_options_of_a_new_format_and_refuses_others(
     assert "threads: 0 is too few" in refused.err
     made = run(capsys, *command, "threads=3", "max_context=64", "--json")
     assert made.json["target"] == {"target": "npz", "max_context": 64, "threads": 3}
-    assert "coreml, executorch, npz, onnx" in run(capsys, "lower", "--help").out
+    assert "coreml, executorch, gguf, mlx, npz, onnx" in run(capsys, "lower", "--help").out
+
+
+@pytest.mark.usefixtures("npz")
+def test_a_file_that_a_new_format_cannot_hold_is_refused_before_any_work(
+    recipe: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: Capture
+) -> None:
+    checkpoint, quantized = make_checkpoint(LLAMA), tmp_path / "quantized"
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    run(capsys, "quantize", recipe, "--checkpoint", checkpoint, "-o", quantized)
+    for command in (
+        ["lower", quantized, "--target", "npz", "-o", tmp_path / "out", "max_context=200"],
+        ["export", recipe, "--checkpoint", checkpoint, "-o", tmp_path / "out"],
+    ):
+        refused = run(capsys, *command)
+        assert refused.code == 2
+        assert "chat_template.jinja: has no place in an .npz. Remove it." in refused.err
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("npz")
@@ -132,4 +149,4 @@ def test_the_differences_of_a_new_format_are_named(
 def test_a_format_that_is_not_there_is_unknown(tmp_path: Path, capsys: Capture) -> None:
     refused = run(capsys, "lower", tmp_path, "--target", "npz", "-o", tmp_path / "out")
     assert refused.code == 2
-    assert "'npz' is not a target. Known: coreml, executorch, onnx" in refused.err
+    assert "'npz' is not a target. Known: coreml, executorch, gguf, mlx, onnx" in refused.err

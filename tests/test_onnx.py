@@ -1,7 +1,9 @@
-"""The ONNX backend: the same integers, the reference's logits, and the official client."""
+"""The ONNX backend: the same integers, the reference's logits, and what clients read."""
 
-import itertools
+import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import Bundle
 from exporter.errors import InputError
 from exporter.evaluation.agreement import compare_logits
-from exporter.inference.generation import Generation, Sampling
 from exporter.inference.loaded_model import open_model
 from exporter.inference.reference import score
 from exporter.model.checkpoint import open_checkpoint
@@ -29,11 +30,11 @@ from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_blocks_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
-from exporter.text.tokenizer import load_tokenizer
 from exporter.verification.integers import check_integers
 from exporter.verification.runs import run_teacher_forced
 
 CONTEXT = 64
+GRAPH, DATA, ORT = "onnx/model_q4.onnx", "onnx/model_q4.onnx_data", "onnx/model_q4.ort"
 FLOAT_FORMS = [
     {"products": "float"},
     {"form": "portable", "products": "float"},
@@ -60,10 +61,6 @@ def lower(lower_once: Lower) -> Lower:
 def lower_nano(bundle: Bundle, out: Path, **target: Any) -> FinishedArtifact:
     parsed = parse_target({"target": "onnx", "max_context": 512, **target}, "test")
     return pipeline.lower(bundle.quantized, parsed, out, no_progress)
-
-
-def until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
-    return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
 def logits(lowered: FinishedArtifact) -> torch.Tensor:
@@ -154,7 +151,7 @@ def test_the_tied_embedding_is_in_the_files_once(
     lowered = lower_nano(finished_bundle, tmp_path / "onnx", form=form, products="float")
     stored = finished_bundle.quantized.read(EMBEDDING)
     assert isinstance(stored, QuantizedTensor)
-    model = onnx.load(str(lowered.artifact.path / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(lowered.artifact.path / GRAPH), load_external_data=False)
     places = Counter(
         {entry.key: entry.value for entry in tensor.external_data}["offset"]
         for tensor in model.graph.initializer
@@ -165,7 +162,7 @@ def test_the_tied_embedding_is_in_the_files_once(
 
 def test_mapped_tensors_begin_at_pages(finished_bundle: Bundle, tmp_path: Path) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx")
-    model = onnx.load(str(lowered.artifact.path / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(lowered.artifact.path / GRAPH), load_external_data=False)
     offsets = [
         int({entry.key: entry.value for entry in tensor.external_data}["offset"])
         for tensor in model.graph.initializer
@@ -179,11 +176,31 @@ def test_the_portable_form_has_standard_operators_only_and_passes_the_checker(
     finished_bundle: Bundle, tmp_path: Path
 ) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx", form="portable", products="float")
-    path = lowered.artifact.path / "model.onnx"
+    path = lowered.artifact.path / GRAPH
     onnx.checker.check_model(str(path), full_check=True)
     model = onnx.load(str(path), load_external_data=False)
     assert {node.domain for node in model.graph.node} == {""}
     assert [domain.version for domain in model.opset_import] == [23]
+
+
+def test_onnx_runtime_multiplies_by_the_weights_of_the_portable_form_as_they_are(
+    finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    """It dequantizes none of them: each becomes one MatMulNBits, the tied embedding included."""
+    import onnxruntime
+
+    for activations in ("float32", "float16"):
+        folder, facts = tmp_path / activations, {"form": "portable", "products": "float"}
+        lowered = lower_nano(finished_bundle, folder, activations=activations, **facts)
+        graph = lowered.artifact.path / backend.main_file(lowered.artifact.files)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(folder / "optimized.onnx")
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        kinds = Counter(node.op_type for node in optimized.graph.node)
+        assert kinds["MatMulNBits"] == 6 * 7 + 1
+        assert kinds["DequantizeLinear"] == kinds["MatMul"] == 0
 
 
 def test_onnx_s_own_reference_evaluator_computes_the_portable_form(
@@ -192,7 +209,7 @@ def test_onnx_s_own_reference_evaluator_computes_the_portable_form(
     lowered = lower_nano(finished_bundle, tmp_path / "onnx", form="portable", products="float")
     from onnx.reference import ReferenceEvaluator
 
-    path = lowered.artifact.path / "model.onnx"
+    path = lowered.artifact.path / GRAPH
     evaluator = ReferenceEvaluator(onnx.load(str(path)))
     config = finished_bundle.quantized.config
     empty = np.zeros((1, config.num_key_value_heads, 0, config.head_dim), np.float32)
@@ -207,36 +224,10 @@ def test_the_contrib_form_merges_products_of_one_input(
     finished_bundle: Bundle, tmp_path: Path
 ) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx")
-    model = onnx.load(str(lowered.artifact.path / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(lowered.artifact.path / GRAPH), load_external_data=False)
     kinds = Counter(node.op_type for node in model.graph.node)
     assert kinds["GroupQueryAttention"] == 6
     assert kinds["MatMulNBits"] == 6 * 4 + 1
-
-
-def test_the_official_client_writes_the_same_tokens(
-    finished_bundle: Bundle, tmp_path: Path
-) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="the official client is optional")
-    lowered = lower_nano(finished_bundle, tmp_path / "onnx")
-    folder = lowered.artifact.path
-    tokenizer, runner = load_tokenizer(folder), backend.load(lowered.artifact)
-    model = genai.Model(str(folder))
-    prompts = [
-        tokenizer.prompt_text(f"Ada has {n} eggs. Ada finds 7 more. How many?", raw=False)
-        for n in (3, 14, 159, 265)
-    ]
-    for text in [*prompts, "Every evening the boats came home."]:
-        ids = tokenizer.encode(text)
-        assert list(genai.Tokenizer(model).encode(text)) == ids
-        own = list(Generation(runner, ids, (), Sampling(64)))
-        parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(ids) + 64, min_length=0, do_sample=False)
-        generator = genai.Generator(model, parameters)
-        generator.append_tokens(ids)
-        while not generator.is_done():
-            generator.generate_next_token()
-        theirs = list(generator.get_sequence(0))[len(ids) :]
-        assert until(theirs, lowered.eos_token_ids) == until(own, lowered.eos_token_ids)
 
 
 def test_a_second_prefill_starts_a_new_text(finished_bundle: Bundle, tmp_path: Path) -> None:
@@ -263,19 +254,19 @@ def test_a_flipped_bit_in_the_data_file_is_reported_with_its_tensor(
 ) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx")
     folder, name = lowered.artifact.path, "model.layers.3.feed_forward.down_proj.weight"
-    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    model = onnx.load(str(folder / GRAPH), load_external_data=False)
     wanted = name if part == "codes" else f"{name}.scales"
     tensor = next(t for t in model.graph.initializer if t.name == wanted)
     if tensor.external_data:
         offset = int({e.key: e.value for e in tensor.external_data}["offset"])
-        data = bytearray((folder / "model.onnx.data").read_bytes())
+        data = bytearray((folder / DATA).read_bytes())
         data[offset + 5] ^= 4
-        (folder / "model.onnx.data").write_bytes(data)
+        (folder / DATA).write_bytes(data)
     else:
         raw = bytearray(tensor.raw_data)
         raw[5] ^= 4
         tensor.raw_data = bytes(raw)
-        (folder / "model.onnx").write_bytes(model.SerializeToString())
+        (folder / GRAPH).write_bytes(model.SerializeToString())
     checks = check_integers(finished_bundle.quantized, lowered, lambda name: None)
     failed = [check for check in checks if not check.passed]
     assert [(check.subject, check.value) for check in failed] == [(f"{name} (filter)", 1)]
@@ -286,12 +277,78 @@ def test_a_truncated_data_file_is_found_before_the_runtime_opens_it(
     finished_bundle: Bundle, tmp_path: Path
 ) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx")
-    data = lowered.artifact.path / "model.onnx.data"
+    data = lowered.artifact.path / DATA
     data.write_bytes(data.read_bytes()[:-5000])
-    with pytest.raises(InputError, match=r"model\.onnx\.data.*sha256"):
+    with pytest.raises(InputError, match=r"model_q4\.onnx_data.*sha256"):
         open_model(str(lowered.artifact.path), None)
     checks = check_integers(finished_bundle.quantized, lowered, lambda name: None)
     assert any("ends beyond the end" in check.note for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("linear", "embedding", "activations", "name", "dtype"),
+    [
+        ("int4-g32", "int8", "float32", "model_q4", "q4"),
+        ("float", "int4-g32", "float16", "model_q4f16", "q4f16"),
+        ("int8", "float", "float32", "model_int8", "int8"),
+        ("float", "float", "float32", "model", "fp32"),
+        ("float", "float", "float16", "model_fp16", "fp16"),
+    ],
+)
+def test_the_graph_has_the_name_that_transformers_js_asks_for(
+    linear: str, embedding: str, activations: str, name: str, dtype: str, lower: Lower
+) -> None:
+    target = {"activations": activations, "products": "float"}
+    _, lowered = lower(linear=linear, embedding=embedding, target=target)
+    folder, files = lowered.artifact.path, lowered.artifact.files
+    assert backend.main_file(files) == f"onnx/{name}.onnx"
+    assert {one for one in files if one.startswith("onnx/")} == {
+        f"onnx/{name}.onnx",
+        f"onnx/{name}.onnx_data",
+    }
+    model = onnx.load(str(folder / "onnx" / f"{name}.onnx"), load_external_data=False)
+    places = [one.value for t in model.graph.initializer for one in t.external_data[:1]]
+    assert set(places) <= {f"{name}.onnx_data"}
+    config = json.loads((folder / "config.json").read_text())
+    expected = {"dtype": dtype, "use_external_data_format": True}
+    assert config["transformers.js_config"] == expected
+    assert logits(lowered).isfinite().all()
+
+
+def test_config_json_has_the_shapes_of_the_cache_and_of_a_family_that_clients_know(
+    finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx")
+    config = json.loads((lowered.artifact.path / "config.json").read_text())
+    own = finished_bundle.quantized.config
+    model = onnx.load(str(lowered.artifact.path / GRAPH), load_external_data=False)
+    cache = next(one for one in model.graph.input if one.name == "past_key_values.0.key")
+    shape = [dim.dim_value for dim in cache.type.tensor_type.shape.dim]
+    assert shape[1::2] == [config["num_key_value_heads"], config["head_dim"]]
+    assert (config["model_type"], own.model_type) == ("qwen3", "llama4_text")
+    assert config["max_position_embeddings"] == 512
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "genai_config.json"])
+def test_a_changed_file_for_clients_is_a_difference(
+    name: str, finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    expected = lower_nano(finished_bundle, tmp_path / "onnx").artifact
+    found = replace(expected, path=Path(shutil.copytree(expected.path, tmp_path / "changed")))
+    assert list(backend.differences(found, expected)) == []
+    content = json.loads((found.path / name).read_text())
+    (found.path / name).write_text(json.dumps({**content, "auto_map": {"a": "evil.py"}}))
+    assert [place for place, _ in backend.differences(found, expected)] == [f"{name}.auto_map"]
+
+
+def test_the_portable_form_refuses_an_odd_number_of_int4_rows(lower: Lower) -> None:
+    target = {"form": "portable", "products": "float"}
+    with pytest.raises(InputError, match="95 rows, an odd number"):
+        lower(target=target, vocab_size=95)
+    quantized, lowered = lower(target=target, vocab_size=95, embedding="int8")
+    text = [token % 95 for token in tokens(20)]
+    found = run_teacher_forced(backend.load(lowered.artifact), text, (20,))
+    assert (found - score(quantized, text, [19], None)).abs().max() < 2e-3
 
 
 def test_the_portable_form_refuses_int8_products() -> None:
@@ -306,10 +363,10 @@ def test_the_ort_pair_runs_and_lists_its_operators(finished_bundle: Bundle, tmp_
 
     lowered = lower_nano(finished_bundle, tmp_path / "onnx", ort=True)
     folder = open_artifact(lowered.artifact.path).artifact.path
-    operators = (folder / "model.required_operators.config").read_text()
+    operators = (folder / "onnx" / "model_q4.required_operators.config").read_text()
     assert "GroupQueryAttention" in operators
     assert "MatMulNBits" in operators
-    session = onnxruntime.InferenceSession(folder / "model.ort")
+    session = onnxruntime.InferenceSession(folder / ORT)
     assert [value.name for value in session.get_inputs()][:1] == ["input_ids"]
 
 

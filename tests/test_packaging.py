@@ -111,7 +111,11 @@ def test_a_measurement_names_every_file_of_the_model(
     content["files"] = {"tokenizer.json": manifest.files["onnx/tokenizer.json"].sha256}
     content["target"] = target
     other = gating.written(tmp_path / "other.json", content)
-    said = r"does not name onnx/model\.onnx" if target == "onnx" else "the bundle does not have"
+    said = (
+        r"does not name onnx/onnx/model_q4\.onnx"
+        if target == "onnx"
+        else "the bundle does not have"
+    )
     with pytest.raises(InputError, match=said):
         package(finished_bundle.path, tmp_path / "out.zip", Request([other]), no_progress)
 
@@ -125,7 +129,7 @@ def test_a_forged_measurement_in_a_bundle_is_named(
     folder = tmp_path / "packaged"
     package(finished_bundle.path, folder, Request([result]), no_progress)
     with tampering.edited(folder / "results" / "onnx.json") as content:
-        content["files"]["model.onnx"] = "0" * 64
+        content["files"]["onnx/model_q4.onnx"] = "0" * 64
     tampering.reseal(folder)
     (failed,) = (check for check in check_manifests(open_bundle(folder)) if not check.passed)
     assert failed.subject == "results/onnx.json"

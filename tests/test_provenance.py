@@ -89,7 +89,7 @@ def test_the_subjects_are_the_models_and_the_quantized_checkpoint(manifest: Bund
         for name, entry in manifest.files.items()
         if name.startswith(("quantized/", "executorch/", "onnx/", "coreml/"))
     }
-    assert "onnx/model.onnx" in subjects
+    assert "onnx/onnx/model_q4.onnx" in subjects
 
 
 def test_it_names_every_file_that_was_read_and_every_package(calibrated: BundleManifest) -> None:

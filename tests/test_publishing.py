@@ -97,10 +97,10 @@ def files_of(folder: Path) -> dict[str, Path]:
 def test_a_damaged_bundle_is_not_published(
     yes: tuple[str, ...], bundle_copy: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    flip(bundle_copy / "onnx" / "model.onnx", 1000)
+    flip(bundle_copy / "onnx" / "onnx" / "model_q4.onnx", 1000)
     refused = run(capsys, "publish", bundle_copy, "--to", tmp_path / "out", *yes)
     assert refused.code == 2
-    assert "onnx/model.onnx: has sha256" in refused.err
+    assert "onnx/onnx/model_q4.onnx: has sha256" in refused.err
     assert not (tmp_path / "out").exists()
 
 
@@ -409,8 +409,8 @@ def test_a_repository_with_other_files_is_never_written(hub: Hub, bundle: Path) 
 
 
 def test_a_file_that_the_repository_ignores_is_reported(hub: Hub, bundle: Path) -> None:
-    hub.ignored.add("onnx/model.onnx.data")
-    refusal(bundle, "hub:me/nano", "did not take onnx/model.onnx.data")
+    hub.ignored.add("onnx/onnx/model_q4.onnx_data")
+    refusal(bundle, "hub:me/nano", "did not take onnx/onnx/model_q4.onnx_data")
 
 
 def test_without_a_token_or_an_answer_the_hub_is_reported_with_the_remedy(

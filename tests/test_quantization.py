@@ -23,6 +23,7 @@ from exporter.files import differing_files, sha256
 from exporter.inference.reference import score
 from exporter.model.checkpoint import COMPANION_FILES, Checkpoint, open_checkpoint
 from exporter.model.config import parse_config
+from exporter.quantization.dequantized import write_dequantized
 from exporter.quantization.packing import TWOS_COMPLEMENT, Packing
 from exporter.quantization.plan import QuantizationPlan, plan_schemes
 from exporter.quantization.quantized_checkpoint import (
@@ -34,7 +35,6 @@ from exporter.quantization.quantized_checkpoint import (
     open_quantized,
     quantized_identity,
     source_hashes,
-    write_dequantized,
     write_quantized,
 )
 from exporter.quantization.rounding import LARGEST_SCALE, SMALLEST_SCALE, quantize, to_scale_grid
@@ -927,7 +927,10 @@ def test_the_dequantized_folder_has_the_sources_other_files(
     write_dequantized(finished, torch.float32, tmp_path / "plain", no_tensor)
     given, plain = contents(source.path), contents(tmp_path / "plain")
     assert set(plain) == set(given) - {"README.md"}
-    assert all(plain[name] == given[name] for name in plain if name != "model.safetensors")
+    written = {"model.safetensors", "config.json"}
+    assert all(plain[name] == given[name] for name in plain if name not in written)
+    config = {**json.loads(given["config.json"]), "dtype": "float32", "torch_dtype": "float32"}
+    assert json.loads(plain["config.json"]) == config
 
 
 def write_nano(out: Path) -> QuantizedCheckpoint:

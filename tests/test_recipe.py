@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from exporter.backends import executorch, names, onnx, parse_target
+from exporter.backends import executorch, onnx, parse_target
 from exporter.errors import InputError
 from exporter.quantization.schemes import Scheme
 from exporter.quantization.settings import Quantization
@@ -198,7 +198,7 @@ def test_what_is_stored_of_a_recipe_has_every_key_in_the_order_of_its_bundles() 
         "name", "model", "license", "quantization", "calibration", "targets", "profile",
     ]  # fmt: skip
     targets = {target["target"]: target for target in data["targets"]}
-    assert targets.keys() == set(names())
+    assert targets.keys() == {"executorch", "onnx", "coreml"}
     assert list(targets["executorch"]) == [
         "target", "max_context", "delegate", "attention", "activations",
     ]  # fmt: skip
@@ -371,7 +371,7 @@ BAD_RECIPES: dict[str, tuple[str | bytes, list[str]]] = {
     "targets as a mapping": ("targets: {target: onnx}\n", ["targets", "not a list of targets"]),
     "no targets": (
         "targets: []\n",
-        ["targets", "is empty", "Name one of coreml, executorch, onnx"],
+        ["targets", "is empty", "Name one of coreml, executorch, gguf, mlx, onnx"],
     ),
     "a target twice": (
         "targets: [{target: onnx}, {target: onnx}]\n",

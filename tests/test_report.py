@@ -232,11 +232,11 @@ def test_a_topic_without_data_names_the_command_that_measures_it(finished_bundle
 
 
 def test_a_damaged_bundle_gets_no_report(bundle_copy: Path) -> None:
-    path = bundle_copy / "onnx" / "model.onnx.data"
+    path = bundle_copy / "onnx" / "onnx" / "model_q4.onnx_data"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"onnx/model\.onnx\.data: has sha256"):
+    with pytest.raises(InputError, match=r"onnx/onnx/model_q4\.onnx_data: has sha256"):
         report([bundle_copy])
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_bundle_gets_no_report(bundle_copy: Path) -> None:
         lambda found: found["model"].update(layers=10**290),
         lambda found: found["weights"].update(x={"scheme": "int4", "shape": [9], "bytes": 1}),
         lambda found: found["weights"]["model.norm.weight"].update(shape=[10**290]),
-        lambda found: found["files"]["onnx/model.onnx"].update(bytes=1),
+        lambda found: found["files"]["onnx/onnx/model_q4.onnx"].update(bytes=1),
         lambda found: found.update(licence=None),
     ],
     ids=["parameters", "layers", "weight", "shape", "size", "licence"],
@@ -270,7 +270,7 @@ def test_a_measurement_of_another_bundle_is_refused(
     finished_bundle: Bundle, tmp_path: Path
 ) -> None:
     content = reporting.evaluation(read_manifest(finished_bundle.path), "onnx", 0.1)
-    content["files"]["model.onnx"] = "0" * 64
+    content["files"]["onnx/model_q4.onnx"] = "0" * 64
     path = tmp_path / "other.json"
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="measured files that none of the bundles holds"):
@@ -562,7 +562,7 @@ def test_the_command_writes_the_page_and_the_markdown(
     assert outcome.json["bytes"] == page.stat().st_size
 
 
-@pytest.mark.parametrize("place", ["onnx/report.html", "report.html", "onnx/model.onnx"])
+@pytest.mark.parametrize("place", ["onnx/report.html", "report.html", "onnx/onnx/model_q4.onnx"])
 def test_nothing_is_written_into_a_bundle(
     place: str, bundle_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,11 +114,12 @@ def test_a_mid_file_with_an_output_layer_apart_is_predicted_within_one_per_cent(
         ({"target": "coreml"}, "int4-g32", "float"),
         ({"target": "coreml", "activations": "float32"}, "int8", "int8"),
         ({"target": "coreml", "compute": "neural_engine", "prefill": 32}, "int4", "int8"),
+        ({"target": "coreml", "interface": "language_model"}, "int4-g32", "int4-g32"),
         ({"target": "executorch", "delegate": "coreml", "activations": "float16"}, "int4", "int8"),
     ],
     ids=[
         "mlpackage", "mlpackage with a float embedding", "mlpackage in float32",
-        "mlpackage for the Neural Engine", "delegate",
+        "mlpackage for the Neural Engine", "mlpackage for swift-transformers", "delegate",
     ],
 )  # fmt: skip
 def test_a_core_ml_program_is_predicted_within_two_per_cent(

@@ -452,7 +452,7 @@ def test_a_finished_bundle_is_unchanged_without_a_store_and_a_damaged_one_is_mad
     assert outcome.code == 0
     assert "unchanged" in outcome.out and "nothing was done" in outcome.out
     assert "lower onnx … unchanged" in outcome.err
-    flip(bundle_copy / "onnx" / "model.onnx", 999)
+    flip(bundle_copy / "onnx" / "onnx" / "model_q4.onnx", 999)
     outcome = run(capsys, *arguments, "--json")
     lowered = {s: what for s, what in outcome.json["stages"].items() if s.startswith("lower")}
     assert lowered == {

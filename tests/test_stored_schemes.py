@@ -120,6 +120,7 @@ TARGETS = [
     {"target": "onnx"},
     {"target": "onnx", "form": "portable", "products": "float"},
     {"target": "coreml", "prefill": 32},
+    {"target": "gguf"},
 ]
 
 

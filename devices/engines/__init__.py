@@ -1,7 +1,8 @@
 """Engines: the programs that run a model on a device, their files, commands and output.
 
 `native` is our C++ runner, `python` its counterpart for runtimes with a Python package, `official`
-has the programs that ExecuTorch and ONNX Runtime ship. All give the same records (`records`).
+has the programs that ExecuTorch, ONNX Runtime and llama.cpp ship. All give the same records
+(`records`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from devices.engines.records import Record
 from devices.transports.supervised import Completed
 
 #: The formats that there is an engine for.
-Format = Literal["executorch", "onnx", "coreml"]
+Format = Literal["executorch", "onnx", "coreml", "gguf", "mlx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
@@ -77,8 +78,9 @@ class Engine:
 
     `files` maps paths on the device to files here. The `commands` of a plan run one after the
     other. `capabilities` has those of "sustained", "trace", "generate" and "mmap" (the choice
-    between mapping and reading the model) that it has besides prefill and decode. `note` says what
-    its figures are, where they are not those of a prompt and of decode steps after a real text.
+    between mapping and reading the model) that it has besides prefill and decode. With `threads`,
+    it runs with so many, whatever the plan says. `note` says what its figures are, where they are
+    not those of a prompt and of decode steps after a real text.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Engine:
     files: Mapping[str, Path]
     commands: Callable[[Plan], list[Command]]
     capabilities: frozenset[str] = frozenset()
+    threads: int | None = None
     note: str = ""
 
 

@@ -1,7 +1,8 @@
-"""The programs that ExecuTorch and ONNX Runtime ship, which users build for their phones.
+"""The programs of ExecuTorch, ONNX Runtime and llama.cpp, which users build for their phones.
 
-``llama_main`` gets the prompt as text and reports its number of tokens. The other two run the
-program with inputs that are given as files, and report how long one execution takes.
+``llama_main`` gets the prompt as text and reports its number of tokens. ``executor_runner`` and
+``onnxruntime_perf_test`` run the program with inputs that are given as files, and report how long
+one execution takes. ``llama-bench`` makes prompts of random tokens itself.
 """
 
 import json
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devices.answers import contained, parse_json
-from devices.engines import Command, Engine, Model, Plan
+from devices.engines import Command, Engine, Format, Model, Plan
 from devices.engines.executor_runner import (
     executor_commands,
     executor_files,
     with_android_log,
 )
+from devices.engines.llama_bench import BENCH_NOTE, bench_commands, bench_files
 from devices.engines.perf_test import perf_commands, perf_files
 from devices.engines.placed import Placed
 from devices.engines.records import Record, check_record
@@ -27,12 +29,14 @@ from devices.transports.supervised import Completed
 @dataclass(frozen=True)
 class _Program:
     """The commands for a program with the parsers of their output, and the files that it reads
-    besides the model. With `logs`, its output may be in Android's log."""
+    besides the model. With `logs`, its output may be in Android's log. `capabilities` are those of
+    `Engine`."""
 
-    format: str
+    format: Format
     commands: Callable[[Placed, Plan], list[Command]]
     files: Callable[[Placed, Plan], Mapping[str, Path]]
     logs: bool = False
+    capabilities: frozenset[str] = frozenset()
     note: str = ""
 
 
@@ -64,8 +68,14 @@ def engine(
         versions={f"{program.name} sha256": digest},
         files={remote: program, **known.files(placed, plan)},
         commands=commands,
+        capabilities=known.capabilities,
         note=known.note,
     )
+
+
+def programs_for(format: Format) -> list[str]:  # noqa: A002  # as in `Model`
+    """The names of the programs that run this format."""
+    return [name for name, program in PROGRAMS.items() if program.format == format]
 
 
 def _succeeding(name: str, command: Command) -> Command:
@@ -152,5 +162,8 @@ PROGRAMS = {
     "onnxruntime_perf_test": _Program(
         "onnx", perf_commands, perf_files,
         note="one execution for each prompt and depth, on a cache of zeros that it copies",
+    ),
+    "llama-bench": _Program(
+        "gguf", bench_commands, bench_files, capabilities=frozenset({"mmap"}), note=BENCH_NOTE,
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ GroupQueryAttention refuses.
 
 import re
 import struct
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from devices.answers import contained
 from devices.engines import Command, Plan
@@ -51,7 +51,8 @@ def _command(placed: Placed, plan: Plan, length: int, depth: int) -> Command:
     inputs = [placed.remote(file) for file in _inputs(placed, length, depth)]
     runs = 2 if length else max(plan.steps, 2)
     program = [placed.program, "-m", "times", "-r", str(runs), "-x", str(plan.threads), "-e", "cpu"]
-    command = ["sh", "-c", _WITH_INPUTS, "mobilellm", placed.folder, *inputs, "--", *program]
+    beside = str(PurePosixPath(placed.path).parent)
+    command = ["sh", "-c", _WITH_INPUTS, "mobilellm", beside, *inputs, "--", *program]
     place = (
         {"phase": "prefill", "tokens": length} if length else {"phase": "decode", "depth": depth}
     )

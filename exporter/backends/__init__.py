@@ -5,13 +5,18 @@ nor torch; its functions import them when they are called. Every format has thes
 
 - ``Target``: its options, a subclass of `Target` here. The field ``target`` is the module's name.
   With ``by_default``, it is a target of every recipe that names no targets.
-- ``EXTRA``, ``TOOLKIT``: the extra to install, and the modules that the extra installs.
-- ``FILE_NAME``: the file or folder that a runtime opens.
-- ``FILES``: every file that `lower` may write. The first one is always written.
+- ``EXTRA``, ``TOOLKIT``: the extra to install for lowering, and the modules that it installs.
+- ``RUNTIME_EXTRA``, ``RUNTIME``: the same for `load`. Without them the format can be lowered and
+  its integers verified; `verify` then says that the artifact was not run.
+- ``FILES``: every file that `lower` may write. The first one is always written, or the folder that
+  its path begins with.
+- ``main_file(files)``: which of an artifact's `files`, or which folder of them, a runtime opens.
 - ``SUFFIX``: the suffix of the files that ``inspect(path) -> Inspection`` reads, including files
   that other tools made; '' for a format without `inspect`.
 
 - ``check(config, schemes, target)``: raise InputError for what the format cannot hold.
+- ``check_folder(folder, target)``: raise InputError for files of the model folder that the format
+  cannot hold, such as a tokenizer.
 - ``predict(config, schemes, target) -> Prediction``: the size of the artifact. Needs no toolkit.
 - ``lower(quantized, target, out) -> Artifact``: write the files. Codes and scales are repacked,
   never chosen again.
@@ -162,6 +167,15 @@ def _check_toolkit(module: ModuleType) -> None:
     for package in module.TOOLKIT:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, module.EXTRA)
+
+
+def check_runtime(name: str) -> None:
+    """Raise MissingExtraError if a part of what the format needs to run is missing."""
+    module = backend(name)
+    with TOOLKIT_IMPORTS:
+        for package in module.RUNTIME:
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtraError(package, module.RUNTIME_EXTRA)
 
 
 def inspector_of(path: Path) -> str | None:

@@ -5,7 +5,7 @@
 The folder is what is deployed to the phone. ``artifact.json`` is written last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,11 @@ def artifact_output(target: Target) -> Output:
     return Output(names[0], MANIFEST, (*names, *COMPANIONS))
 
 
-def is_of_model(name: str, target: str) -> bool:
-    """Whether a file of an artifact is part of the model: the file that a runtime opens, a file in
-    the folder of that name, or its external data. Tokenizer files are not."""
-    main = front(target).FILE_NAME
-    return name == main or name.startswith((f"{main}/", f"{main}."))
+def is_of_model(name: str, files: Collection[str], target: str) -> bool:
+    """Whether one of an artifact's `files` is part of the model: the file that a runtime opens, a
+    file in the folder of that name, or its external data. Tokenizer files are not."""
+    main = front(target).main_file(files)
+    return name == main or name.startswith((f"{main}/", f"{main}.", f"{main}_"))
 
 
 def artifact_identity(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def write_artifact(
     module = backend(target.target)
     written = list(module.lower(quantized, target, out).files)
     for name in COMPANIONS:
-        if (quantized.path / name).is_file():
+        if name not in written and (quantized.path / name).is_file():
             copy_file(quantized.path / name, out / name)
             written.append(name)
     for name in {*module.FILES, *COMPANIONS}.difference(written):
@@ -118,7 +118,9 @@ def write_artifact(
 
 def open_artifact(path: Path) -> FinishedArtifact:
     """Open an artifact by its folder or by a file in it. Raises InputError."""
-    folder = path.parent if path.is_file() or (path.parent / MANIFEST).is_file() else path
+    above = (path.parent, path.parent.parent)  # a format may have a folder of its own for the model
+    default = path.parent if path.is_file() else path
+    folder = next((one for one in above if (one / MANIFEST).is_file()), default)
     manifest = read_json(folder / MANIFEST)
     subject = folder / MANIFEST
     if manifest.get("format_version") != FORMAT_VERSION:

@@ -135,12 +135,14 @@ def _artifacts(manifest: BundleManifest) -> Iterator[str]:
     rows = []
     for name, target in targets.items():
         module = front(name)
-        stored = [manifest.files.get(f"{name}/{file}") for file in module.FILES]
-        size = sum(entry.bytes for entry in stored if entry)
+        held = [
+            path.removeprefix(f"{name}/") for path in manifest.files if path.startswith(f"{name}/")
+        ]
+        size = sum(manifest.files[f"{name}/{file}"].bytes for file in held if file in module.FILES)
         options = target.model_dump(mode="json", exclude={"target", "max_context"})
         chosen = ", ".join(f"{key}: {value}" for key, value in options.items() if value != "")
         rows.append([
-            f"`{name}/{module.FILE_NAME}`", megabytes(size), f"{target.max_context:,} tokens",
+            f"`{name}/{module.main_file(held)}`", megabytes(size), f"{target.max_context:,} tokens",
             code(chosen) if chosen else "",
         ])  # fmt: skip
     yield "## Artifacts"

@@ -100,9 +100,14 @@ def check_belongs(result: Result, manifest: BundleManifest, subject: object) -> 
                     "Measure this bundle again",
                 )
         whole = result.kind == EVALUATION
-        for path in manifest.files:
-            name = path.removeprefix(f"{folder}/")
-            if name in (path, ARTIFACT_MANIFEST, QUANTIZED_MANIFEST) or name in hashes:
+        held = [
+            path.removeprefix(f"{folder}/")
+            for path in manifest.files
+            if path.startswith(f"{folder}/")
+        ]
+        for name in held:
+            if name in (ARTIFACT_MANIFEST, QUANTIZED_MANIFEST) or name in hashes:
                 continue
-            if whole or (target is not None and is_of_model(name, target)):
+            if whole or (target is not None and is_of_model(name, held, target)):
+                path = f"{folder}/{name}"
                 raise InputError(subject, f"does not name {path}", "Measure this bundle again")

@@ -95,6 +95,11 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32",
         help="data type of --dequantize (default: float32, which is exact; the others round)",
     )  # fmt: skip
+    sub.add_argument(
+        "--as", dest="family", choices=["qwen3", "llama"],
+        help="write the folder of --dequantize as a model of this type that computes the same; "
+        "MobileLLM-R1 is a qwen3, which more engines run (default: the checkpoint's own type)",
+    )  # fmt: skip
 
     sub = command(
         "lower", "Lower a quantized checkpoint to one mobile format",
@@ -122,7 +127,7 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _recipe_arguments(sub)
     sub.add_argument(
         "--target", action="append", default=[], metavar="NAME",
-        help="lower to this target of the recipe only; can be repeated",
+        help="lower to this target only, which the recipe need not name; can be repeated",
     )  # fmt: skip
     _text_argument(sub)
     sub.add_argument(
@@ -296,8 +301,8 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--runner", type=Path, metavar="FILE",
-        help="an official runner built for the device: llama_main, executor_runner or "
-        "onnxruntime_perf_test",
+        help="an official runner built for the device: llama_main, executor_runner, "
+        "onnxruntime_perf_test or llama-bench",
     )  # fmt: skip
     sub.add_argument(
         "--threads", type=int, default=0, metavar="N",
@@ -310,7 +315,7 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--no-mmap", dest="mmap", action="store_false",
-        help="read the model into memory instead of mapping it (the native runner)",
+        help="read the model into memory instead of mapping it (native runner and llama.cpp)",
     )  # fmt: skip
     sub.add_argument(
         "--timeout", type=float, default=1800.0, metavar="S",

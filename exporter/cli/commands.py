@@ -48,12 +48,15 @@ def quantize(args: argparse.Namespace) -> int:
     from exporter.model.checkpoint import open_checkpoint
     from exporter.recipe import load_recipe
 
+    if args.family and not args.dequantize:
+        raise InputError(f"--as {args.family}", "is for --dequantize", "Give --dequantize DIR too")
     recipe = load_recipe(args.recipe, args.overrides)
     checkpoint = open_checkpoint(args.checkpoint)
     with display.progress() as progress, display.Clock() as clock:
         dequantized = None
         if args.dequantize:
-            dequantized = pipeline.DequantizedFolder(args.dequantize, getattr(torch, args.dtype))
+            dtype = getattr(torch, args.dtype)
+            dequantized = pipeline.DequantizedFolder(args.dequantize, dtype, args.family)
         quantized = pipeline.quantize(
             recipe, checkpoint, args.output, progress, args.overwrite, dequantized
         )

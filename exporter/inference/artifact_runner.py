@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from exporter import backends
-from exporter.backends import Artifact, Runner, backend, parse_target
+from exporter.backends import Artifact, Runner, backend, check_runtime, parse_target
 from exporter.child_process import ChildProcess, Limits
 from exporter.errors import InputError
 
@@ -37,11 +37,11 @@ class ArtifactRunner:
     """An artifact in its own runtime on this machine, or in another way (`variant`), in a child.
 
     The child begins to load when the object is made; the first use waits for it. Raises
-    MissingExtraError without the toolkit, and InputError, then or later, for what fails.
+    MissingExtraError without the runtime, and InputError, then or later, for what fails.
     """
 
     def __init__(self, artifact: Artifact, variant: str = "") -> None:
-        backend(artifact.target.target)
+        check_runtime(artifact.target.target)
         self._path = artifact.path
         paths = [artifact.path / name for name in artifact.files]
         size = sum(path.stat().st_size for path in paths if path.is_file())

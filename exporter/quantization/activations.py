@@ -36,6 +36,11 @@ def round_to_half(x: Tensor) -> Tensor:
     return x.half().float()
 
 
+def round_to_bfloat16(x: Tensor) -> Tensor:
+    """Round x to bfloat16; the result is float32."""
+    return x.bfloat16().float()
+
+
 def _round_over(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Round to 8 bits, asymmetric, with one scale and zero point over `dims`."""
     if not x.numel():
@@ -56,4 +61,18 @@ def round_blocks_to_int8(x: Tensor, block: int) -> Tensor:
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale == 0, 1.0, scale)
     rounded: Tensor = ((blocks / scale).round() * scale).flatten(-2)
+    return rounded
+
+
+def round_blocks_to_q8_0(x: Tensor) -> Tensor:
+    """Round x as llama.cpp does before a product with Q4_0 or Q8_0: int8, symmetric, in blocks of
+    32 features, with the scale kept as float16.
+
+    Source: ``quantize_row_q8_0`` and ``ggml_quantize_mat_q8_0_4x8`` in ggml-cpu/arch/x86. The codes
+    are of the scale in float32. Halves are rounded to even there, and away from zero on Arm.
+    """
+    blocks = x.unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    factor = torch.where(largest == 0, 0.0, 127 / largest)
+    rounded: Tensor = ((blocks * factor).round() * (largest / 127).half()).flatten(-2)
     return rounded

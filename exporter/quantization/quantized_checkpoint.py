@@ -60,7 +60,6 @@ WEIGHTS, MANIFEST = "quantized.safetensors", "quantization.json"
 REPORTS = "calibration"
 
 QUANTIZED_OUTPUT = Output(WEIGHTS, MANIFEST, (*COMPANION_FILES, REPORTS))
-DEQUANTIZED_OUTPUT = Output("model.safetensors", "config.json", COMPANION_FILES)
 
 
 class _StoredTensor(Section):
@@ -324,23 +323,3 @@ def damaged_tensors(quantized: QuantizedCheckpoint) -> dict[str, str]:
         elif problem := problem_with_values(stored):
             problems[name] = problem
     return problems
-
-
-def write_dequantized(
-    quantized: QuantizedCheckpoint, dtype: torch.dtype, out: Path, on_tensor: OnTensor
-) -> None:
-    """Write a Hugging Face folder with the dequantized weights, for any other engine.
-
-    float32 is exact. float16 and bfloat16 round each product of code and scale to 11 and 8
-    significant bits. An int4 code times a scale needs up to 11 bits, so float16 is exact for int4
-    unless the product is below 2^-14.
-    """
-
-    def produce(name: str) -> torch.Tensor:
-        on_tensor(name)
-        return quantized.float_weight(name).to(dtype)
-
-    layout = {name: (dtype, shape) for name, shape in quantized.config.parameter_shapes().items()}
-    write_safetensors(out / "model.safetensors", layout, produce, {"format": "pt"})
-    for name in reversed(companions(quantized.path)):  # config.json last
-        copy_file(quantized.path / name, out / name)

@@ -154,7 +154,7 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     if not present(path, TOKENIZER_BYTES):
         raise InputError(path, "no such file", "Text needs the model's tokenizer.json")
     content = read_bytes(path, TOKENIZER_BYTES)
-    template, special = _template_of(folder)
+    template, special = template_of(folder)
     key = sha256(content + repr((folder, template, sorted(special.items()))).encode()).hexdigest()
     tokenizer = _open.pop(key, None)
     if tokenizer is None or tokenizer.failed:
@@ -186,7 +186,7 @@ def _unicode(text: str) -> bytes:
         raise InputError("prompt", f"is not Unicode ({error.reason})", "Give UTF-8") from error
 
 
-def _template_of(folder: Path) -> tuple[str | None, Mapping[str, str]]:
+def template_of(folder: Path) -> tuple[str | None, Mapping[str, str]]:
     """The chat template of a folder, if it has one, and its special tokens. Raises InputError."""
     config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = read_json(config_path) if present(config_path) else {}
@@ -199,15 +199,18 @@ def _template_of(folder: Path) -> tuple[str | None, Mapping[str, str]]:
             ) from error
     else:
         template = _default_template(config.get("chat_template"), config_path)
-    tokens = {key: _token_text(value) for key, value in config.items() if key.endswith("_token")}
-    return template, {key: text for key, text in tokens.items() if text is not None}
+    return template, token_texts(config)
 
 
-def _token_text(value: object) -> str | None:
-    """The text of a special token, which is given as text or as an object with ``content``."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+def token_texts(config: Mapping[str, object]) -> Mapping[str, str]:
+    """The special tokens of a configuration, such as ``bos_token``. Each is given as text or as an
+    object with ``content``."""
+    found = dict[str, str]()
+    for key, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            found[key] = text
+    return found
 
 
 def _default_template(value: object, path: Path) -> str | None:

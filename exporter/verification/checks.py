@@ -32,13 +32,14 @@ _DAMAGED_DIGITS = 2
 
 @dataclass(frozen=True)
 class Check:
-    """One finding; a `limit` of None means that the value is reported only."""
+    """One finding; a `limit` of None means that the value is reported only, and a `value` of None
+    that nothing was measured."""
 
     check: str
     target: str | None
     subject: str
     passed: bool
-    value: float
+    value: float | None
     limit: float | None
     note: str = ""
 

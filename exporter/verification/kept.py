@@ -46,7 +46,7 @@ def check_or_find(
     """The checks of `check_quantized`, then those of `check_artifacts`.
 
     The quantized checkpoint and each artifact are one stage each, which is kept if all of its
-    checks passed.
+    checks passed. An artifact that could not be run was not verified, so it is not kept.
     """
     identities, targets = verifications(quantized, artifacts, texts), (None, *artifacts)
     checks, missing = dict[str | None, list[Check]](), list[str | None]()
@@ -67,7 +67,7 @@ def check_or_find(
     for target in missing:
         stage = _stage(target)
         stages.results[stage] = MADE
-        if all(check.passed for check in checks[target]):
+        if all(check.passed and check.value is not None for check in checks[target]):
             record = {"checks": [_passed(check) for check in checks[target]]}
             stages.note(stage, identities[stage], record)
     return [check for target in targets for check in checks[target]]
@@ -110,6 +110,7 @@ def _artifact_identity(finished: FinishedArtifact, text: Text) -> dict[str, Any]
 
 def _passed(check: Check) -> dict[str, Any]:
     """A check that passed as JSON-compatible data; its value may be an integer or a bool."""
+    assert check.value is not None  # else the stage is not kept
     content = asdict(check) | {"value": float(check.value)}
     del content["passed"]
     return content

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporter.backends import Artifact, Runner, backend
+from exporter.backends import Artifact, Runner, backend, check_runtime, front
 from exporter.bundle.artifact import FinishedArtifact
-from exporter.errors import InputError
+from exporter.errors import InputError, MissingExtraError
 from exporter.foreign import read_bytes
 from exporter.inference.artifact_runner import ArtifactRunner
 from exporter.model.checkpoint import Checkpoint
@@ -76,6 +76,25 @@ def verification_text(
     return Text(tuple(tokens), str(file or "the built-in sample text"), True)
 
 
+def missing_runtime(target: str) -> MissingExtraError | None:
+    """What says that the runtime of a format is not installed, or None if it is.
+
+    Raises MissingExtraError if not even the toolkit is installed.
+    """
+    backend(target)
+    try:
+        check_runtime(target)
+    except MissingExtraError as error:
+        return error
+    return None
+
+
+def runs_everywhere(target: str) -> bool:
+    """Whether a format's runtime is installed wherever the format is lowered."""
+    module = front(target)
+    return set(module.RUNTIME) <= set(module.TOOLKIT)
+
+
 #: Loads an artifact in its runtime, or in the way that the variant names.
 Load = Callable[[Artifact, str], Runner]
 
@@ -117,7 +136,8 @@ def running(
 ) -> Iterator[Runs]:
     """Run the artifacts one after the other in child processes, while the block does other work.
 
-    An artifact without a text, or with a file in `damaged`, is not run.
+    An artifact without a text, with a file in `damaged`, or without an installed runtime, is not
+    run.
     """
     current: ArtifactRunner | None = None
 
@@ -134,7 +154,9 @@ def running(
                 _run, finished.artifact, texts[target], load, _variants(finished.artifact)
             ).result
             for target, finished in artifacts.items()
-            if target in texts and not damaged_files(finished, damaged)
+            if target in texts
+            and not damaged_files(finished, damaged)
+            and not missing_runtime(target)
         }
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

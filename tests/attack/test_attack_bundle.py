@@ -47,6 +47,7 @@ from exporter.verification.integers import check_integers
 #: Flips at random places, besides one in every file.
 PLACES = 200
 WEIGHTS, MODEL = "quantized/quantized.safetensors", "executorch/model.pte"
+GRAPH, DATA = "onnx/onnx/model_q4.onnx", "onnx/onnx/model_q4.onnx_data"
 MLPACKAGE = "coreml/model.mlpackage/Data/com.apple.CoreML"
 
 Capture = pytest.CaptureFixture[str]
@@ -134,14 +135,14 @@ def in_safetensors(path: Path) -> Iterator[Range]:
 def in_onnx(path: Path, names: set[str]) -> Iterator[Range]:
     """In the file of external data, or in the graph's own. A product of several weights has their
     names, joined."""
-    model = onnx.load(path.parent / "model.onnx", load_external_data=False)
+    model = onnx.load(path.parent / "model_q4.onnx", load_external_data=False)
     content = path.read_bytes()
     for tensor in model.graph.initializer:
         held = {name for part in tensor.name.split("+") if (name := stem(part)) in names}
         place = {
             entry.key: int(entry.value) for entry in tensor.external_data if entry.value.isdigit()
         }
-        if path.suffix == ".data" and place and held:
+        if path.name.endswith("_data") and place and held:
             yield place["offset"], place["offset"] + place["length"], held
         elif path.suffix == ".onnx" and len(tensor.raw_data) > 64 and held:
             start = content.index(tensor.raw_data)
@@ -189,8 +190,8 @@ def weights_by_place(folder: Path) -> dict[str, list[Range]]:
     blobs = f"{MLPACKAGE}/weights/weight.bin"
     return {
         WEIGHTS: list(in_safetensors(folder / WEIGHTS)),
-        "onnx/model.onnx.data": list(in_onnx(folder / "onnx/model.onnx.data", names)),
-        "onnx/model.onnx": list(in_onnx(folder / "onnx/model.onnx", names)),
+        DATA: list(in_onnx(folder / DATA, names)),
+        GRAPH: list(in_onnx(folder / GRAPH, names)),
         MODEL: list(in_pte(folder / MODEL, names)),
         blobs: list(in_mlpackage(folder / blobs, names)),
     }
@@ -200,9 +201,13 @@ def test_the_places_of_all_weights_are_known(packaged: Path) -> None:
     """Each format has each weight, and weights are most of its file."""
     names = set(open_bundle(packaged / "nano").quantized.schemes)
     places = weights_by_place(packaged / "nano")
-    for files in ((WEIGHTS,), ("onnx/model.onnx.data", "onnx/model.onnx"), (MODEL,)):
+    for files in (
+        (WEIGHTS,),
+        (DATA, GRAPH),
+        (MODEL,),
+    ):
         assert set().union(*(held for file in files for *_, held in places[file])) >= names, files
-    for file in (WEIGHTS, "onnx/model.onnx.data", MODEL, f"{MLPACKAGE}/weights/weight.bin"):
+    for file in (WEIGHTS, DATA, MODEL, f"{MLPACKAGE}/weights/weight.bin"):
         held = {place for start, end, _ in places[file] for place in range(start, end)}
         assert len(held) > 0.6 * (packaged / "nano" / file).stat().st_size, file
 
@@ -333,7 +338,7 @@ CHANGES = (remove, rename, move, truncate, empty, append, exchange)
 #: One file of each kind, and the lists themselves.
 VICTIMS = (
     WEIGHTS, "quantized/quantization.json", "quantized/config.json", MODEL, "onnx/artifact.json",
-    "onnx/model.onnx.data", f"{MLPACKAGE}/weights/weight.bin", "results/host.json",
+    DATA, f"{MLPACKAGE}/weights/weight.bin", "results/host.json",
     "README.md", "provenance.json", MANIFEST, CHECKSUMS,
 )  # fmt: skip
 
@@ -369,7 +374,7 @@ def test_a_file_that_is_missing_or_changed_is_named(
 
 
 @pytest.mark.parametrize(
-    "name", ["added", "onnx/model.onnx.bak", "results/x.json", ".hidden", "a/b"]
+    "name", ["added", "onnx/onnx/model_q4.onnx.bak", "results/x.json", ".hidden", "a/b"]
 )
 def test_a_file_that_is_added_is_named(name: str, bundle: Path, tmp_path: Path) -> None:
     (bundle / name).parent.mkdir(exist_ok=True)
@@ -401,7 +406,7 @@ def pipe(path: Path, secret: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [link_outside, link_inside, link_to_a_folder, pipe])
-@pytest.mark.parametrize("name", ["onnx/model.onnx", "quantized/config.json", "results/host.json"])
+@pytest.mark.parametrize("name", [GRAPH, "quantized/config.json", "results/host.json"])
 def test_a_link_or_a_pipe_in_a_folder_is_named_and_not_packed(
     make: Callable[[Path, Path], None], name: str, bundle: Path, tmp_path: Path
 ) -> None:
@@ -410,7 +415,7 @@ def test_a_link_or_a_pipe_in_a_folder_is_named_and_not_packed(
     shutil.copyfile(bundle / name, secret)  # also if the content is the right one
     names = files_of(bundle)
     make(bundle / name, secret)
-    linked = Path(name).parts[0] if make is link_to_a_folder else name
+    linked = str(Path(name).parent) if make is link_to_a_folder else name
     assert linked in verdict(bundle)
     for suffix in FORMATS:
         with pytest.raises(InputError):

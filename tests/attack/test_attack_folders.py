@@ -138,7 +138,7 @@ WRITTEN: dict[str, tuple[str, str, Make]] = {
         "lower": (f"model.{TARGET}", f".model.{TARGET}.tmp", "artifact.json", "tokenizer.json"),
         "export": (
             TARGET, "quantized", "SHA256SUMS", ".SHA256SUMS.tmp", "manifest.json",
-            f"{TARGET}/model.{TARGET}", f"{TARGET}/.artifact.json.tmp",
+            f"{TARGET}/onnx/model_q4.onnx", f"{TARGET}/.artifact.json.tmp",
             "quantized/.quantized.safetensors.tmp", "quantized/calibration",
         ),
     }.items()
@@ -283,7 +283,7 @@ IN_A_BUNDLE: dict[str, tuple[str, Make]] = {
     f"{name}: {make.__name__}": (name, make)
     for name in (
         "quantized/quantization.json", "quantized/quantized.safetensors", "quantized/config.json",
-        "quantized/tokenizer.json", f"{TARGET}/artifact.json", f"{TARGET}/model.{TARGET}",
+        "quantized/tokenizer.json", f"{TARGET}/artifact.json", f"{TARGET}/onnx/model_q4.onnx",
         f"{TARGET}/tokenizer.json", "manifest.json",
     )
     for make in (link, link_to_folder, dangling, fifo, device, huge)

@@ -22,11 +22,12 @@ from exporter.inference import artifact_runner
 from exporter.inference.artifact_runner import ArtifactRunner
 
 MODEL = "coreml/model.mlpackage/Data/com.apple.CoreML/model.mlmodel"
+GRAPH, DATA = "onnx/onnx/model_q4.onnx", "onnx/onnx/model_q4.onnx_data"
 #: The files that a runtime parses, and the share of each that is not only weights.
 PARSED = {
     "executorch/model.pte": 0.05,
-    "onnx/model.onnx": 1.0,
-    "onnx/model.onnx.data": 1.0,
+    GRAPH: 1.0,
+    DATA: 1.0,
     MODEL: 1.0,
 }
 
@@ -167,7 +168,7 @@ def huge_state() -> Callable[[Path], None]:
 
 def written(model: onnx.ModelProto) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        onnx.save(model, folder / "model.onnx")
+        onnx.save(model, folder / "onnx" / "model_q4.onnx")
 
     return change
 

@@ -139,7 +139,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     write_sharded(Path(shutil.copytree(folder, made.root / "sharded")))
     # A runtime that starts takes seconds, and so does an export for comparison: most manifests are
     # tried beside a model that is missing, and the checksums beside weights that are missing too.
-    for name, missing in (("headless", "model.onnx*"), ("bare", "*.safetensors")):
+    for name, missing in (("headless", "model_q4.onnx*"), ("bare", "*.safetensors")):
         shutil.copytree(bundle, made.root / name, ignore=shutil.ignore_patterns(missing))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield made

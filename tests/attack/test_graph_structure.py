@@ -17,10 +17,12 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from exporter.backends import onnx as backend
 from exporter.errors import InputError
+from exporter.model.config import EMBEDDING
 from exporter.verification.integers import check_integers
 
 Q_PROJ = "model.layers.1.self_attn.o_proj.weight"
 NORM = "model.norm.weight"
+GRAPH, DATA, ORT = "onnx/model_q4.onnx", "onnx/model_q4.onnx_data", "onnx/model_q4.ort"
 #: Large enough that the embedding lies in the data file.
 VOCABULARY = 1024
 Change = Callable[[ModelProto, bytearray], object]
@@ -59,11 +61,11 @@ def failed(lowered: Lowered, folder: Path) -> list[str]:
 
 def changed(lowered: Lowered, change: Change, folder: Path) -> Path:
     shutil.copytree(lowered[1].artifact.path, folder)
-    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
-    data = bytearray((folder / "model.onnx.data").read_bytes())
+    model = onnx.load(str(folder / GRAPH), load_external_data=False)
+    data = bytearray((folder / DATA).read_bytes())
     change(model, data)
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    (folder / "model.onnx.data").write_bytes(data)
+    (folder / GRAPH).write_bytes(model.SerializeToString())
+    (folder / DATA).write_bytes(data)
     return folder
 
 
@@ -230,10 +232,8 @@ def test_a_copy_that_is_wired_in_is_not_the_weight(lowered: Lowered, tmp_path: P
         ("lowered", "MatMulNBits", "block_size", 64, "blocks of 64"),
         ("lowered", "MatMulNBits", "bits", 8, "reads its weight as ["),
         ("lowered", "MatMulNBits", "K", 32, "reads its weight as ["),
-        ("lowered", "GatherBlockQuantized", "block_size", 64, "blocks of 64"),
-        ("lowered", "GatherBlockQuantized", "quantize_axis", 0, "looks up along the axes (0, 0)"),
         ("portable", "DequantizeLinear", "block_size", 64, "blocks of 64"),
-        ("portable", "DequantizeLinear", "axis", 0, "dequantizes along another axis"),
+        ("portable", "DequantizeLinear", "axis", 1, "dequantizes along another axis"),
     ],
 )
 def test_a_weight_is_decoded_as_its_node_reads_it(
@@ -251,6 +251,42 @@ def test_a_weight_is_decoded_as_its_node_reads_it(
     assert any(note in line for line in found), found
     assert len(found) <= 4
     assert any(f"attribute.{attribute}: is {value}" in line for line in differences(made, tampered))
+
+
+def change_the_codes_of_bytes(model: ModelProto, data: bytearray) -> None:
+    """The codes stay; the lookup decodes one of them as another."""
+    table = tensor_of(model, "codes_of_bytes_4")
+    values = numpy_helper.to_array(table).copy()
+    values[17, 1] += 1
+    table.raw_data = values.tobytes()
+
+
+def look_up_the_other_axis(model: ModelProto, data: bytearray) -> None:
+    node = next(node for node in model.graph.node if f"{EMBEDDING}.rows" in node.input)
+    node.attribute.append(helper.make_attribute("axis", 1))
+
+
+def look_up_other_rows(model: ModelProto, data: bytearray) -> None:
+    node = next(node for node in model.graph.node if f"{EMBEDDING}.rows" in node.input)
+    copy = TensorProto()
+    copy.CopyFrom(tensor_of(model, node.input[0]))
+    copy.name = node.input[0] = "copy.rows"
+    model.graph.initializer.append(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (change_the_codes_of_bytes, "decodes bytes of codes of 4 bits in another way"),
+        (look_up_the_other_axis, "looks up along another axis"),
+        (look_up_other_rows, "reads 'copy.rows' without its scales"),
+    ],
+)
+def test_a_lookup_is_decoded_as_its_nodes_read_it(
+    change: Change, note: str, lowered: Lowered, tmp_path: Path
+) -> None:
+    found = failed(lowered, changed(lowered, change, tmp_path / "tampered"))
+    assert any(note in line for line in found), found
 
 
 def test_zero_points_are_not_overlooked(lowered: Lowered, tmp_path: Path) -> None:
@@ -281,7 +317,7 @@ def test_the_same_content_at_other_places_does_not_differ(
             tensor.data_location = TensorProto.EXTERNAL
             moved += bytes(7)
             where = (
-                ("location", "model.onnx.data"),
+                ("location", "model_q4.onnx_data"),
                 ("offset", len(moved)),
                 ("length", len(content)),
             )
@@ -310,24 +346,26 @@ def test_companion_files_are_compared_by_content(lowered: Lowered, tmp_path: Pat
     options["custom_ops_library"] = "../library.so"
     content["model"]["decoder"]["filename"] = "../model.onnx"
     config.write_text(json.dumps(content))
-    operators = folder / "model.required_operators.config"
+    operators = folder / "onnx/model_q4.required_operators.config"
     operators.write_text(operators.read_text().replace("MatMulNBits", "MatMul"))
     found = differences(lowered, folder)
     place = "genai_config.json.model.decoder"
     assert f"{place}.session_options.custom_ops_library: is not in the derived model" in found
-    assert f"{place}.filename: is '../model.onnx', not 'model.onnx'" in found
-    assert any(line.startswith("model.required_operators.config[") for line in found)
+    assert f"{place}.filename: is '../model.onnx', not 'onnx/model_q4.onnx'" in found
+    assert any(line.startswith("onnx/model_q4.required_operators.config[") for line in found)
     assert len(found) == 3
 
 
 def test_the_ort_file_of_other_weights_is_named(lowered: Lowered, tmp_path: Path) -> None:
     folder = changed(lowered, lambda model, data: None, tmp_path / "ort")
-    data = bytearray((folder / "model.ort").read_bytes())
-    weight = tensor_of(onnx.load(str(folder / "model.onnx"), load_external_data=False), NORM)
+    data = bytearray((folder / ORT).read_bytes())
+    weight = tensor_of(onnx.load(str(folder / GRAPH), load_external_data=False), NORM)
     data[bytes(data).index(weight.raw_data)] ^= 1
-    (folder / "model.ort").write_bytes(data)
+    (folder / ORT).write_bytes(data)
     (line,) = differences(lowered, folder)
-    assert line.startswith(f"model.ort.Model.Graph.Initializers {NORM}.RawData: 1 of 256 values")
+    assert line.startswith(
+        f"onnx/model_q4.ort.Model.Graph.Initializers {NORM}.RawData: 1 of 256 values"
+    )
 
 
 def test_a_tensor_may_not_lie_elsewhere(lowered: Lowered, tmp_path: Path) -> None:
@@ -344,7 +382,7 @@ def test_a_tensor_may_not_lie_elsewhere(lowered: Lowered, tmp_path: Path) -> Non
             differences(lowered, folder)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.ort"])
+@pytest.mark.parametrize("name", [GRAPH, ORT])
 def test_a_flipped_bit_of_a_graph_is_named_refused_or_without_effect(
     name: str, lowered: Lowered, tmp_path: Path
 ) -> None:
@@ -365,7 +403,14 @@ def test_a_flipped_bit_of_a_graph_is_named_refused_or_without_effect(
 
 
 @pytest.mark.parametrize(
-    "name", ["model.onnx", "model.onnx.data", "model.ort", "genai_config.json"]
+    "name",
+    [
+        GRAPH,
+        DATA,
+        ORT,
+        "genai_config.json",
+        "config.json",
+    ],
 )
 @pytest.mark.parametrize("content", [b"", b"\xff" * 999, b"\x0a\x00" * 999, None])
 def test_what_is_no_model_is_refused(
@@ -389,6 +434,6 @@ def test_many_empty_entries_are_refused_without_being_parsed(
     """A graph of ten million empty nodes would fill a gigabyte."""
     folder = tmp_path / "large"
     shutil.copytree(lowered[1].artifact.path, folder)
-    (folder / "model.onnx").write_bytes(b"\x0a\x00" * 10_000_000)
+    (folder / GRAPH).write_bytes(b"\x0a\x00" * 10_000_000)
     with pytest.raises(InputError, match="is larger than the limit"):
         differences(lowered, folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from exporter.backends.coreml.lowering import interpreted
+from exporter.backends.coreml.running import interpreted
 from exporter.bundle.bundle import open_bundle
 from exporter.inference.reference import score
 from exporter.text.tokenizer import load_tokenizer

@@ -96,7 +96,7 @@ def main() -> None:
         names = list(dict.fromkeys(name for _, name in rates))
         table = Table("", "build s", "model MB", *names, box=None, title="tokens/s, medians")
         for name, folder in folders.items():
-            size = sum(file.stat().st_size for file in folder.glob("model.onnx*")) / 1e6
+            size = sum(file.stat().st_size for file in folder.rglob("model*.onnx*")) / 1e6
             medians = [f"{statistics.median(rates[name, kind]):.0f}" for kind in names]
             table.add_row(name, f"{seconds[name]:.1f}", f"{size:.1f}", *medians)
         ratios = [

@@ -179,7 +179,7 @@ def test_the_inputs_for_the_perf_test_run_in_onnx_runtime(
 
 
 def test_the_inputs_of_a_model_are_read_as_onnx_reads_them(portable_bundle: Bundle) -> None:
-    path = portable_bundle.artifacts["onnx"].artifact.path / "model.onnx"
+    path = portable_bundle.artifacts["onnx"].artifact.path / "onnx" / "model_q4.onnx"
     proto = onnx.load(str(path), load_external_data=False)
     expected = [
         (one.name, one.type.tensor_type.elem_type,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ from exporter.model.config import ModelConfig, parse_config
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import FLOAT, QuantizedTensor, Scheme
 
-EXTRA, TOOLKIT = "npz", ("numpy",)
+EXTRA, TOOLKIT = RUNTIME_EXTRA, RUNTIME = "npz", ("numpy",)
 FILE_NAME = "model.npz"
 FILES = (FILE_NAME,)
 SUFFIX = ".npz"
@@ -45,6 +45,12 @@ def check(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) ->
     check_context(config, target)
     if target.threads < 1:
         raise InputError("threads", f"{target.threads} is too few", "Give 1 or more")
+
+
+def check_folder(folder: Path, target: Target) -> None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        raise InputError(path, "has no place in an .npz", "Remove it")
 
 
 def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:
@@ -149,6 +155,10 @@ def usage(target: Target) -> str:
 
 def interpreted(target: Target) -> bool:
     return False
+
+
+def main_file(files: Collection[str]) -> str:
+    return FILE_NAME
 
 
 def packages(target: Target) -> tuple[str, ...]:

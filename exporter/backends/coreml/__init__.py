@@ -2,14 +2,14 @@
 
     mobilellm lower build/nano-int4 --target coreml -o build/nano-coreml
 
-`program` builds the program with `graph` or `neural_engine` and `constants`, `package` reads and
-writes the files of a package, and `lowering` makes an artifact. `interpreter` runs a package
-without Core ML, with `operators`. `inspection` shows the content of any package, and `comparison`
-compares two.
+`program` builds the program with `graph`, `neural_engine` or `language_model` and `constants`,
+`package` reads and writes the files of a package, and `lowering` makes an artifact, which `running`
+runs. `interpreter` runs a package without Core ML, with `operators`. `inspection` shows the content
+of any package, and `comparison` compares two.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 EXTRA, TOOLKIT = "coreml", ("coremltools",)
+RUNTIME_EXTRA, RUNTIME = EXTRA, TOOLKIT
 FILE_NAME = "model.mlpackage"
 #: The files of a package.
 MANIFEST = "Manifest.json"
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
-FILES = tuple(f"{FILE_NAME}/{name}" for name in (MANIFEST, MODEL, WEIGHTS))
+PACKAGE_FILES = tuple(f"{FILE_NAME}/{name}" for name in (MANIFEST, MODEL, WEIGHTS))
+#: With `interface: language_model`, the tokenizer's configuration as swift-transformers reads it.
+TOKENIZER = "tokenizer_config.json"
+FILES = (*PACKAGE_FILES, TOKENIZER)
 SUFFIX = ".mlpackage"
 
 #: The length of the cache is a multiple of this (apple/coremltools 2631).
@@ -47,13 +51,19 @@ class Target(backends.Target):
     `activations: float32` is for models whose activations overflow in float16; the Neural Engine
     does not run it. `output: token` gives the most likely token instead of the logits. Xcode shows
     `author` and `license`.
+
+    `interface: language_model` is one function as `LanguageModel` of swift-transformers calls it.
+    It reads any number of tokens; `prefill` is how many our own runner reads at once. `hub_id` is
+    the model on the Hugging Face Hub whose tokenizer an app gets that brings none.
     """
 
     target: Literal["coreml"] = "coreml"
+    interface: Literal["functions", "language_model"] = "functions"
     compute: Literal["cpu_and_gpu", "neural_engine"] = "cpu_and_gpu"
     prefill: int = 128
     activations: Literal["float16", "float32"] = "float16"
     output: Literal["logits", "token"] = "logits"
+    hub_id: str = ""
     author: str = ""
     license: str = ""
 
@@ -70,6 +80,7 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             f"{target.prefill} tokens are not between 2 and max_context ({target.max_context})",
             "128 suits most phones",
         )
+    _check_interface(target)
     if target.compute == "neural_engine":
         _check_neural_engine(config, target)
         check_stored(config, schemes, stores_for_neural_engine)
@@ -91,6 +102,30 @@ def check_cache(config: "ModelConfig", target: backends.Target) -> None:
             "max_context",
             f"{target.max_context} is not a multiple of {STATE_MULTIPLE}, as Core ML's states need",
             f"Set it to {' or '.join(map(str, choices))}" if choices else "Use another target",
+        )
+
+
+def _check_interface(target: Target) -> None:
+    """Raise InputError for options that the interface does not have."""
+    if target.interface == "functions":
+        if target.hub_id:
+            raise InputError(
+                "hub_id",
+                "is read by swift-transformers only",
+                "Leave it out, or set interface to language_model",
+            )
+        return
+    if target.compute == "neural_engine":
+        raise InputError(
+            "compute",
+            "neural_engine has its own two functions: it takes chunks of a fixed size only",
+            "Set interface to functions, or compute to cpu_and_gpu",
+        )
+    if target.output != "logits":
+        raise InputError(
+            "output",
+            "swift-transformers reads logits",
+            "Set output to logits, or interface to functions",
         )
 
 
@@ -118,6 +153,10 @@ def _check_neural_engine(config: "ModelConfig", target: Target) -> None:
         )
 
 
+def check_folder(folder: Path, target: Target) -> None:
+    """The files of a model folder are copied as they are, whatever they hold."""
+
+
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
     """The file size within 2 %. Memory is the sum of file, cache and activations.
 
@@ -129,7 +168,9 @@ def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Targ
 
 
 def usage(target: Target) -> str:
-    """What the Swift sample does; the package was not run on a Mac."""
+    """What the Swift sample or swift-transformers does; the package was not run on a Mac."""
+    if target.interface == "language_model":
+        return _LANGUAGE_MODEL_USAGE.format(file=FILE_NAME, context=target.max_context)
     units = "cpuAndNeuralEngine" if target.compute == "neural_engine" else "cpuAndGPU"
     return (
         f"An app for iOS 18 or macOS 15 loads `{FILE_NAME}` once for each of its functions, "
@@ -137,6 +178,27 @@ def usage(target: Target) -> str:
         "and gives both the same `MLState`. `examples/ios/Decoder.swift` of mobilellm-exporter has "
         "the whole code. This was not run on a Mac or an iPhone."
     )
+
+
+_LANGUAGE_MODEL_USAGE = """\
+An app for iOS 18 or macOS 15 runs `{file}` with `LanguageModel` of swift-transformers:
+
+```swift
+let tokenizer = try await AutoTokenizer.from(modelFolder: folder)
+let compiled = try await MLModel.compileModel(at: folder.appending(path: "{file}"))
+let model = try LanguageModel.loadCompiled(url: compiled, tokenizer: tokenizer)
+var config = model.defaultGenerationConfig
+config.maxNewTokens = 100
+let text = try await model.generate(config: config, prompt: prompt)
+```
+
+`folder` is this folder. Prompt and answer have at most {context} tokens together: more end the app.
+This was not run on a Mac or an iPhone."""
+
+
+def main_file(files: Collection[str]) -> str:
+    """The file, or the folder, that a runtime opens."""
+    return FILE_NAME
 
 
 def packages(target: Target) -> tuple[str, ...]:
@@ -188,17 +250,17 @@ def load(artifact: Artifact, variant: str = "") -> Runner:
 
     With `output: token` it runs in the interpreter everywhere, since Core ML gives no logits then.
     """
-    from exporter.backends.coreml import lowering
+    from exporter.backends.coreml import running
 
-    return lowering.load(artifact, variant)
+    return running.load(artifact, variant)
 
 
 def cross_checks(artifact: Artifact) -> tuple[str, ...]:
     """The reference interpreter, if `load` runs Core ML itself; and, if activations are float16,
     the interpreter without float32."""
-    from exporter.backends.coreml import lowering
+    from exporter.backends.coreml import running
 
-    return lowering.cross_checks(artifact)
+    return running.cross_checks(artifact)
 
 
 def weights(

@@ -23,7 +23,7 @@ from exporter.model.walk import walk
 KEYS, VALUES = "key_cache", "value_cache"
 LOGITS, TOKEN = "logits", "token"
 #: Added to the attention score of a masked position. float16 holds it exactly.
-_MASKED_SCORE = -10000.0
+MASKED_SCORE = -10000.0
 #: The smallest float16 with full precision.
 _SMALLEST_NORMAL = 2.0**-14
 
@@ -58,13 +58,16 @@ class Decoder:
     and the operations on queries and keys alternate. This order determines the program's bytes.
     """
 
+    #: The input with the tokens, and the states with keys and values.
+    tokens, states = "input_ids", (KEYS, VALUES)
+
     def __init__(
         self, config: ModelConfig, target: Target, constants: Constants, steps: int
     ) -> None:
         self.config, self.target, self.constants, self.steps = config, target, constants, steps
         self.kind = "fp16" if target.activations == "float16" else "fp32"
         self.padded = steps > 1
-        self.cache_shape = (
+        self.cache_shape: tuple[int, ...] = (
             config.num_hidden_layers,
             config.num_key_value_heads,
             target.max_context,
@@ -73,19 +76,24 @@ class Decoder:
         self._made = dict[str, Var]()  # constants that several operations share
 
     def function(self) -> Function:
-        inputs = {
-            "input_ids": mb.TensorSpec((1, self.steps), dtype=types.int32),
-            "position": mb.TensorSpec((1,), dtype=types.int32),
-        }
-        if self.padded:
-            inputs["length"] = mb.TensorSpec((1,), dtype=types.int32)
-        for state in (KEYS, VALUES):
+        inputs = self._input_specs()
+        for state in self.states:
             inputs[state] = mb.StateTensorSpec(self.cache_shape, dtype=types.fp16)
         with Function(inputs, opset_version=coremltools.target.iOS18) as function:
             self.inputs = function.inputs
             self._prepare_positions()
             function.set_outputs([self._outputs()])
         return function
+
+    def _input_specs(self) -> dict[str, Any]:
+        """The inputs by name, without the states."""
+        inputs = {
+            self.tokens: mb.TensorSpec((1, self.steps), dtype=types.int32),
+            "position": mb.TensorSpec((1,), dtype=types.int32),
+        }
+        if self.padded:
+            inputs["length"] = mb.TensorSpec((1,), dtype=types.int32)
+        return inputs
 
     def _outputs(self) -> Var:
         """Logits of the last token [1, 1, vocab_size], or the most likely next token [1, 1]."""
@@ -95,7 +103,7 @@ class Decoder:
         return mb.reduce_argmax(x=logits, axis=-1, keep_dims=False, name=TOKEN)
 
     def embed(self, weight: str) -> Var:
-        rows = self._rows(self._matrix(weight), self.inputs["input_ids"], axis=0)
+        rows = self._rows(self._matrix(weight), self.inputs[self.tokens], axis=0)
         return self._activation(rows)
 
     def linear(self, x: Var, *weights: str) -> list["_Product"]:
@@ -133,33 +141,40 @@ class Decoder:
 
     def _prepare_positions(self) -> None:
         """Emit what depends on the position only: RoPE rows, mask, and the window of the cache."""
-        config, context = self.config, self.target.max_context
-        cos, sin = paired_rope_tables(config, context)
-        position = self.inputs["position"]
         offsets = np.arange(self.steps, dtype=np.int32)
-        positions = mb.add(x=position, y=offsets)
+        positions = mb.add(x=self.inputs["position"], y=offsets)
+        self._prepare_rotation(positions)
+        column = np.arange(self.target.max_context, dtype=np.int32)[None]
+        later = mb.greater(x=column, y=mb.expand_dims(x=positions, axes=[1]))
+        masked = mb.mul(x=as_kind(self.kind, later), y=self._number(MASKED_SCORE))
+        self.mask = self._for_groups(masked)
+        if self.padded:
+            self.last = mb.sub(x=self.inputs["length"], y=ints(1))
+            # [steps, 1]: which rows of the chunk are text and not padding
+            is_text = mb.less(x=offsets, y=self.inputs["length"])
+            self.is_text = mb.expand_dims(x=is_text, axes=[1])
+        self._prepare_writes(positions)
+
+    def _prepare_rotation(self, positions: Var) -> None:
+        """Emit the rows of RoPE's tables for `positions` [steps]."""
+        config = self.config
+        cos, sin = paired_rope_tables(config, self.target.max_context)
         # [steps, 1, head_dim]: the same for every head
         self.cos, self.sin = (
             mb.expand_dims(x=self._rows(self.constants.table(name, table), positions, 0), axes=[1])
             for name, table in (("rope_cos", cos), ("rope_sin", sin))
         )
         self.turn = self.constants.table("rope_turn", quarter_turn(config).t().contiguous())
-        column = np.arange(context, dtype=np.int32)[None]
-        later = mb.greater(x=column, y=mb.expand_dims(x=positions, axes=[1]))
-        masked = mb.mul(x=_as(self.kind, later), y=self._number(_MASKED_SCORE))
-        # Rows for every query head that shares a k/v head: [groups * steps, context].
-        groups = config.num_attention_heads // config.num_key_value_heads
-        self.mask = mb.concat(values=[masked] * groups, axis=0) if groups > 1 else masked
-        if self.padded:
-            self.last = mb.sub(x=self.inputs["length"], y=_indices(1))
-            # [steps, 1]: which rows of the chunk are text and not padding
-            is_text = mb.less(x=offsets, y=self.inputs["length"])
-            self.is_text = mb.expand_dims(x=is_text, axes=[1])
-        self._prepare_writes(positions)
+
+    def _for_groups(self, mask: Var) -> Var:
+        """A mask [steps, columns] with rows for every query head that shares a k/v head:
+        [groups * steps, columns]."""
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        return mb.concat(values=[mask] * groups, axis=0) if groups > 1 else mask
 
     def _prepare_writes(self, positions: Var) -> None:
         """Emit what writing to the cache needs in every layer. `positions` is [steps]."""
-        self.end = mb.add(x=self.inputs["position"], y=_indices(self.steps))
+        self.end = mb.add(x=self.inputs["position"], y=ints(self.steps))
 
     def attend(self, layer: int, q: "_Heads", k: "_Heads", v: "_Heads") -> Var:
         """Grouped-query attention over the cache, without the output projection."""
@@ -176,11 +191,12 @@ class Decoder:
         # The queries of a group are rows of one product, so that no key is repeated.
         q = mb.reshape(x=q, shape=[self.steps, kv_heads, groups, size])
         q = mb.transpose(x=q, perm=[1, 2, 0, 3])
-        q = mb.reshape(x=q, shape=[1, kv_heads, groups * self.steps, size])
+        rows = groups * self.steps if self.steps > 0 else -1
+        q = mb.reshape(x=q, shape=[1, kv_heads, rows, size])
         window = self._window(layer)
         keys, values = (
             self._extend(state, mb.transpose(x=new, perm=[1, 0, 2]), layer, window)
-            for state, new in ((KEYS, k), (VALUES, v))
+            for state, new in zip(self.states, (k, v), strict=True)
         )
         attended = self._weighted_values(q, keys, values)
         attended = mb.reshape(x=attended, shape=[kv_heads, groups, self.steps, size])
@@ -193,10 +209,10 @@ class Decoder:
 
     def _window(self, layer: int) -> Mapping[str, Any]:
         """The positions of this call in a layer's cache, as a slice of a state."""
-        first, after = _indices(layer, 0), _indices(layer + 1, 0)
+        first, after = ints(layer, 0), ints(layer + 1, 0)
         return {
-            "begin": mb.concat(values=[first, self.inputs["position"], _indices(0)], axis=0),
-            "end": mb.concat(values=[after, self.end, _indices(0)], axis=0),
+            "begin": mb.concat(values=[first, self.inputs["position"], ints(0)], axis=0),
+            "end": mb.concat(values=[after, self.end, ints(0)], axis=0),
             "end_mask": [False, True, False, True],
         }
 
@@ -205,7 +221,7 @@ class Decoder:
 
         Returns the layer's whole cache [1, kv_heads, max_context, head_dim].
         """
-        new = mb.expand_dims(x=_as("fp16", new), axes=[0])
+        new = mb.expand_dims(x=as_kind("fp16", new), axes=[0])
         before = mb.read_state(input=self.inputs[state])
         if self.padded:
             kept = mb.slice_by_index(x=before, **window)
@@ -259,7 +275,7 @@ class Decoder:
         weight = self._matrix(name)
         kind = _kind(weight)
         bias = self._zeros(weight.shape[0], kind)
-        return self._activation(mb.linear(x=_as(kind, x), weight=weight, bias=bias))
+        return self._activation(mb.linear(x=as_kind(kind, x), weight=weight, bias=bias))
 
     def _matrix(self, name: str) -> Var:
         """A weight. A tied embedding is one constant for both its uses."""
@@ -279,7 +295,7 @@ class Decoder:
         return mb.gather(x=x, indices=indices, axis=axis, validate_indices=False)
 
     def _activation(self, x: Var) -> Var:
-        return _as(self.kind, x)
+        return as_kind(self.kind, x)
 
     def _number(self, value: float) -> Any:
         return self.constants.float_type(value)
@@ -290,9 +306,11 @@ def _kind(x: Var) -> str:
     return kind
 
 
-def _as(kind: str, x: Var) -> Var:
+def as_kind(kind: str, x: Var) -> Var:
+    """x in a float type such as fp16. A cast is emitted only if it has another type."""
     return x if _kind(x) == kind else mb.cast(x=x, dtype=kind)
 
 
-def _indices(*values: int) -> np.ndarray:
+def ints(*values: int) -> np.ndarray:
+    """A constant vector of int32."""
     return np.array(values, np.int32)

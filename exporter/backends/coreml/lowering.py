@@ -1,55 +1,53 @@
-"""Write the package of a Core ML artifact, read its weights back, and run it."""
+"""Write the package of a Core ML artifact, and read its weights back."""
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import version as metadata_version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from exporter.backends import Artifact
-from exporter.backends.coreml import FILE_NAME, FILES, MODEL, WEIGHTS, Target
-from exporter.backends.coreml import interpreted as interpreted_here
+from exporter.backends.coreml import FILE_NAME, MODEL, PACKAGE_FILES, TOKENIZER, WEIGHTS, Target
 from exporter.backends.coreml.constants import mil_name
-from exporter.backends.coreml.graph import LOGITS
-from exporter.backends.coreml.interpreter import Interpreter, State, readers_of
+from exporter.backends.coreml.interpreter import readers_of
+from exporter.backends.coreml.language_model import HUB_ID
 from exporter.backends.coreml.package import (
     Package,
-    Value,
     open_package,
     weights_warning,
     write_manifest,
 )
 from exporter.backends.coreml.palette import read_palettes
-from exporter.backends.coreml.program import DECODE, PREFILL, build_program
+from exporter.backends.coreml.program import build_program
 from exporter.backends.coreml.schemes import CODE_KINDS
-from exporter.backends.coreml.toolkit import Program, coremltools
+from exporter.backends.coreml.toolkit import Program
 from exporter.backends.coreml.toolkit import load as to_specification
 from exporter.errors import InputError
-from exporter.files import replacing_folder, sha256
+from exporter.files import replacing_folder, sha256, write_json
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor, Scheme
+from exporter.text.client_files import tokenizer_config
 
-#: The processors that may run a package. The Neural Engine computes int4 in blocks wrongly
-#: (apple/coreai-models 279), so only a package in its own form may run there.
-_COMPUTE_UNITS = {
-    "cpu_and_gpu": coremltools.ComputeUnit.CPU_AND_GPU,
-    "neural_engine": coremltools.ComputeUnit.CPU_AND_NE,
-}
 _IOS_18 = 9  # the specification version of iOS 18 and macOS 15
 
 
 def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact:
-    """Write `out`/model.mlpackage."""
+    """Write `out`/model.mlpackage, and the configuration of a tokenizer as swift-transformers reads
+    it if the package is for that."""
     program = build_program(quantized, target)
     with replacing_folder(out / FILE_NAME) as folder:
         write_package(program, quantized, target, folder)
-    return Artifact(out, target, FILES)
+    written = PACKAGE_FILES
+    if target.interface == "language_model":
+        configuration = tokenizer_config(quantized.path)
+        if configuration is not None:
+            write_json(out / TOKENIZER, configuration)
+            written = (*written, TOKENIZER)
+    return Artifact(out, target, written)
 
 
 def write_package(
@@ -70,9 +68,14 @@ def write_package(
 def _describe(metadata: Any, quantized: QuantizedCheckpoint, target: Target) -> None:
     """Set the metadata that Xcode shows, and the metadata that an app reads."""
     config, tokenizer = quantized.config, quantized.path / "tokenizer.json"
-    facts = {
+    if target.interface == "functions":
+        facts = {"prefill": str(target.prefill)}
+    else:
+        facts = {"interface": target.interface}
+        if target.hub_id:
+            facts[HUB_ID] = target.hub_id
+    facts |= {
         "max_context": str(target.max_context),
-        "prefill": str(target.prefill),
         "output": target.output,
         "compute": target.compute,
         "tested": "in a reference interpreter, not run on hardware",
@@ -154,122 +157,3 @@ def _stored(
     if codes.kind != CODE_KINDS[scheme.code_bits]:
         raise InputError(name, f"has {codes.kind} codes, not {scheme}")
     return QuantizedTensor(codes.data, scales.data, scheme)
-
-
-def check_room(tokens: int, context: int) -> None:
-    """Raise InputError if the cache cannot hold so many tokens."""
-    if not 0 < tokens <= context:
-        raise InputError(
-            "context",
-            f"{tokens} tokens are not between 1 and {context}",
-            "Lower the model with a larger max_context",
-        )
-
-
-#: Run a function on int32 inputs and update the state. Returns logits, float32 [1, 1, vocab_size].
-Execute = Callable[[str, Mapping[str, Tensor], Any], Tensor]
-
-
-class CoreMLRunner:
-    """A `Runner` of a package: both functions over one cache."""
-
-    def __init__(self, execute: Execute, new_state: Callable[[], Any], artifact: Artifact) -> None:
-        self._execute, self._new_state = execute, new_state
-        assert isinstance(artifact.target, Target)
-        self.context, self._steps = artifact.target.max_context, artifact.target.prefill
-        self._state, self._position = new_state(), 0
-        described = open_package(artifact.path / FILE_NAME).spec.description.metadata
-        self.vocab_size = int(described.userDefined["vocab_size"])
-
-    def prefill(self, tokens: list[int]) -> Tensor:
-        """Read the tokens in chunks.
-
-        A chunk that would end beyond the cache begins earlier. It reads some tokens again and
-        writes the same keys and values for them.
-        """
-        check_room(len(tokens), self.context)
-        self._state, self._position = self._new_state(), 0
-        steps = self._steps
-        while self._position < len(tokens):
-            start = min(self._position, self.context - steps)
-            chunk = tokens[start : start + steps]
-            padded = chunk + [0] * (steps - len(chunk))
-            logits = self._run(PREFILL, input_ids=[padded], position=[start], length=[len(chunk)])
-            self._position = start + len(chunk)
-        return logits
-
-    def decode(self, token: int) -> Tensor:
-        check_room(self._position + 1, self.context)
-        logits = self._run(DECODE, input_ids=[[token]], position=[self._position])
-        self._position += 1
-        return logits
-
-    def _run(self, function: str, **inputs: Any) -> Tensor:
-        tensors = {name: torch.tensor(value, dtype=torch.int32) for name, value in inputs.items()}
-        return self._execute(function, tensors, self._state)[0, -1]
-
-
-#: The ways to run a package in the reference interpreter: as it is, and with every float32 value
-#: rounded to float16.
-AS_IT_IS, WITHOUT_FLOAT32 = "interpreter", "float32_casts_ignored"
-
-
-def load(artifact: Artifact, variant: str = "") -> CoreMLRunner:
-    """The artifact in Core ML on a Mac, and in the reference interpreter elsewhere or as `variant`.
-
-    With `output: token` it runs in the interpreter everywhere, since Core ML gives no logits then.
-    """
-    if _runs_here(artifact) and not variant:
-        return _on_mac(artifact)
-    return interpreted(artifact, half=variant == WITHOUT_FLOAT32)
-
-
-def cross_checks(artifact: Artifact) -> tuple[str, ...]:
-    """The reference interpreter, if `load` runs Core ML itself; and, if activations are float16
-    but something else is float32, the interpreter without float32."""
-    assert isinstance(artifact.target, Target)
-    interpreter = (AS_IT_IS,) if _runs_here(artifact) else ()
-    return interpreter + without_float32(artifact.target, open_package(artifact.path / FILE_NAME))
-
-
-def without_float32(target: Target, package: Package) -> tuple[str, ...]:
-    """The run without float32, for a package that has any but whose activations are float16."""
-    float16 = target.activations == "float16"
-    return (WITHOUT_FLOAT32,) if float16 and package.has_float32 else ()
-
-
-def _runs_here(artifact: Artifact) -> bool:
-    """Whether `load` runs Core ML itself."""
-    assert isinstance(artifact.target, Target)
-    return not interpreted_here(artifact.target)
-
-
-def interpreted(artifact: Artifact, half: bool = False) -> CoreMLRunner:
-    """The artifact in the reference interpreter, on any machine; `half` as in `Interpreter`."""
-    package = open_package(artifact.path / FILE_NAME)
-    # Where nothing is float32, this run is the one without float32, which finds overflows.
-    interpreter = Interpreter(package, half or not package.has_float32)
-
-    def execute(function: str, inputs: Mapping[str, Tensor], state: State) -> Tensor:
-        values = {name: Value(tensor, "int32") for name, tensor in inputs.items()}
-        return interpreter.run(function, values, state, also=[LOGITS])[LOGITS].data
-
-    return CoreMLRunner(execute, interpreter.new_state, artifact)
-
-
-def _on_mac(artifact: Artifact) -> CoreMLRunner:
-    """The artifact in Core ML itself. Untested: no Mac was available."""
-    assert isinstance(artifact.target, Target)
-    path = str(artifact.path / FILE_NAME)
-    units = _COMPUTE_UNITS[artifact.target.compute]
-    functions = {
-        name: coremltools.models.MLModel(path, compute_units=units, function_name=name)
-        for name in (PREFILL, DECODE)
-    }
-
-    def execute(function: str, inputs: Mapping[str, Tensor], state: Any) -> Tensor:
-        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        logits = functions[function].predict(arrays, state=state)[LOGITS]
-        return torch.from_numpy(np.asarray(logits, np.float32))
-
-    return CoreMLRunner(execute, functions[DECODE].make_state, artifact)

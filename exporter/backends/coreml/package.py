@@ -217,7 +217,10 @@ def weights_warning(folder: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write ``Manifest.json`` as Core ML does, but with identifiers derived from the names."""
+    """Write ``Manifest.json`` as Core ML does, but with identifiers derived from the names.
+
+    coremltools writes it again whenever it opens a package, with these very bytes.
+    """
     entries = {
         _identifier(path): {
             "author": _AUTHOR,
@@ -235,7 +238,7 @@ def write_manifest(folder: Path) -> None:
         "itemInfoEntries": entries,
         "rootModelIdentifier": _identifier(MODEL),
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=4) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
 
 
 def _identifier(path: str) -> str:

@@ -1,6 +1,7 @@
-"""The decoder as an ML Program: ``prefill`` and ``decode`` over one set of weights.
+"""The decoder as an ML Program: ``prefill`` and ``decode`` over one set of weights, or ``main``.
 
-`graph` builds a function for CPU and GPU, `neural_engine` one for the Neural Engine.
+`graph` builds a function for CPU and GPU, `neural_engine` one for the Neural Engine, and
+`language_model` the one that swift-transformers calls.
 """
 
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from exporter.backends.coreml import Target
 from exporter.backends.coreml.constants import Constants
 from exporter.backends.coreml.graph import Decoder
+from exporter.backends.coreml.language_model import LanguageModelDecoder
 from exporter.backends.coreml.neural_engine import NeuralEngineDecoder
 from exporter.backends.coreml.toolkit import Program, mb
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
@@ -19,7 +21,10 @@ MAIN = "main"
 
 
 def build_program(quantized: QuantizedCheckpoint, target: Target) -> Program:
-    """The program with both functions, which share their constants."""
+    """The program with both functions, which share their constants, or with the one that
+    `interface: language_model` has."""
+    if target.interface == "language_model":
+        return _language_model(quantized, target)
     program = _program(quantized, target, {PREFILL: target.prefill, DECODE: 1})
     program.default_function_name = DECODE
     program.export_as_multifunction = True
@@ -40,4 +45,12 @@ def _program(
     for name, steps in functions.items():
         mb.name_count = Counter()  # generated names must not depend on earlier programs
         program.add_function(name, decoder(quantized.config, target, constants, steps).function())
+    return program
+
+
+def _language_model(quantized: QuantizedCheckpoint, target: Target) -> Program:
+    program, constants = Program(), Constants(quantized, target)
+    mb.name_count = Counter()
+    decoder = LanguageModelDecoder(quantized.config, target, constants)
+    program.add_function(MAIN, decoder.function())
     return program

@@ -28,12 +28,17 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
     biases = width * sum({shape[0] for shape in shapes.values() if len(shape) == 2})
     layer, qk_norm = _LAYER_BYTES[target.activations]
     layer += qk_norm * config.use_qk_norm + _NEURAL_ENGINE_BYTES * palettes
+    alone = target.interface == "language_model"
+    if alone:
+        layer //= 2  # one function; it has as much besides its layers as two others have
     program = _PROGRAM_BYTES + layer * config.num_hidden_layers
     if target.prefill == 1:  # inside a .pte: a single function
         program //= 2
     file = weights + tables + biases + program
     kv_cache = config.kv_cache_bytes(target.max_context, bytes_per_value=2)
     widest = max(config.num_attention_heads * target.max_context, 4 * config.intermediate_size)
+    if alone:
+        widest += config.vocab_size  # the logits of every token
     activations = width * target.prefill * widest
     return Prediction(file, kv_cache, file + kv_cache + activations)
 

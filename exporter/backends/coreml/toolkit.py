@@ -24,7 +24,12 @@ with TOOLKIT_IMPORTS:
             import coremltools
             from coremltools.converters.mil.backend.mil.load import load
             from coremltools.converters.mil.mil import Builder as mb  # noqa: N813  # its usual name
-            from coremltools.converters.mil.mil import Function, Program, types
+            from coremltools.converters.mil.mil import (
+                Function,
+                Program,
+                get_new_symbol,
+                types,
+            )
             from coremltools.proto import MIL_pb2, Model_pb2
     finally:
         logging.disable(_level)
@@ -40,6 +45,7 @@ __all__ = [
     "Program",
     "Var",
     "coremltools",
+    "get_new_symbol",
     "load",
     "mb",
     "types",

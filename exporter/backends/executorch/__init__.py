@@ -11,7 +11,7 @@ decodes the weights that it finds there, and `comparison` compares two programs.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 EXTRA, TOOLKIT = "executorch", ("executorch", "torchao")
+RUNTIME_EXTRA, RUNTIME = EXTRA, TOOLKIT
 FILE_NAME = "model.pte"
 FILES = (FILE_NAME,)
 SUFFIX = ""
@@ -83,6 +84,10 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
     check_stored(config, schemes, partial(stores, config=config))
 
 
+def check_folder(folder: Path, target: Target) -> None:
+    """The files of a model folder are copied as they are, whatever they hold."""
+
+
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
     """The file size within 1 % (2 % for the smallest), the memory within 10 % on x86-64."""
     from exporter.backends.executorch import size
@@ -122,6 +127,11 @@ def usage(target: Target) -> str:
         "ExecuTorch's official runner reads `model.pte` and `tokenizer.json` as they are, here in "
         f"Python; the same runner is in its libraries for Android and iOS:\n\n{_RUNNER}"
     )
+
+
+def main_file(files: Collection[str]) -> str:
+    """The file, or the folder, that a runtime opens."""
+    return FILE_NAME
 
 
 def packages(target: Target) -> tuple[str, ...]:

@@ -34,15 +34,15 @@ from executorch.exir.lowered_backend_module import LoweredBackendModule
 from exporter.backends.coreml import Target
 from exporter.backends.coreml.graph import LOGITS
 from exporter.backends.coreml.interpreter import Interpreter
-from exporter.backends.coreml.lowering import (
+from exporter.backends.coreml.lowering import write_package
+from exporter.backends.coreml.package import Package, Value, open_package
+from exporter.backends.coreml.program import MAIN, build_step
+from exporter.backends.coreml.running import (
     AS_IT_IS,
     WITHOUT_FLOAT32,
     check_room,
     without_float32,
-    write_package,
 )
-from exporter.backends.coreml.package import Package, Value, open_package
-from exporter.backends.coreml.program import MAIN, build_step
 from exporter.backends.executorch.file import delegate_payload
 from exporter.errors import InputError
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint

@@ -8,7 +8,7 @@ read the files again, `decoding` decodes the weights that it finds there, and `c
 two models. onnxruntime-genai runs the artifact's folder unchanged.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,11 +26,34 @@ if TYPE_CHECKING:
     from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 EXTRA, TOOLKIT = "onnx", ("onnx", "onnxruntime")
-FILE_NAME = "model.onnx"
-DATA_NAME = f"{FILE_NAME}.data"
-GENAI_CONFIG = "genai_config.json"
-ORT_NAME, OPERATORS_NAME = "model.ort", "model.required_operators.config"
-FILES = (DATA_NAME, FILE_NAME, GENAI_CONFIG, ORT_NAME, OPERATORS_NAME)
+RUNTIME_EXTRA, RUNTIME = EXTRA, TOOLKIT
+#: The folder of the graph, as transformers.js wants it.
+FOLDER = "onnx"
+#: The name of the graph for each data type that transformers.js asks for; `schemes.data_type` says
+#: which one an artifact has.
+STEMS = {
+    "q4": "model_q4", "q4f16": "model_q4f16", "int8": "model_int8", "fp32": "model",
+    "fp16": "model_fp16",
+}  # fmt: skip
+GRAPHS = tuple(f"{FOLDER}/{stem}.onnx" for stem in STEMS.values())
+#: Ends the name of the data file: in a browser, transformers.js looks for no other.
+DATA = "_data"
+#: Ends the name of the .ort file, and of the list of its operators, in place of ``.onnx``.
+ORT, OPERATORS = ".ort", ".required_operators.config"
+#: The option of a session that keeps products of the portable form in float: where ONNX Runtime
+#: makes one MatMulNBits of DequantizeLinear and MatMul, it else rounds activations to int8.
+FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
+GENAI_CONFIG, CONFIG, TOKENIZER_CONFIG = (
+    "genai_config.json", "config.json", "tokenizer_config.json",
+)  # fmt: skip
+FILES = (
+    *GRAPHS,
+    *(f"{graph}{DATA}" for graph in GRAPHS),
+    *(graph.removesuffix(".onnx") + end for graph in GRAPHS for end in (ORT, OPERATORS)),
+    GENAI_CONFIG,
+    CONFIG,
+    TOKENIZER_CONFIG,
+)
 SUFFIX = ""
 
 
@@ -63,6 +86,10 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
     check_stored(config, schemes, partial(stores, target=target))
 
 
+def check_folder(folder: Path, target: Target) -> None:
+    """The files of a model folder are copied as they are, whatever they hold."""
+
+
 def predict(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target) -> Prediction:
     """The file size within 1 % (2 % for the smallest), the memory within 10 % on x86-64."""
     from exporter.backends.onnx import size
@@ -87,16 +114,27 @@ print(tokenizer.decode(generator.get_sequence(0)))
 
 
 def usage(target: Target) -> str:
-    """onnxruntime-genai for the ``contrib`` form; ONNX Runtime itself for the portable one."""
-    if target.form == "portable":
-        return (
-            f"Every runtime for ONNX of operator set 23 runs `{FILE_NAME}`, which reads tokens and "
-            "the cache, and gives logits and the longer cache."
-        )
-    return (
+    """onnxruntime-genai and optimum run the folder; ONNX Runtime itself runs the graph."""
+    text = (
         "onnxruntime-genai runs the folder as it is, here in Python; it has libraries for Android "
-        f"and iOS too:\n\n{_GENERATION}"
+        f"and iOS too:\n\n{_GENERATION}\n\n"
+        'optimum-onnx reads it with `ORTModelForCausalLM.from_pretrained(".")`. All read one text '
+        "at a time."
     )
+    if target.form == "contrib":
+        return text
+    option, value = FLOAT_PRODUCTS
+    return (
+        f"{text} Every runtime for ONNX of operator set 23 runs the graph in `{FOLDER}/`, which "
+        "reads tokens and the cache, and gives logits and the longer cache. In ONNX Runtime, set "
+        f"`{option}` to `{value}` in the options of the session, as `{GENAI_CONFIG}` does: it else "
+        "rounds activations to int8."
+    )
+
+
+def main_file(files: Collection[str]) -> str:
+    """The graph. An artifact has one; of a damaged list of files it is the first that is known."""
+    return next((name for name in GRAPHS if name in files), GRAPHS[0])
 
 
 def packages(target: Target) -> tuple[str, ...]:
@@ -147,7 +185,7 @@ def largest_activation(target: Target, which: str) -> float | None:
 
 
 def lower(quantized: "QuantizedCheckpoint", target: Target, out: Path) -> Artifact:
-    """Write model.onnx, its data file, genai_config.json and, with `ort`, the .ort files."""
+    """Write the graph, its data file, what clients read, and with `ort` the .ort files."""
     from exporter.backends.onnx import lowering
 
     check(quantized.config, quantized.schemes, target)
@@ -158,7 +196,9 @@ def load(artifact: Artifact, variant: str = "") -> Runner:
     """The artifact in ONNX Runtime."""
     from exporter.backends.onnx import lowering
 
-    return lowering.OnnxRunner(artifact.path, artifact.target.max_context)
+    return lowering.OnnxRunner(
+        artifact.path / main_file(artifact.files), artifact.target.max_context
+    )
 
 
 def cross_checks(artifact: Artifact) -> tuple[str, ...]:
@@ -172,7 +212,8 @@ def weights(
     """Every weight decoded from the model and its data file: name, place, codes and scales."""
     from exporter.backends.onnx import contents, decoding
 
-    return decoding.read_weights(contents.open_contents(artifact.path), quantized)
+    graph = artifact.path / main_file(artifact.files)
+    return decoding.read_weights(contents.open_contents(graph), quantized)
 
 
 def differences(found: Artifact, expected: Artifact) -> "Iterator[tuple[str, str]]":

@@ -14,7 +14,7 @@ from typing import Any
 from onnx import GraphProto
 
 from exporter.backends import _comparison
-from exporter.backends.onnx import GENAI_CONFIG, OPERATORS_NAME, ORT_NAME, ort
+from exporter.backends.onnx import OPERATORS, ORT, main_file, ort
 from exporter.backends.onnx.contents import Contents, open_contents
 from exporter.errors import InputError
 from exporter.foreign import present, read_bytes, read_json
@@ -26,13 +26,16 @@ _LONGEST = 1 << 20
 
 
 def differences(found: Path, expected: Path, files: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """How the files in the folder `found` differ from those in `expected`. Raises InputError."""
-    contents = open_contents(found)
-    yield from _comparison.differences(_model(contents), _model(open_contents(expected)))
+    """How the files in the folder `found` differ from those in `expected`, whose `files` were
+    written by `lower`. Raises InputError."""
+    graph = main_file(files)
+    contents = open_contents(found / graph)
+    yield from _comparison.differences(_model(contents), _model(open_contents(expected / graph)))
     yield from _unused(contents.model.graph)
-    for name, read in _COMPANIONS.items():
-        if name in files and not _equal(found / name, expected / name):
-            yield from _comparison.differences(read(found / name), read(expected / name), name)
+    for end, read in _COMPANIONS.items():
+        for name in files:
+            if name.endswith(end) and not _equal(found / name, expected / name):
+                yield from _comparison.differences(read(found / name), read(expected / name), name)
 
 
 def _equal(one: Path, other: Path) -> bool:
@@ -72,8 +75,9 @@ def _lines(path: Path) -> list[str]:
     return read_bytes(path, _LONGEST).decode("utf-8", "backslashreplace").splitlines()
 
 
+#: The end of a companion's name, and how it is read.
 _COMPANIONS: dict[str, Callable[[Path], Any]] = {
-    GENAI_CONFIG: read_json,
-    OPERATORS_NAME: _lines,
-    ORT_NAME: ort.read,
+    ".json": read_json,
+    OPERATORS: _lines,
+    ORT: ort.read,
 }

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
-from exporter.backends.onnx import DATA_NAME, FILE_NAME
+from exporter.backends.onnx import DATA
 from exporter.errors import InputError
 from exporter.foreign import present, read_bytes
 
@@ -59,6 +59,11 @@ class Contents:
     path: Path
     model: onnx.ModelProto
     data: np.ndarray
+
+    @property
+    def data_name(self) -> str:
+        """The name of the data file, which lies beside the model."""
+        return f"{self.path.name}{DATA}"
 
     def _too_many(self) -> InputError:
         return _problem(self.path, f"has more than {_MOST} entries")
@@ -104,15 +109,15 @@ class Contents:
 
     def _external(self, tensor: TensorProto) -> np.ndarray:
         place = unique(((entry.key, entry.value) for entry in tensor.external_data), tensor.name)
-        if place.get("location") != DATA_NAME:
-            stored = f"is stored in {place.get('location')!r}, not in {DATA_NAME}"
+        if place.get("location") != self.data_name:
+            stored = f"is stored in {place.get('location')!r}, not in {self.data_name}"
             raise InputError(tensor.name, stored)
         numbers = [place.get(key, "") for key in ("offset", "length")]
         if not all(re.fullmatch(r"[0-9]{1,18}", number) for number in numbers):
             raise _problem(tensor.name, "has no offset and length in its data file")
         start, length = map(int, numbers)
         if start + length > len(self.data):
-            raise InputError(tensor.name, f"ends beyond the end of {DATA_NAME}")
+            raise InputError(tensor.name, f"ends beyond the end of {self.data_name}")
         return self.data[start : start + length]
 
     def plain(self, message: Message) -> Any:
@@ -176,9 +181,9 @@ def unique(entries: Iterable[tuple[str, Any]], subject: str) -> dict[str, Any]:
     return found
 
 
-def open_contents(folder: Path) -> Contents:
-    """Read the model in a folder, and map its data file. Raises InputError."""
-    path, data = folder / FILE_NAME, folder / DATA_NAME
+def open_contents(path: Path) -> Contents:
+    """Read a model, and map its data file. Raises InputError."""
+    data = path.with_name(f"{path.name}{DATA}")
     for one, limit in ((path, _LARGEST), (data, None)):
         if not present(one, limit):
             raise InputError(one, "no such file", "Give the whole folder that it belongs to")

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from exporter.backends.onnx.contents import Contents, unique
 from exporter.backends.onnx.graph import CONTRIB
-from exporter.backends.onnx.schemes import UNSIGNED
+from exporter.backends.onnx.layout import codes_of_bytes
+from exporter.backends.onnx.schemes import CODES_OF_BYTES, UNSIGNED
 from exporter.errors import InputError
 from exporter.quantization.packing import TWOS_COMPLEMENT, Packing
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor, Scheme
 
 Weight = QuantizedTensor | Tensor
-#: Endings of names: a table for lookups, a transposed weight, and scales.
-_TABLE, _TRANSPOSED, _SCALES = ".table", ".transposed", ".scales"
+#: Endings of names: tables for lookups of columns and of rows, a transposed weight, and scales.
+_TABLE, _ROWS, _TRANSPOSED, _SCALES = ".table", ".rows", ".transposed", ".scales"
 #: The weight of a norm over heads that has none.
 _ONES = "ones"
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -123,14 +124,18 @@ def _weights_read(contents: Contents) -> Iterator[tuple[str, str, Callable[[], _
         stored = node.input(index)
         if stored not in tensors and node.kind in _MAY_READ_OTHERS:
             continue
+        if node.kind == ("", "Gather") and stored in CODES_OF_BYTES.values():
+            _check_codes_of_bytes(node)
+            continue
         if stored.endswith(_SCALES) and node.kind == ("", "Gather"):
-            if not {stored.removesuffix(_SCALES) + end for end in ("", _TABLE)} & gathered:
+            table = stored.removesuffix(_SCALES)
+            if not {table, table + _ROWS} & gathered:
                 raise node.problem(f"reads {stored!r}, the scales of no table")
             continue
-        scales = stored.removesuffix(_TABLE) + _SCALES
-        if read is _gathered and tensors[stored].data_type in _BITS and scales not in gathered:
+        coded = read is _gathered and tensors[stored].data_type in _BITS
+        if coded and stored.removesuffix(_ROWS) + _SCALES not in gathered:
             raise node.problem(f"reads {stored!r} without its scales")
-        yield stored.removesuffix(suffix), node.name, partial(read, node)
+        yield stored.removesuffix(suffix).removesuffix(_ROWS), node.name, partial(read, node)
 
 
 @dataclass(frozen=True)
@@ -176,19 +181,24 @@ class _Node:
         return found[0] if len(found) == 1 else default
 
     def stored(
-        self, place: str, codes: np.ndarray, packing: Packing, bits: int, block: int, scales: Tensor
+        self, place: str, codes: Tensor, bits: int, block: int, scales: np.ndarray
     ) -> _Stored:
-        """A weight of codes [rows, bytes] in blocks. Raises InputError if the parts do not fit."""
-        if bits not in packing.offsets or block < 1 or codes.ndim != 2 or not codes.size:
-            raise self.problem(f"reads its weight with {bits} bits in blocks of {block}")
-        columns = codes.shape[1] * 8 // bits
-        if columns % block or scales.numel() != len(codes) * (columns // block):
+        """A weight of codes [rows, columns] in blocks. Raises InputError if `scales`, one for each
+        row and block in this order, do not fit."""
+        rows, columns = codes.shape
+        if block < 1 or columns % block or scales.size != rows * (columns // block):
             raise self.problem(
-                f"reads {scales.numel()} scales for {len(codes)} rows of {columns} codes in "
-                f"blocks of {block}"
+                f"reads {scales.size} scales for {rows} rows of {columns} codes in blocks of "
+                f"{block}"
             )
-        packed = torch.from_numpy(codes.view(np.uint8).copy())
-        return _Stored(place, packing.unpack(packed, bits), bits, scales.reshape(len(codes), -1))
+        floats = torch.from_numpy(scales.astype(np.float32))
+        return _Stored(place, codes, bits, floats.reshape(rows, -1))
+
+    def unpacked(self, codes: np.ndarray, packing: Packing, bits: int) -> Tensor:
+        """Codes [a, b] that are stored as bytes [a, b * bits / 8]. Raises InputError."""
+        if bits not in packing.offsets or codes.ndim != 2 or not codes.size:
+            raise self.problem(f"reads its weight with {bits} bits in shape {list(codes.shape)}")
+        return packing.unpack(torch.from_numpy(codes.view(np.uint8).copy()), bits)
 
 
 def _multiplied_in_blocks(node: _Node) -> _Stored:
@@ -199,56 +209,79 @@ def _multiplied_in_blocks(node: _Node) -> _Stored:
     fits = min(rows, columns) > 0 and codes.size * 8 == rows * columns * bits
     if not fits or any(map(node.input, range(3, 6))):
         raise node.problem(f"reads its weight as [{rows}, {columns}], or with zero points or bias")
-    return node.stored("filter", codes.reshape(rows, -1), UNSIGNED, bits, block, node.floats(2))
+    unpacked = node.unpacked(codes.reshape(rows, -1), UNSIGNED, bits)
+    return node.stored("filter", unpacked, bits, block, node.values(2, *_FLOATS))
 
 
-def _looked_up_in_blocks(node: _Node) -> _Stored:
-    """GatherBlockQuantized: codes [rows, bytes], scales [rows, blocks]."""
-    axes = node.attribute("gather_axis"), node.attribute("quantize_axis", 1)
-    if axes != (0, 1) or node.input(3):
-        raise node.problem(f"looks up along the axes {axes}, or with zero points")
-    bits, block = node.attribute("bits", 4), node.attribute("block_size", 128)
-    codes = node.values(0, TensorProto.UINT8)
-    return node.stored("table", codes, UNSIGNED, bits, block, node.floats(2))
+def _check_codes_of_bytes(node: _Node) -> None:
+    """A lookup of the codes in bytes must decode them as `unsigned_bytes` packs them."""
+    bits = next(bits for bits, name in CODES_OF_BYTES.items() if name == node.input(0))
+    found, expected = node.floats(0), codes_of_bytes(bits).float()
+    if node.attribute("axis") or not torch.equal(found, expected):
+        raise node.problem(f"decodes bytes of codes of {bits} bits in another way")
+
+
+def _looked_up(node: _Node) -> _Stored:
+    """Gather of rows of bytes, whose codes a constant has: codes [rows, bytes], scales [rows,
+    blocks]."""
+    known = [bits for bits, name in CODES_OF_BYTES.items() if name in node.tensors]
+    if node.attribute("axis") or len(known) != 1:
+        raise node.problem("looks up along another axis, or codes of unknown bits")
+    codes = node.unpacked(node.values(0, TensorProto.UINT8), UNSIGNED, known[0])
+    name = node.input(0).removesuffix(_ROWS) + _SCALES
+    scales = _Node(NodeProto(input=[name]), node.contents, node.tensors).values(0, *_FLOATS)
+    block = codes.shape[1] // max(1, scales.shape[-1] if scales.ndim else 0)
+    return node.stored("table", codes, known[0], block, scales)
 
 
 def _multiplied_by_rows(node: _Node) -> _Stored:
     """DynamicQuantizeMatMul: codes [in_features, out_features], one scale for each column."""
     codes = node.values(1, TensorProto.INT8)
-    if any(map(node.input, (3, 4))) or codes.ndim != 2:
+    if any(map(node.input, (3, 4))):
         raise node.problem("reads its weight with zero points or bias")
-    rows = np.ascontiguousarray(codes.T)
-    return node.stored("filter", rows, TWOS_COMPLEMENT, 8, rows.shape[1], node.floats(2))
+    rows = node.unpacked(codes, TWOS_COMPLEMENT, 8).t().contiguous()
+    return node.stored("filter", rows, 8, rows.shape[1], node.values(2, *_FLOATS))
 
 
 def _dequantized(node: _Node) -> _Stored:
-    """DequantizeLinear: codes [rows, columns], scales [rows, blocks]."""
+    """DequantizeLinear: codes [in_features, out_features], scales [blocks, out_features]."""
     codes = node.values(0, TensorProto.INT4, TensorProto.INT8)
     tensor = node.tensors[node.input(0)]
-    if node.attribute("axis", 1) != 1 or node.input(2) or len(tensor.dims) != 2:
+    if node.attribute("axis", 1) != 0 or node.input(2) or len(tensor.dims) != 2:
         raise node.problem("dequantizes along another axis, or with zero points")
     bits = _BITS[tensor.data_type]
     if tensor.dims[1] * bits % 8:
-        raise node.problem(f"dequantizes rows of {tensor.dims[1]} codes of {bits} bits")
-    rows = codes.reshape(tensor.dims[0], -1)
-    block = node.attribute("block_size")
-    return node.stored("filter", rows, TWOS_COMPLEMENT, bits, block, node.floats(1))
+        raise node.problem(f"dequantizes {tensor.dims[1]} columns of codes of {bits} bits")
+    stored, block = codes.reshape(tensor.dims[0], -1), node.attribute("block_size")
+    return _transposed(node, "filter", stored, bits, block, node.values(1, *_FLOATS))
+
+
+def _transposed(
+    node: _Node, place: str, codes: np.ndarray, bits: int, block: int, scales: np.ndarray
+) -> _Stored:
+    """A weight from codes [in_features, bytes] and scales [blocks, out_features]."""
+    unpacked = node.unpacked(codes, TWOS_COMPLEMENT, bits)
+    columns, rows = unpacked.shape
+    if scales.ndim != 2 or scales.shape[1] != rows:
+        raise node.problem(f"reads scales {list(scales.shape)} for codes [{columns}, {rows}]")
+    return node.stored(place, unpacked.t().contiguous(), bits, block, scales.T)
 
 
 def _gathered(node: _Node) -> _Stored:
-    """Gather of a table of floats, or of codes whose scales another Gather looks up."""
+    """Gather of rows of a table of floats, or of columns of codes whose scales another Gather looks
+    up."""
     name = node.input(0)
-    if node.attribute("axis"):
-        raise node.problem("looks up along another axis than 0")
+    if name.endswith(_ROWS):
+        return _looked_up(node)
     bits = _BITS.get(node.tensors[name].data_type)
+    if node.attribute("axis") != (0 if bits is None else 1):
+        raise node.problem(f"looks up along the axis {node.attribute('axis')}")
     if bits is None:
         return _Stored("float", node.floats(0))
     codes = node.values(0, *_BITS)
-    scales = _Node(
-        NodeProto(input=[name.removesuffix(_TABLE) + _SCALES]), node.contents, node.tensors
-    )
-    block = codes.shape[1] * 8 // bits // max(1, scales.values(0, *_FLOATS).shape[-1])
-    return node.stored("table", codes, TWOS_COMPLEMENT, bits, block, scales.floats(0))
+    scales = _Node(NodeProto(input=[name + _SCALES]), node.contents, node.tensors)
+    found = scales.values(0, *_FLOATS)
+    return _transposed(node, "table", codes, bits, len(codes) // max(1, len(found)), found)
 
 
 def _multiplied_floats(node: _Node) -> _Stored:
@@ -263,7 +296,6 @@ def _norm(node: _Node, index: int) -> _Stored:
 #: Node kind → which input is a weight, the ending of its name, and how it is decoded.
 _READERS: dict[tuple[str, str], tuple[int, str, Callable[[_Node], _Stored]]] = {
     (CONTRIB, "MatMulNBits"): (1, "", _multiplied_in_blocks),
-    (CONTRIB, "GatherBlockQuantized"): (0, _TABLE, _looked_up_in_blocks),
     (CONTRIB, "DynamicQuantizeMatMul"): (1, _TRANSPOSED, _multiplied_by_rows),
     ("", "DequantizeLinear"): (0, "", _dequantized),
     ("", "MatMul"): (1, _TRANSPOSED, _multiplied_floats),

@@ -15,12 +15,12 @@ from exporter.backends.onnx.graph import CONTRIB, OnnxGraph, float_bytes
 from exporter.backends.onnx.layout import (
     block_scales,
     block_size,
+    codes_of_bytes,
     concatenate,
-    signed_bytes,
     transposed_bytes,
     unsigned_bytes,
 )
-from exporter.backends.onnx.schemes import in_whole_rows
+from exporter.backends.onnx.schemes import CODES_OF_BYTES, in_whole_rows
 from exporter.model.rope import rope_tables
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
@@ -203,19 +203,28 @@ class ContribForm(_Form):
         self.total_length = graph.op("Cast", length, to=TensorProto.INT32)
 
     def embed(self, weight: str) -> Value:
+        """Looks up rows of packed codes, then the codes of each byte, and multiplies by the scales.
+
+        ONNX Runtime's own operator for it, GatherBlockQuantized, is not for the CPU in its
+        WebAssembly builds with WebGPU, and transformers.js loads no others.
+        """
         stored = self.quantized.read(weight)
         if not isinstance(stored, QuantizedTensor):
             return self.float_embed(weight)
         codes, scales = self._blocks(weight, stored)
         rows, columns = stored.codes.shape
         bits = stored.scheme.code_bits
-        table = self.g.alias(
-            f"{weight}.table", codes, TensorProto.UINT8, [rows, columns * bits // 8]
+        g, block = self.g, block_size(stored)
+        table = g.alias(f"{weight}.rows", codes, TensorProto.UINT8, [rows, columns * bits // 8])
+        row = g.op("Cast", g.op("Gather", table, self.tokens), to=TensorProto.INT32)
+        known = codes_of_bytes(bits)
+        content = float_bytes(known, self.kind)
+        values = g.op(
+            "Gather", g.tensor(CODES_OF_BYTES[bits], self.kind, known.shape, content), row
         )
-        return self.g.op(
-            "GatherBlockQuantized", table, self.tokens, scales, domain=CONTRIB,
-            bits=bits, block_size=block_size(stored), gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
+        grouped = g.op("Reshape", values, g.integers(0, 0, columns // block, block))
+        scale = g.op("Unsqueeze", g.op("Gather", scales, self.tokens), g.integers(-1))
+        return g.op("Reshape", g.op("Mul", grouped, scale), g.integers(0, 0, columns))
 
     def linear(self, x: Value, *weights: str) -> Sequence[Value]:
         """Weights of the same scheme are merged into one product, which is faster."""
@@ -382,31 +391,44 @@ class PortableForm(_Form):
         self.visible = graph.op("LessOrEqual", everything, column)
 
     def embed(self, weight: str) -> Value:
-        """Gathers rows of packed codes as bytes, unpacks and dequantizes them in the graph."""
+        """Gathers columns of the codes [columns, rows] that a product with the weight would read,
+        so that a tied embedding is stored once, and dequantizes them in the graph."""
         stored = self.quantized.read(weight)
         if not isinstance(stored, QuantizedTensor):
             return self.float_embed(weight)
         rows, columns = stored.codes.shape
+        block, bits = block_size(stored), stored.scheme.code_bits
         codes, scales = self._codes(weight, stored)
-        g, block = self.g, block_size(stored)
-        if stored.scheme.bits == 4:
-            packed = g.alias(f"{weight}.table", codes, TensorProto.UINT8, [rows, columns // 2])
-            row = g.op("Gather", packed, self.tokens)
-            low = g.op("BitwiseAnd", row, g.scalar(15, TensorProto.UINT8))
-            high = g.op("BitShift", row, g.scalar(4, TensorProto.UINT8), direction="RIGHT")
-            last = g.integers(-1)
-            pairs = g.op(
-                "Concat", g.op("Unsqueeze", low, last), g.op("Unsqueeze", high, last), axis=-1
-            )
-            # Decode 4-bit two's complement: flip the sign bit, then subtract 8.
-            flipped = g.op("BitwiseXor", pairs, g.scalar(8, TensorProto.UINT8))
-            eight = g.tensor("eight", self.kind, [], float_bytes(torch.tensor(8.0), self.kind))
-            values = g.op("Sub", g.op("Cast", flipped, to=self.kind), eight)
+        # Other names of the same bytes: ONNX Runtime makes no MatMulNBits of what a node reads too.
+        g, table, byte = self.g, f"{weight}.table", TensorProto.UINT8
+        scales = g.alias(f"{table}.scales", scales, self.kind, [columns // block, rows])
+        if bits == 4:
+            values = self._nibbles(g.alias(table, codes, byte, [columns, rows // 2]))
         else:
-            values = g.op("Cast", g.op("Gather", codes, self.tokens), to=self.kind)
-        grouped = g.op("Reshape", values, g.integers(1, -1, columns // block, block))
-        scale = g.op("Unsqueeze", g.op("Gather", scales, self.tokens), g.integers(-1))
-        return g.op("Reshape", g.op("Mul", grouped, scale), g.integers(1, -1, columns))
+            codes = g.alias(table, codes, TensorProto.INT8, [columns, rows])
+            values = g.op("Cast", g.op("Gather", codes, self.tokens, axis=1), to=self.kind)
+        by_token = g.op("Transpose", values, perm=[1, 2, 0])
+        grouped = g.op("Reshape", by_token, g.integers(1, -1, columns // block, block))
+        scale = g.op("Transpose", g.op("Gather", scales, self.tokens, axis=1), perm=[1, 2, 0])
+        product = g.op("Mul", grouped, g.op("Unsqueeze", scale, g.integers(-1)))
+        return g.op("Reshape", product, g.integers(1, -1, columns))
+
+    def _nibbles(self, packed: str) -> str:
+        """The int4 codes of the tokens [columns, batch, seq] as floats, from bytes.
+
+        Codes of the tokens 2n and 2n + 1 share a byte, the even one in its lower half.
+        """
+        g, byte, two = self.g, TensorProto.UINT8, self.g.scalar(2)
+        pair = g.op("Gather", packed, g.op("Div", self.tokens, two), axis=1)
+        odd = g.op("Cast", g.op("Mod", self.tokens, two), to=byte)
+        shifts = g.op("Mul", odd, g.scalar(4, byte))
+        code = g.op("BitShift", pair, shifts, direction="RIGHT")
+        # Decode 4-bit two's complement: flip the sign bit, then subtract 8.
+        flipped = g.op(
+            "BitwiseXor", g.op("BitwiseAnd", code, g.scalar(15, byte)), g.scalar(8, byte)
+        )
+        eight = g.tensor("eight", self.kind, [], float_bytes(torch.tensor(8.0), self.kind))
+        return g.op("Sub", g.op("Cast", flipped, to=self.kind), eight)
 
     def linear(self, x: Value, *weights: str) -> Sequence[str]:
         given = self.emit(x)
@@ -417,14 +439,16 @@ class PortableForm(_Form):
         if not isinstance(weight, QuantizedTensor):
             return self.float_linear(x, name)
         codes, scales = self._codes(name, weight)
-        matrix = self.g.op("DequantizeLinear", codes, scales, axis=1, block_size=block_size(weight))
-        return self.g.op("MatMul", x, self.g.op("Transpose", matrix, perm=[1, 0]))
+        # ONNX Runtime makes one MatMulNBits of both nodes: not with axis 1 and a Transpose.
+        matrix = self.g.op("DequantizeLinear", codes, scales, axis=0, block_size=block_size(weight))
+        return self.g.op("MatMul", x, matrix)
 
     def _codes(self, name: str, weight: QuantizedTensor) -> tuple[str, str]:
-        """Constants for codes [rows, columns] as INT4 or INT8 and scales [rows, blocks]."""
+        """Constants for codes [columns, rows] as INT4 or INT8 and scales [blocks, rows]."""
+        rows, columns = weight.codes.shape
         kind = _CODE_TYPES[weight.scheme.code_bits]
-        codes = self.g.tensor(name, kind, weight.codes.shape, signed_bytes(weight))
-        spread = block_scales(weight)
+        codes = self.g.tensor(name, kind, [columns, rows], transposed_bytes(weight))
+        spread = block_scales(weight).t().contiguous()
         content = float_bytes(spread, self.kind)
         return codes, self.g.tensor(f"{name}.scales", self.kind, spread.shape, content)
 

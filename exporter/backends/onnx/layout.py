@@ -1,8 +1,9 @@
 """The memory layout of codes and scales in an ONNX model.
 
 `contrib` weights have the layout of ``MatMulNBits``: unsigned codes around a zero point, packed low
-nibble first, with one scale per block. `portable` weights are standard INT4 and INT8 tensors. int8
-weights with one scale per row can also be stored transposed, for ``DynamicQuantizeMatMul``.
+nibble first, with one scale per block. `portable` weights are standard INT4 and INT8 tensors,
+transposed, since ONNX Runtime multiplies by no others without dequantizing all of them at each
+step. So are int8 weights with one scale per row, for ``DynamicQuantizeMatMul``.
 """
 
 import torch
@@ -29,14 +30,15 @@ def unsigned_bytes(weight: QuantizedTensor) -> bytes:
     return _bytes(UNSIGNED.pack(weight.codes, weight.scheme.code_bits))
 
 
-def signed_bytes(weight: QuantizedTensor) -> bytes:
-    """The bytes of an INT4 tensor (two's complement, low nibble first) or an INT8 tensor."""
-    return _bytes(TWOS_COMPLEMENT.pack(weight.codes, weight.scheme.code_bits))
+def codes_of_bytes(bits: int) -> Tensor:
+    """The codes in each byte of `unsigned_bytes`: int8 [256, 8 // bits]."""
+    return UNSIGNED.unpack(torch.arange(256, dtype=torch.uint8)[:, None], bits)
 
 
 def transposed_bytes(weight: QuantizedTensor) -> bytes:
-    """int8 codes [in_features, out_features]."""
-    return _bytes(TWOS_COMPLEMENT.pack(weight.codes.t(), weight.scheme.code_bits))
+    """The bytes of an INT4 tensor (two's complement, low nibble first) or an INT8 tensor
+    [in_features, out_features]. Two int4 codes of neighbouring rows share a byte."""
+    return _bytes(TWOS_COMPLEMENT.pack(weight.codes.t().contiguous(), weight.scheme.code_bits))
 
 
 def _bytes(packed: Tensor) -> bytes:

@@ -14,38 +14,53 @@ from torch import Tensor
 
 from exporter.backends import Artifact
 from exporter.backends.onnx import (
-    DATA_NAME,
-    FILE_NAME,
-    GENAI_CONFIG,
-    OPERATORS_NAME,
-    ORT_NAME,
+    DATA,
+    FLOAT_PRODUCTS,
+    FOLDER,
+    OPERATORS,
+    ORT,
+    STEMS,
     Target,
 )
+from exporter.backends.onnx.client_files import client_files
 from exporter.backends.onnx.forms import ContribForm, PortableForm
 from exporter.backends.onnx.graph import OnnxGraph
 from exporter.backends.onnx.ort import in_order
+from exporter.backends.onnx.schemes import data_type
 from exporter.errors import InputError
-from exporter.files import replacing, write_json
+from exporter.files import replacing, replacing_folder, write_json
 from exporter.model.walk import walk
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 
 
 def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact:
-    """Write model.onnx, its data file, genai_config.json and, with `ort`, the .ort files."""
-    with replacing(out / DATA_NAME) as data:
-        graph = OnnxGraph(DATA_NAME, data)
+    """Write the graph, its data file, what clients read, and with `ort` the .ort files."""
+    kind = data_type(quantized.schemes, target)
+    stem = STEMS[kind]
+    with replacing_folder(out / FOLDER) as folder:
+        written = _write_graph(quantized, target, folder, f"{stem}.onnx")
+        if target.ort:
+            written += _write_ort(folder, stem)
+    graph = f"{FOLDER}/{stem}.onnx"
+    written = [f"{FOLDER}/{name}" for name in written]
+    for name, content in client_files(quantized, target, kind, graph).items():
+        write_json(out / name, content)
+        written.append(name)
+    return Artifact(out, target, tuple(written))
+
+
+def _write_graph(
+    quantized: QuantizedCheckpoint, target: Target, folder: Path, name: str
+) -> list[str]:
+    """Write the graph and its data file. Returns their names."""
+    with replacing(folder / f"{name}{DATA}") as data:
+        graph = OnnxGraph(f"{name}{DATA}", data)
         form = ContribForm if target.form == "contrib" else PortableForm
         walk(quantized.config, form(graph, quantized, target))
     model = graph.model(form.opset, _metadata(quantized, target))
-    with replacing(out / FILE_NAME) as file:
+    with replacing(folder / name) as file:
         file.write(model.SerializeToString(deterministic=True))
-    files = [FILE_NAME, DATA_NAME]
-    if target.form == "contrib":
-        write_json(out / GENAI_CONFIG, _genai_config(quantized, target))
-        files.append(GENAI_CONFIG)
-    if target.ort:
-        files += _write_ort(out)
-    return Artifact(out, target, tuple(files))
+    return [name, f"{name}{DATA}"]
 
 
 def _metadata(quantized: QuantizedCheckpoint, target: Target) -> dict[str, str]:
@@ -56,75 +71,35 @@ def _metadata(quantized: QuantizedCheckpoint, target: Target) -> dict[str, str]:
     }
 
 
-def _genai_config(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
-    """The configuration for onnxruntime-genai. `type` only selects its decoder-only loop."""
-    config, ends = quantized.config, list(quantized.eos_token_ids)
-    end = ends[0] if ends else 0
-    return {
-        "model": {
-            "type": "llama",
-            "bos_token_id": quantized.bos_token_id if quantized.bos_token_id is not None else end,
-            "eos_token_id": ends or end,
-            "pad_token_id": end,
-            "context_length": target.max_context,
-            "vocab_size": config.vocab_size,
-            "decoder": {
-                "filename": FILE_NAME,
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "hidden_size": config.hidden_size,
-                "head_size": config.head_dim,
-                "num_attention_heads": config.num_attention_heads,
-                "num_key_value_heads": config.num_key_value_heads,
-                "num_hidden_layers": config.num_hidden_layers,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
-        },
-        "search": {
-            "max_length": target.max_context,
-            "do_sample": False,
-            "num_beams": 1,
-            "past_present_share_buffer": True,
-        },
-    }
-
-
-def _write_ort(out: Path) -> list[str]:
+def _write_ort(folder: Path, stem: str) -> list[str]:
     """Write the .ort file, and the list of operators for a reduced build of the runtime."""
     converter = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort"]
     options = ["--optimization_style", "Fixed", "--target_platform", "arm", "--output_dir"]
-    with tempfile.TemporaryDirectory() as scratch:  # not in `out`, where a kill would leave it
-        command = [*converter, *options, scratch, str(out / FILE_NAME)]
+    graph, model, operators = (f"{stem}{end}" for end in (".onnx", ORT, OPERATORS))
+    with tempfile.TemporaryDirectory() as scratch:  # not in `folder`, which would keep all of it
+        command = [*converter, *options, scratch, str(folder / graph)]
         result = subprocess.run(command, check=False, capture_output=True, text=True)
         if result.returncode:
             reason = (result.stderr.strip() or "no message").splitlines()[-1]
-            raise InputError(FILE_NAME, f"ONNX Runtime cannot convert it to .ort ({reason})")
-        with replacing(out / ORT_NAME) as file:
-            file.write(in_order((Path(scratch) / ORT_NAME).read_bytes()))
-        lines = (Path(scratch) / OPERATORS_NAME).read_text().splitlines(keepends=True)
-        with replacing(out / OPERATORS_NAME) as file:  # the comments name the scratch folder
+            raise InputError(graph, f"ONNX Runtime cannot convert it to .ort ({reason})")
+        with replacing(folder / model) as file:
+            file.write(in_order((Path(scratch) / model).read_bytes()))
+        lines = (Path(scratch) / operators).read_text().splitlines(keepends=True)
+        with replacing(folder / operators) as file:  # the comments name the scratch folder
             file.write("".join(line for line in lines if not line.startswith("#")).encode())
-    return [ORT_NAME, OPERATORS_NAME]
+    return [model, operators]
 
 
 class OnnxRunner:
     """A `Runner` in ONNX Runtime. The `contrib` form updates its cache in place."""
 
-    def __init__(self, folder: Path, context: int) -> None:
+    def __init__(self, path: Path, context: int) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry(*FLOAT_PRODUCTS)
         self._session = onnxruntime.InferenceSession(
-            folder / FILE_NAME, options, providers=["CPUExecutionProvider"]
+            path, options, providers=["CPUExecutionProvider"]
         )
         self.context, self._position = context, 0
         self.vocab_size = int(self._session.get_outputs()[0].shape[-1])
