@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from clients.rows import PROMPTS
+from commands import run
 from conftest import FAMILIES, LLAMA, LLAMA4, MakeCheckpoint, random_weights
 from lowering import MODELS, SCHEMES, Lower, check_logits, lowered_in, tokens
 from simulation import Simulation, greedy
@@ -439,7 +440,10 @@ def export_tiny(checkpoint: Path, out: Path, store: Path) -> pipeline.Export:
 
 
 def test_an_export_without_llama_cpp_says_what_was_not_run(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, without_llama_cpp: None
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    without_llama_cpp: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     result = export_tiny(make_checkpoint(), tmp_path / "out", tmp_path / "store")
     assert result.bundle is not None
@@ -452,6 +456,8 @@ def test_an_export_without_llama_cpp_says_what_was_not_run(
         assert "mobilellm-exporter[llama-cpp]" in check.note
     assert any(check.check == "integers" for check in checks)
     json.dumps([check.value for check in checks])
+    verified = run(capsys, "verify", tmp_path / "out")
+    assert verified.code == 0 and verified.out.endswith("checks passed, 1 not run\n")
 
 
 def test_generating_without_llama_cpp_names_what_to_install(

@@ -296,7 +296,9 @@ def print_checks(checks: Sequence[Any]) -> None:
     if count:
         out.print(f"[bold red]{count} of {len(checks)} checks failed[/]")
     else:
-        out.print(f"[bold green]all {len(checks)} checks passed[/]")
+        absent = sum(check.value is None for check in checks)
+        rest = f", {absent} not run" if absent else ""
+        out.print(f"[bold green]all {len(checks) - absent} checks passed[/]{rest}")
 
 
 def print_evaluation(
