@@ -416,6 +416,10 @@ def test_what_llama_cpp_does_not_have_is_refused() -> None:
         check({**FAMILIES["olmo2"], "head_dim": 32}, max_context=64)
     with pytest.raises(InputError, match="max_context"):
         check(LLAMA4, max_context=257)
+    for name in ("My-Phi-3", "phi3", "Modern-BERT"):
+        with pytest.raises(InputError, match=f"name: {name}: llama.cpp reads the tokenizer"):
+            check(LLAMA4, name=name, max_context=64)
+    check(LLAMA4, name="MobileLLM-R1-140M", max_context=64)
 
 
 def test_llama_cpp_names_what_it_refuses(lower_once: Lower, tmp_path: Path) -> None:

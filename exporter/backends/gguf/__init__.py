@@ -30,6 +30,9 @@ RUNTIME_EXTRA, RUNTIME = "llama-cpp", ("llama_cpp",)
 FILE_NAME = "model.gguf"
 FILES = (FILE_NAME,)
 SUFFIX = ".gguf"
+#: For names that contain one of these, llama.cpp changes how special tokens are read, or refuses
+#: the file (llama_vocab::impl::load in its src/llama-vocab.cpp).
+_SPECIAL_NAMES = ("phi-3", "phi3", "modern-bert")
 
 
 class Target(backends.Target):
@@ -62,6 +65,10 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             "be for this family",
             "Choose another target",
         )
+    for part in _SPECIAL_NAMES:
+        if part in target.name.lower():
+            problem = f"llama.cpp reads the tokenizer of a model named {part!r} in another way"
+            raise InputError(f"name: {target.name}", problem, "Give another name, or none")
     check_stored(config, schemes, stores)
 
 
