@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from conftest import LLAMA, LLAMA4, random_weights, write_checkpoint
 from torch import Tensor
 
 from exporter import pipeline
+from exporter.backends import front
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import no_progress
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.recipe import parse_recipe
 from exporter.verification.checks import Check
+from exporter.verification.integers import check_integers
 from exporter.verification.logits import compare_with_reference, reference_logits
 from exporter.verification.runs import Text, run_artifact
 
@@ -112,6 +115,45 @@ def lower_once(tmp_path_factory: pytest.TempPathFactory) -> Lower:
         return found
 
     return run
+
+
+def lower_with(
+    lower_once: Lower,
+    defaults: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, Any]] = MODELS,
+) -> Lower:
+    """`lower_once` for one of these models by its name, with the default options of a target."""
+
+    def run(
+        model: str = "llama4_text",
+        linear: str = "int4-g32",
+        embedding: str = "int4-g32",
+        target: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, str] | None = None,
+        change: Change | None = None,
+        fresh: bool = False,
+        **changes: Any,
+    ) -> Lowered:
+        schemes = {"linear": linear, "embedding": embedding, "overrides": overrides or {}}
+        options = {**defaults, **(target or {})}
+        return lower_once({**models[model], **changes}, options, schemes, change, fresh)
+
+    return run
+
+
+def differences(lowered: Lowered, folder: Path) -> list[str]:
+    """What differs in a folder from the artifact that was derived, a line each."""
+    expected = lowered[1].artifact
+    found = replace(expected, path=folder)
+    named = front(expected.target.target).differences(found, expected)
+    return [f"{place}: {problem}" for place, problem in named]
+
+
+def failed_integers(lowered: Lowered, folder: Path) -> list[str]:
+    """The checks of codes and scales that fail for the files in a folder, a line each."""
+    finished = replace(lowered[1], artifact=replace(lowered[1].artifact, path=folder))
+    checks = check_integers(lowered[0], finished, lambda name: None)
+    return [f"{check.subject}: {check.note}" for check in checks if not check.passed]
 
 
 def check_logits(

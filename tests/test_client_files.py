@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import LLAMA4
 from tiny import TEMPLATE, write_tiny_checkpoint
 
 from exporter.errors import InputError
+from exporter.model.checkpoint import special_tokens
 from exporter.text.client_files import tokenizer_config
 from exporter.text.tokenizer import load_tokenizer
 
@@ -19,8 +21,12 @@ def folder(tmp_path: Path) -> Path:
     return write_tiny_checkpoint(tmp_path / "model")
 
 
+def of(folder: Path) -> dict[str, Any] | None:
+    return tokenizer_config(folder, *special_tokens(folder, LLAMA4["vocab_size"]))
+
+
 def found(folder: Path) -> dict[str, Any]:
-    config = tokenizer_config(folder)
+    config = of(folder)
     assert config is not None
     return config
 
@@ -89,10 +95,10 @@ def test_the_list_of_special_tokens_has_the_name_that_every_client_reads(folder:
 
 def test_a_folder_without_a_tokenizer_has_no_configuration_for_one(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    assert tokenizer_config(folder) is None
+    assert of(folder) is None
 
 
 def test_what_cannot_be_read_is_an_error_with_the_file(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"bos_token": ')
     with pytest.raises(InputError, match=r"tokenizer_config\.json"):
-        tokenizer_config(folder)
+        of(folder)

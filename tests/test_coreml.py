@@ -18,7 +18,15 @@ import pytest
 import torch
 from commands import contents, flip, run
 from conftest import ROOT
-from lowering import MODELS, SCHEMES, SHAPES, Change, Lower, Lowered, Weights, check_logits, tokens
+from lowering import (
+    SCHEMES,
+    SHAPES,
+    Lower,
+    Weights,
+    check_logits,
+    lower_with,
+    tokens,
+)
 from mil import function, write
 
 from exporter.backends import coreml as backend
@@ -60,20 +68,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 @pytest.fixture(scope="module")
 def lower(lower_once: Lower) -> Lower:
-    def run(
-        model: str = "llama4_text",
-        linear: str = "int4-g32",
-        embedding: str = "int4-g32",
-        target: dict[str, Any] | None = None,
-        change: Change | None = None,
-        fresh: bool = False,
-        **changes: Any,
-    ) -> Lowered:
-        facts = {"target": "coreml", "max_context": CONTEXT, "prefill": CHUNK, **(target or {})}
-        schemes = {"linear": linear, "embedding": embedding}
-        return lower_once({**MODELS[model], **changes}, facts, schemes, change, fresh)
-
-    return run
+    return lower_with(lower_once, {"target": "coreml", "max_context": CONTEXT, "prefill": CHUNK})
 
 
 #: One token; within a chunk; just one; one more; several; as many as leave no room for a chunk.

@@ -4,7 +4,7 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import torch
 from commands import contents, flip, run
 from conftest import OLMO2, QWEN3, ROOT, MakeCheckpoint
-from lowering import MODELS, SCHEMES, Lower, Lowered, Weights, tokens
+from lowering import MODELS, SCHEMES, Lower, Weights, lower_with, tokens
 
 from exporter import pipeline
 from exporter.backends import check_runtime, parse_target
@@ -50,21 +50,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 @pytest.fixture(scope="module")
 def lower(lower_once: Lower) -> Lower:
-    def run(
-        model: str = "llama4_text",
-        linear: str = "int4-g32",
-        embedding: str = "int4-g32",
-        target: dict[str, Any] | None = None,
-        overrides: dict[str, str] | None = None,
-        change: Callable[[Weights], object] | None = None,
-        fresh: bool = False,
-        **changes: Any,
-    ) -> Lowered:
-        facts = {"target": "mlx", "max_context": CONTEXT, **(target or {})}
-        schemes = {"linear": linear, "embedding": embedding, "overrides": overrides or {}}
-        return lower_once({**ALL[model], **changes}, facts, schemes, change, fresh)
-
-    return run
+    return lower_with(lower_once, {"target": "mlx", "max_context": CONTEXT}, ALL)
 
 
 def lower_nano(bundle: Bundle, out: Path, **target: Any) -> FinishedArtifact:

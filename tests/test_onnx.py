@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from commands import run
-from lowering import MODELS, SCHEMES, Lower, Lowered, tokens
+from lowering import SCHEMES, Lower, lower_with, tokens
 
 from exporter import pipeline
 from exporter.backends import executorch, parse_target
@@ -43,19 +43,7 @@ FLOAT_FORMS = [
 
 @pytest.fixture(scope="module")
 def lower(lower_once: Lower) -> Lower:
-    def run(
-        model: str = "llama4_text",
-        linear: str = "int4-g32",
-        embedding: str = "int4-g32",
-        target: dict[str, Any] | None = None,
-        overrides: dict[str, str] | None = None,
-        **changes: Any,
-    ) -> Lowered:
-        facts = {"target": "onnx", "max_context": CONTEXT, **(target or {})}
-        schemes = {"linear": linear, "embedding": embedding, "overrides": overrides or {}}
-        return lower_once({**MODELS[model], **changes}, facts, schemes)
-
-    return run
+    return lower_with(lower_once, {"target": "onnx", "max_context": CONTEXT})
 
 
 def lower_nano(bundle: Bundle, out: Path, **target: Any) -> FinishedArtifact:

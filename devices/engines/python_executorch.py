@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 
 class Runtime:
-    """The ExecuTorch wheel with torch, which alone has the kernels of `custom_sdpa`."""
+    """ExecuTorch's wheel with torch. No other runtime here has the kernels of `custom_sdpa`."""
 
     #: The last two register their operators.
     MODULES: ClassVar[tuple[str, ...]] = (

@@ -192,3 +192,13 @@ def check_context(config: "ModelConfig", target: "Target") -> None:
             f"{target.max_context} is more than the model's {config.max_position_embeddings}",
             "Lower max_context",
         )
+
+
+def check_fits(tokens: int, context: int) -> None:
+    """Raise InputError if a text of so many tokens is longer than the KV cache of a runner."""
+    if tokens > context:
+        raise InputError(
+            "context",
+            f"{tokens} tokens do not fit into {context}",
+            "Lower with a larger max_context",
+        )

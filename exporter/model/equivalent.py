@@ -54,7 +54,7 @@ def equivalent(config: ModelConfig, *, rope_interleaved: bool | None = None) -> 
     family stays what it is. `rope_interleaved` is the layout of RoPE that the engine wants, by
     default that of the family in transformers.
     """
-    known = replace(config, model_type=_known_family(config))
+    known = replace(config, model_type=known_family(config))
     interleaved = known.rope_interleaved if rope_interleaved is None else rope_interleaved
     rows = None
     if interleaved != config.rope_interleaved:
@@ -70,7 +70,8 @@ def equivalent(config: ModelConfig, *, rope_interleaved: bool | None = None) -> 
     )
 
 
-def _known_family(config: ModelConfig) -> str:
+def known_family(config: ModelConfig) -> str:
+    """The family of the equivalent model."""
     if config.model_type != "llama4_text":
         return config.model_type
     return "qwen3" if config.use_qk_norm else "llama"

@@ -12,7 +12,7 @@ from exporter.errors import InputError
 from exporter.files import Output, copy_file, read_json, write_json
 from exporter.model.checkpoint import COMPANION_FILES, companions
 from exporter.model.config import ModelConfig
-from exporter.model.equivalent import client_config, equivalent
+from exporter.model.equivalent import client_config, known_family
 from exporter.progress import OnTensor
 from exporter.quantization.equivalent_checkpoint import EquivalentCheckpoint, as_equivalent
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
@@ -24,7 +24,7 @@ OUTPUT = Output(_WEIGHTS, _CONFIG, COMPANION_FILES)
 
 def check_family(config: ModelConfig, family: str | None) -> None:
     """Raise InputError for a family in which this model cannot be written."""
-    known = equivalent(config).config.model_type
+    known = known_family(config)
     if family not in (None, config.model_type, known):
         same = known == config.model_type
         choice = "Leave it out" if same else f"Give {known}, or leave it out"

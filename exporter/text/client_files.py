@@ -4,7 +4,7 @@ transformers.js and swift-transformers look for the chat template in ``tokenizer
 and transformers before 5 does not know the classes that transformers 5 writes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ _LEFT_OUT = frozenset({
 })  # fmt: skip
 
 
-def tokenizer_config(folder: Path) -> dict[str, Any] | None:
+def tokenizer_config(folder: Path, bos: int | None, ends: Sequence[int]) -> dict[str, Any] | None:
     """A ``tokenizer_config.json`` for all clients, from the files of a model folder.
 
     It has the chat template inlined as ``chat_template``, if there is one, the special tokens as
-    text, and the class that leaves everything to ``tokenizer.json``. A ``bos_token`` or
-    ``eos_token`` that no file names is the token of the first id in ``generation_config.json`` or
-    ``config.json``, and a missing ``pad_token`` is the ``eos_token``. None for a folder without
+    text, and the class that leaves everything to ``tokenizer.json``. `bos` begins a text and `ends`
+    end one: a ``bos_token`` that no file names is that of `bos`, an ``eos_token`` that of the first
+    of `ends`, and a missing ``pad_token`` is the ``eos_token``. None for a folder without
     ``tokenizer.json``. Raises InputError for files that cannot be read.
     """
     if not present(folder / "tokenizer.json", TOKENIZER_BYTES):
@@ -41,7 +41,7 @@ def tokenizer_config(folder: Path) -> dict[str, Any] | None:
     if isinstance(found.get("extra_special_tokens"), list):
         # transformers 5 writes a list, which transformers 4 reads under the older name.
         found["additional_special_tokens"] = found.pop("extra_special_tokens")
-    found |= _special_tokens(folder, given)
+    found |= _special_tokens(folder, given, bos, next(iter(ends), None))
     found.pop("chat_template", None)
     if template is not None:
         found["chat_template"] = template
@@ -49,26 +49,20 @@ def tokenizer_config(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _special_tokens(folder: Path, given: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(
+    folder: Path, given: Mapping[str, Any], bos: int | None, end: int | None
+) -> dict[str, str]:
     """The special tokens by name, such as ``eos_token``. null in the configuration stays."""
     found = {**token_texts(_json(folder / "special_tokens_map.json")), **token_texts(given)}
-    for name in ("bos_token", "eos_token"):
-        token = None if {name} & {*found, *given} else _first_id(folder, f"{name}_id")
-        text = None if token is None else load_tokenizer(folder).text_of(token)
+    for name, token in (("bos_token", bos), ("eos_token", end)):
+        if token is None or name in found or name in given:
+            continue
+        text = load_tokenizer(folder).text_of(token)
         if text is not None:
             found[name] = text
     if "eos_token" in found:
         found.setdefault("pad_token", found["eos_token"])
     return found
-
-
-def _first_id(folder: Path, key: str) -> int | None:
-    for name in ("generation_config.json", "config.json"):
-        value = _json(folder / name).get(key)
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, int) and not isinstance(first, bool) and 0 <= first < 1 << 31:
-            return first
-    return None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import NANO
 from gguf import GGMLQuantizationType, GGUFValueType
-from lowering import Lowered
+from lowering import Lowered, differences, failed_integers
 
 from exporter import pipeline
 from exporter.backends import gguf as backend
@@ -23,7 +23,6 @@ from exporter.errors import InputError
 from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import no_progress
 from exporter.recipe import parse_recipe
-from exporter.verification.integers import check_integers
 
 Q_PROJ, NORM = "blk.1.attn_q.weight", "output_norm.weight"
 INT4 = {"linear": "int4-g32", "embedding": "int4-g32"}
@@ -38,20 +37,6 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     quantized = pipeline.quantize(recipe, open_checkpoint(NANO), folder / "q", no_progress)
     assert quantized is not None
     return quantized, pipeline.lower(quantized, recipe.targets[0], folder / "a", no_progress)
-
-
-def differences(lowered: Lowered, folder: Path) -> list[str]:
-    """What differs in the folder from the artifact that was derived, a line each."""
-    expected = lowered[1].artifact
-    found = replace(expected, path=folder)
-    return [f"{place}: {problem}" for place, problem in backend.differences(found, expected)]
-
-
-def failed(lowered: Lowered, folder: Path) -> list[str]:
-    """The checks of codes and scales that fail, a line each."""
-    finished = replace(lowered[1], artifact=replace(lowered[1].artifact, path=folder))
-    checks = check_integers(lowered[0], finished, lambda name: None)
-    return [f"{check.subject}: {check.note}" for check in checks if not check.passed]
 
 
 class Parts:
@@ -224,7 +209,7 @@ def test_a_tampered_file_is_named(name: str, lowered: Lowered, tmp_path: Path) -
 def test_a_weight_is_decoded_as_llama_cpp_reads_it(
     change: Change, notes: list[str], lowered: Lowered, tmp_path: Path
 ) -> None:
-    found = failed(lowered, changed(lowered, change, tmp_path / "tampered"))
+    found = failed_integers(lowered, changed(lowered, change, tmp_path / "tampered"))
     for note in notes:
         assert any(note in line for line in found), found[:5]
 
@@ -245,7 +230,7 @@ def test_the_same_content_in_another_order_does_not_differ(
     path = folder / "model.gguf"
     path.write_bytes(path.read_bytes() + bytes(999))
     assert differences(lowered, folder) == []
-    assert failed(lowered, folder) == []
+    assert failed_integers(lowered, folder) == []
     own = [
         backend.load(replace(lowered[1].artifact, path=where)).prefill([5, 6, 7])
         for where in (folder, lowered[1].artifact.path)
@@ -261,7 +246,7 @@ def test_another_alignment_is_named_and_read(lowered: Lowered, tmp_path: Path) -
     assert differences(lowered, folder) == [
         "metadata.general.alignment: is not in the derived model"
     ]
-    assert failed(lowered, folder) == []
+    assert failed_integers(lowered, folder) == []
 
 
 def test_a_flipped_bit_is_named_refused_or_in_the_padding(lowered: Lowered, tmp_path: Path) -> None:

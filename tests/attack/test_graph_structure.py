@@ -5,20 +5,17 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from lowering import MODELS, Lowered, lowered_in
+from lowering import MODELS, Lowered, differences, failed_integers, lowered_in
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from exporter.backends import onnx as backend
 from exporter.errors import InputError
 from exporter.model.config import EMBEDDING
-from exporter.verification.integers import check_integers
 
 Q_PROJ = "model.layers.1.self_attn.o_proj.weight"
 NORM = "model.norm.weight"
@@ -43,20 +40,6 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     return lower(tmp_path_factory.mktemp("graph"), form="portable", products="float")
-
-
-def differences(lowered: Lowered, folder: Path) -> list[str]:
-    """What differs in the folder from the artifact that was derived, a line each."""
-    expected = lowered[1].artifact
-    found = replace(expected, path=folder)
-    return [f"{place}: {problem}" for place, problem in backend.differences(found, expected)]
-
-
-def failed(lowered: Lowered, folder: Path) -> list[str]:
-    """The checks of codes and scales that fail, a line each."""
-    finished = replace(lowered[1], artifact=replace(lowered[1].artifact, path=folder))
-    checks = check_integers(lowered[0], finished, lambda name: None)
-    return [f"{check.subject}: {check.note}" for check in checks if not check.passed]
 
 
 def changed(lowered: Lowered, change: Change, folder: Path) -> Path:
@@ -220,7 +203,7 @@ def test_a_tampered_graph_is_named(name: str, lowered: Lowered, tmp_path: Path) 
 
 
 def test_a_copy_that_is_wired_in_is_not_the_weight(lowered: Lowered, tmp_path: Path) -> None:
-    found = failed(lowered, changed(lowered, wire_in_a_copy, tmp_path / "tampered"))
+    found = failed_integers(lowered, changed(lowered, wire_in_a_copy, tmp_path / "tampered"))
     assert f"{Q_PROJ}: is not in the artifact" in found
     assert any("reads 'copy', which is no weight of the checkpoint" in line for line in found)
     assert len(found) == 2
@@ -247,7 +230,7 @@ def test_a_weight_is_decoded_as_its_node_reads_it(
 ) -> None:
     made: Lowered = request.getfixturevalue(form)
     tampered = changed(made, set_attribute(kind, attribute, value), tmp_path / "tampered")
-    found = failed(made, tampered)
+    found = failed_integers(made, tampered)
     assert any(note in line for line in found), found
     assert len(found) <= 4
     assert any(f"attribute.{attribute}: is {value}" in line for line in differences(made, tampered))
@@ -285,7 +268,7 @@ def look_up_other_rows(model: ModelProto, data: bytearray) -> None:
 def test_a_lookup_is_decoded_as_its_nodes_read_it(
     change: Change, note: str, lowered: Lowered, tmp_path: Path
 ) -> None:
-    found = failed(lowered, changed(lowered, change, tmp_path / "tampered"))
+    found = failed_integers(lowered, changed(lowered, change, tmp_path / "tampered"))
     assert any(note in line for line in found), found
 
 
@@ -295,7 +278,7 @@ def test_zero_points_are_not_overlooked(lowered: Lowered, tmp_path: Path) -> Non
         model.graph.initializer.append(numpy_helper.from_array(points, "points"))
         next(node for node in model.graph.node if Q_PROJ in node.input).input.append("points")
 
-    found = failed(lowered, changed(lowered, add, tmp_path / "tampered"))
+    found = failed_integers(lowered, changed(lowered, add, tmp_path / "tampered"))
     assert any("or with zero points" in line for line in found), found
 
 
@@ -333,7 +316,7 @@ def test_the_same_content_at_other_places_does_not_differ(
     made: Lowered = request.getfixturevalue(form)
     folder = changed(made, move, tmp_path / "moved")
     assert differences(made, folder) == []
-    assert failed(made, folder) == []
+    assert failed_integers(made, folder) == []
 
 
 def test_companion_files_are_compared_by_content(lowered: Lowered, tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ MULTIPLY_FLOATS: dict[str, Any] = {"extra": {"session": {_KEY: FLOAT_PRODUCTS[1]
 SESSION: dict[str, dict[str, Any]] = {
     "contrib": {}, "float": {}, "portable": MULTIPLY_FLOATS,
 }  # fmt: skip
+#: What a user must do for each form in Node.js.
+IN_NODE_NEEDS = {"contrib": "", "float": "", "portable": "a session option to multiply floats"}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from clients.javascript import (
-    DEMO,
     FORMS,
     IN_A_BROWSER,
-    MODELS,
+    IN_NODE_NEEDS,
     SESSION,
     STEPS,
     Artifacts,
@@ -26,19 +25,6 @@ from exporter.backends import onnx as backend
 from exporter.verification.runs import run_teacher_forced
 
 NODE, WEB = "onnxruntime-node", "onnxruntime-web"
-IN_NODE_NEEDS = {"contrib": "", "float": "", "portable": "a session option to multiply floats"}
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def artifacts(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Artifacts:
-    return Artifacts(MODELS[request.param], tmp_path_factory.mktemp("artifacts"))
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return Artifacts(DEMO, tmp_path_factory.mktemp("demo"))
 
 
 def request_for(artifacts: Artifacts, form: str, root: str) -> dict[str, Any]:
@@ -73,11 +59,11 @@ def test_onnxruntime_node_gives_our_tokens(
 
 @needs(NODE)
 def test_the_portable_form_rounds_activations_unless_a_session_is_told_not_to(
-    demo: Artifacts, tmp_path: Path
+    of_demo: Artifacts, tmp_path: Path
 ) -> None:
-    request = request_for(demo, "portable", str(demo.models))
+    request = request_for(of_demo, "portable", str(of_demo.models))
     answer = in_node("onnxruntime", workspace(tmp_path / "place"), request)
-    assert answer["tokens"] == expected(demo, "contrib") != expected(demo, "portable")
+    assert answer["tokens"] == expected(of_demo, "contrib") != expected(of_demo, "portable")
 
 
 @needs(WEB, browser=True)
@@ -100,18 +86,20 @@ def test_onnxruntime_web_gives_our_tokens(
 @needs(NODE)
 @needs(WEB, browser=True)
 def test_webassembly_multiplies_floats_where_the_graph_allows_int8(
-    demo: Artifacts, tmp_path: Path
+    of_demo: Artifacts, tmp_path: Path
 ) -> None:
     """Its logits are those of the graph with float products; those of Node.js are the native ones
     with activations rounded to int8."""
-    first, steps = demo.answers("contrib")[0], 12
+    first, steps = of_demo.answers("contrib")[0], 12
     forced = {"forced": [first.tokens[:steps]], "steps": steps, "prompts": [first.prompt]}
-    place = workspace(tmp_path / "place", demo.models)
-    native = {form: native_logits(demo, form, first.prompt, first.tokens[:steps]) for form in FORMS}
-    request = request_for(demo, "contrib", str(demo.models)) | forced
+    place = workspace(tmp_path / "place", of_demo.models)
+    native = {
+        form: native_logits(of_demo, form, first.prompt, first.tokens[:steps]) for form in FORMS
+    }
+    request = request_for(of_demo, "contrib", str(of_demo.models)) | forced
     in_node_js = torch.tensor(in_node("onnxruntime", place, request)["logits"][0])
     with in_browser("onnxruntime", place) as ask:
-        answer = ask(request_for(demo, "contrib", "/models") | forced)
+        answer = ask(request_for(of_demo, "contrib", "/models") | forced)
     in_webassembly = torch.tensor(answer["logits"][0])
     rounding = farthest(native["contrib"], native["float"])
     assert rounding > 0.05

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from clients.javascript import (
-    DEMO,
     FORMS,
     IN_A_BROWSER,
-    MODELS,
+    IN_NODE_NEEDS,
     SESSION,
     STEPS,
     Answer,
@@ -32,19 +31,6 @@ from exporter.text.documents import Message
 from exporter.text.tokenizer import load_tokenizer
 
 CLIENT = "@huggingface/transformers"
-IN_NODE_NEEDS = {"contrib": "", "float": "", "portable": "a session option to multiply floats"}
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def artifacts(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Artifacts:
-    return Artifacts(MODELS[request.param], tmp_path_factory.mktemp("artifacts"))
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return Artifacts(DEMO, tmp_path_factory.mktemp("demo"))
 
 
 def request_for(model: Model, form: str, place: Path) -> dict[str, Any]:
@@ -114,15 +100,18 @@ def test_transformers_js_in_a_browser_gives_our_tokens(
 
 
 @needs(CLIENT)
-def test_another_template_and_other_weights_are_noticed(demo: Artifacts, tmp_path: Path) -> None:
-    original = demo.artifact("contrib").artifact.path
+def test_another_template_and_other_weights_are_noticed(of_demo: Artifacts, tmp_path: Path) -> None:
+    original = of_demo.artifact("contrib").artifact.path
     path = Path(shutil.copytree(original, tmp_path / "models" / "contrib"))
     config = json.loads((path / "tokenizer_config.json").read_text())
     config["chat_template"] = config["chat_template"].replace("assistant", "model")
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     place = workspace(tmp_path / "place", tmp_path / "models")
-    request = {**request_for(demo.model, "contrib", place), "questions": demo.model.questions[:1]}
-    expected = demo.answers("contrib")[0]
+    request = {
+        **request_for(of_demo.model, "contrib", place),
+        "questions": of_demo.model.questions[:1],
+    }
+    expected = of_demo.answers("contrib")[0]
     found = Answer(**in_node("transformers", place, request)["answers"][0])
     assert found.text == expected.text.replace("assistant", "model") != expected.text
     assert found.prompt != expected.prompt

@@ -43,7 +43,9 @@ def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact
         write_package(program, quantized, target, folder)
     written = PACKAGE_FILES
     if target.interface == "language_model":
-        configuration = tokenizer_config(quantized.path)
+        configuration = tokenizer_config(
+            quantized.path, quantized.bos_token_id, quantized.eos_token_ids
+        )
         if configuration is not None:
             write_json(out / TOKENIZER, configuration)
             written = (*written, TOKENIZER)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import gguf
 
 from exporter.model.config import ModelConfig
+from exporter.model.equivalent import known_family
 from exporter.quantization.equivalent_checkpoint import EquivalentCheckpoint, as_equivalent
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 
@@ -19,8 +20,7 @@ _NEVER_TIED = "olmo2"
 
 def as_written(quantized: QuantizedCheckpoint) -> EquivalentCheckpoint:
     """The checkpoint with the names and the order of rows that llama.cpp reads."""
-    known = as_equivalent(quantized)
-    interleaved = known.config.model_type == _INTERLEAVED
+    interleaved = known_family(quantized.config) == _INTERLEAVED
     return as_equivalent(quantized, rope_interleaved=interleaved)
 
 

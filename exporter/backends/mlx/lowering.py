@@ -51,7 +51,7 @@ def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact
     write_safetensors(out / FILE_NAME, layout, tensor, METADATA)
     write_json(out / CONFIG, _config(quantized, model, stored, target))
     files = [FILE_NAME, CONFIG]
-    tokenizer = tokenizer_config(quantized.path)
+    tokenizer = tokenizer_config(quantized.path, quantized.bos_token_id, quantized.eos_token_ids)
     if tokenizer is not None:
         write_json(out / TOKENIZER, tokenizer)
         files.append(TOKENIZER)

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from torch import Tensor
 
+from exporter.backends import check_fits
 from exporter.backends.mlx import FILE_NAME
 from exporter.backends.mlx.contents import open_contents
 from exporter.errors import InputError
@@ -69,12 +70,7 @@ class MlxRunner:
     def _check(self, tokens: list[int]) -> None:
         """Refuse tokens that MLX would look up beyond the end of the embedding."""
         end = self._position + len(tokens)
-        if end > self.context:
-            raise InputError(
-                "context",
-                f"{end} tokens do not fit into {self.context}",
-                "Lower with a larger max_context",
-            )
+        check_fits(end, self.context)
         if not all(0 <= token < self.vocab_size for token in tokens):
             raise InputError("tokens", f"have an id outside the vocabulary of {self.vocab_size}")
         self._position = end

@@ -23,7 +23,8 @@ def client_files(
         CONFIG: _config(quantized, target, kind),
         GENAI_CONFIG: _genai_config(quantized, target, graph),
     }
-    if (tokenizer := tokenizer_config(quantized.path)) is not None:
+    tokenizer = tokenizer_config(quantized.path, quantized.bos_token_id, quantized.eos_token_ids)
+    if tokenizer is not None:
         files[TOKENIZER_CONFIG] = tokenizer
     return files
 

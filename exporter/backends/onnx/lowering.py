@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from exporter.backends import Artifact
+from exporter.backends import Artifact, check_fits
 from exporter.backends.onnx import (
     DATA,
     FLOAT_PRODUCTS,
@@ -131,12 +131,7 @@ class OnnxRunner:
 
     def _step(self, tokens: list[int]) -> Tensor:
         end = self._position + len(tokens)
-        if end > self.context:
-            raise InputError(
-                "context",
-                f"{end} tokens do not fit into {self.context}",
-                "Lower with a larger max_context",
-            )
+        check_fits(end, self.context)
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         if self._in_place:
