@@ -62,7 +62,7 @@ def main() -> None:
     names = list(dict.fromkeys(name for _, name in rates))
     table = Table("artifact", "MB", *names, box=None, title="tokens/s, median (range)")
     for path in args.artifacts:
-        size = sum(file.stat().st_size for file in path.glob("*")) / 1e6
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
         cells = [
             f"{statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f})"
             for r in (rates[path, name] for name in names)
