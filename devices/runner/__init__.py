@@ -46,6 +46,7 @@ _RUNTIME = (
 #: The manylinux tags that a wheel may have.
 _GLIBC = ("_2_17", "_2_28", "_2_34", "2014")
 SOURCES = Path(__file__).parent
+_SOURCE_SUFFIXES = (".c", ".cpp", ".h", ".py")
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ def build(architecture: str) -> Build:
         )
     version = _executorch_version()
     digest = hashlib.sha256(version.encode())
-    for name in ("runner.cpp", "probe.c", "__init__.py"):
-        digest.update((SOURCES / name).read_bytes())
+    for path in sorted(path for path in SOURCES.iterdir() if path.suffix in _SOURCE_SUFFIXES):
+        digest.update(path.name.encode() + path.read_bytes())
     folder = cache_folder() / "runner" / f"{architecture}-{digest.hexdigest()[:16]}"
     if not folder.is_dir():
         _build(architecture, version, folder)
@@ -128,7 +129,8 @@ def _compile_runner(architecture: str, made: Path) -> None:
     portable = headers / "executorch" / "runtime" / "core" / "portable_type" / "c10"
     compile_for(
         architecture, "g++", "-std=c++17", "-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS",
-        f"-I{headers}", f"-I{portable}", str(SOURCES / "runner.cpp"), "-o", str(made / RUNNER),
+        f"-I{headers}", f"-I{portable}", *map(str, sorted(SOURCES.glob("*.cpp"))),
+        "-o", str(made / RUNNER),
         f"-L{made / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES),
         "-Wl,-rpath,$ORIGIN/lib", "-Wl,--allow-shlib-undefined",
     )  # fmt: skip
