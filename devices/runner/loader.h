@@ -19,10 +19,13 @@
 
 namespace mobilellm {
 
+// Lookup tables are cut into pieces of so many bytes (at least a page), see `cut_constants`.
+constexpr size_t kPiece = 16384;
+
 // The file in one read-only mapping. A freed range gives its pages back but stays readable, which
 // the official MmapDataLoader's does not: with a weights cache, XNNPACK 1.5.1 goes on reading the
 // constants of its additions and multiplications after it has freed them (it knows only of those
-// that it packs).
+// that it packs). The mapping lasts until the last range is freed, after the loader itself.
 class MappedFile final : public executorch::runtime::DataLoader {
  public:
   using Buffer = executorch::runtime::FreeableBuffer;
@@ -39,45 +42,69 @@ class MappedFile final : public executorch::runtime::DataLoader {
     }
     close(file);
     if (pages == MAP_FAILED) return nullptr;
-    return std::unique_ptr<MappedFile>(
-        new MappedFile(static_cast<uint8_t*>(pages), about.st_size));
+    auto mapping = std::make_shared<Mapping>();
+    mapping->pages = static_cast<uint8_t*>(pages);
+    mapping->size = about.st_size;
+    return std::unique_ptr<MappedFile>(new MappedFile(std::move(mapping)));
   }
-  MappedFile(const MappedFile&) = delete;
-  ~MappedFile() override { munmap(pages_, size_); }
 
   executorch::runtime::Result<Buffer> load(size_t offset, size_t size,
                                            const SegmentInfo& segment) const override {
-    if (offset > size_ || size > size_ - offset) return Error::InvalidArgument;
+    if (offset > mapping_->size || size > mapping_->size - offset) return Error::InvalidArgument;
     if (segment.segment_type == SegmentInfo::Type::Constant) {
       const std::lock_guard<std::mutex> lock(mutex_);
-      constants_.emplace_back(offset, size);
+      constants_.push_back(whole_pages(mapping_->pages + offset, size));
     }
-    return Buffer(pages_ + offset, size, give_back, nullptr);
+    return Buffer(mapping_->pages + offset, size, free_range, new Shared(mapping_));
   }
 
-  executorch::runtime::Result<size_t> size() const override { return size_; }
+  executorch::runtime::Result<size_t> size() const override { return mapping_->size; }
+
+  // A row that is read maps what lies around it, 64 kB, or with large folios (Linux 6.16 and later)
+  // any part of the table. No more than a piece is mapped if pieces differ in a flag: here in
+  // whether they are part of a core dump. For after the load, which reads whole tables.
+  void cut_constants() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [start, size] : constants_) {
+      for (size_t at = 0; at < size; at += 2 * kPiece) {
+        madvise(start + at, std::min(kPiece, size - at), MADV_DONTDUMP);
+      }
+    }
+  }
 
   // Gives back the rows of lookup tables that were read. The next read maps them again.
   void release_constants() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& [offset, size] : constants_) give_back(nullptr, pages_ + offset, size);
+    for (const auto& [start, size] : constants_) madvise(start, size, MADV_DONTNEED);
   }
 
  private:
-  MappedFile(uint8_t* pages, size_t size) : pages_(pages), size_(size) {}
+  struct Mapping {
+    ~Mapping() { munmap(pages, size); }
+    uint8_t* pages;
+    size_t size;
+  };
+  using Shared = std::shared_ptr<const Mapping>;
 
-  // Only whole pages inside the range: its neighbours may be in use.
-  static void give_back(void*, void* data, size_t size) {
+  explicit MappedFile(Shared mapping) : mapping_(std::move(mapping)) {}
+
+  // Those inside the range only: its neighbours may be in use.
+  static std::pair<uint8_t*, size_t> whole_pages(void* data, size_t size) {
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const auto start = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
     const auto end = (reinterpret_cast<uintptr_t>(data) + size) / page * page;
-    if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);
+    return {reinterpret_cast<uint8_t*>(start), start < end ? end - start : 0};
   }
 
-  uint8_t* const pages_;
-  const size_t size_;
+  static void free_range(void* shared, void* data, size_t size) {
+    const auto [start, length] = whole_pages(data, size);
+    if (length) madvise(start, length, MADV_DONTNEED);
+    delete static_cast<Shared*>(shared);
+  }
+
+  const Shared mapping_;
   mutable std::mutex mutex_;
-  mutable std::vector<std::pair<size_t, size_t>> constants_;
+  mutable std::vector<std::pair<uint8_t*, size_t>> constants_;
 };
 
 // What the program's memory plan asks for. Module would fill it with zeros and so touch all of it;

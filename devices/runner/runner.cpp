@@ -183,6 +183,7 @@ class Model {
     memory_ = std::make_unique<mobilellm::PlannedMemory>(meta.get());
     if (!memory_->allocator()) fail(kCannotLoad, "no memory for the program's plan");
     check(module_->load_method("forward", memory_->allocator()), path);
+    if (file_) file_->cut_constants();
     context_ = constant("get_max_context_len");
     vocab_ = constant("get_vocab_size");
   }
