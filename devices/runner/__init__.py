@@ -84,7 +84,7 @@ def build(architecture: str) -> Build:
         )
     version = _executorch_version()
     digest = hashlib.sha256(version.encode())
-    for name in ("runner.cpp", "probe.c", "__init__.py"):
+    for name in ("runner.cpp", "speculative.cpp", "speculative.h", "probe.c", "__init__.py"):
         digest.update((SOURCES / name).read_bytes())
     folder = cache_folder() / "runner" / f"{architecture}-{digest.hexdigest()[:16]}"
     if not folder.is_dir():
@@ -128,7 +128,7 @@ def _compile_runner(architecture: str, made: Path) -> None:
     portable = headers / "executorch" / "runtime" / "core" / "portable_type" / "c10"
     compile_for(
         architecture, "g++", "-std=c++17", "-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS",
-        f"-I{headers}", f"-I{portable}", str(SOURCES / "runner.cpp"), "-o", str(made / RUNNER),
+        f"-I{headers}", f"-I{portable}", *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(made / RUNNER),
         f"-L{made / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES),
         "-Wl,-rpath,$ORIGIN/lib", "-Wl,--allow-shlib-undefined",
     )  # fmt: skip

@@ -26,6 +26,8 @@
 #include <string>
 #include <vector>
 
+#include "speculative.h"
+
 // The wheel ships this library without its header.
 namespace executorch::extension::threadpool {
 class ThreadPool {
@@ -59,7 +61,8 @@ class Options {
   Options(int argc, char** argv) {
     static const char* known[] = {
         "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
-        "sustained-steps", "generate", "prompt-length", "logits", "trace", "load"};
+        "sustained-steps", "generate", "prompt-length", "logits", "trace", "load",
+        "draft", "draft-tokens"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
       const bool named = key.rfind("--", 0) == 0 &&
@@ -186,6 +189,7 @@ class Model {
     auto meta = module_.method_meta("forward");
     check(meta.error(), path);
     memory_ = std::make_unique<PlannedMemory>(meta.get());
+    rows_ = rows_of(meta.get());
     check(module_.load_method("forward", memory_->allocator()), path);
     context_ = constant("get_max_context_len");
     vocab_ = constant("get_vocab_size");
@@ -193,6 +197,8 @@ class Model {
 
   int64_t context() const { return context_; }
   int64_t vocab() const { return vocab_; }
+  // The most rows of logits that a step gives: those of its last positions.
+  int64_t rows() const { return rows_; }
 
   // Reads tokens[0, count) at position `start`; the likeliest next token. The logits stay valid
   // until the next step.
@@ -207,8 +213,15 @@ class Model {
     if (!outputs.ok()) {
       fail(kFailed, "ExecuTorch: error " + std::to_string(static_cast<int>(outputs.error())));
     }
-    logits_ = outputs->at(0).toTensor().const_data_ptr<float>();
-    return std::max_element(logits_, logits_ + vocab_) - logits_;
+    const auto& logits = outputs->at(0).toTensor();
+    logits_ = logits.const_data_ptr<float>() + logits.numel() - vocab_;
+    return likeliest(0);
+  }
+
+  // The likeliest token after the last position of the last step, or so many positions `before` it.
+  int64_t likeliest(int64_t before) const {
+    const float* const row = logits_ - before * vocab_;
+    return std::max_element(row, row + vocab_) - row;
   }
 
   // The same in pieces of at most `chunk` tokens.
@@ -220,9 +233,16 @@ class Model {
     return token;
   }
 
+  // Of the last position.
   const float* logits() const { return logits_; }
 
  private:
+  // Logits are [1, vocab] or [1, rows, vocab].
+  static int64_t rows_of(const executorch::runtime::MethodMeta& meta) {
+    const auto output = meta.output_tensor_meta(0);
+    return output.ok() && output->sizes().size() == 3 ? output->sizes()[1] : 1;
+  }
+
   static void check(Error error, const std::string& path) {
     if (error == Error::Ok) return;
     fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
@@ -238,7 +258,7 @@ class Model {
   // Released after the module that uses it.
   std::unique_ptr<PlannedMemory> memory_;
   Module module_;
-  int64_t context_ = 0, vocab_ = 0;
+  int64_t context_ = 0, vocab_ = 0, rows_ = 1;
   const float* logits_ = nullptr;
 };
 
@@ -331,6 +351,47 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   print_phase("generate", "\"tokens\":[" + list + "],", ms);
 }
 
+mobilellm::Reader reader_of(Model& model, int64_t chunk) {
+  return [&model, chunk](const int64_t* tokens, int64_t count, int64_t start, int64_t rows) {
+    mobilellm::Tokens likeliest(rows);
+    likeliest[rows - 1] = model.read(tokens, count, start, std::max(chunk, rows));
+    for (int64_t i = 0; i + 1 < rows; ++i) likeliest[i] = model.likeliest(rows - 1 - i);
+    return likeliest;
+  };
+}
+
+// The same greedy tokens, which a draft proposes: a smaller program, or `lookup`. `ms` has one value
+// for each call of the model, of which `draft_ms` was the draft's.
+void generate_with_draft(Model& model, const std::vector<int64_t>& prompt, int64_t count,
+                         const std::string& draft, int64_t most, int64_t chunk,
+                         Module::LoadMode mode) {
+  if (most < 1) fail(kBadUsage, "--draft-tokens: give 1 or more");
+  if (most >= model.rows()) {
+    fail(kBadUsage, "--draft-tokens " + std::to_string(most) + ": the program gives the logits of " +
+             std::to_string(model.rows()) + " positions; lower it with logits=" +
+             std::to_string(most + 1));
+  }
+  std::unique_ptr<Model> small;
+  if (draft != "lookup") {
+    small = std::make_unique<Model>(draft, mode, nullptr);
+    if (small->vocab() != model.vocab()) {
+      fail(kBadUsage, draft + ": has " + std::to_string(small->vocab()) + " tokens, the model " +
+               std::to_string(model.vocab()));
+    }
+  }
+  const auto made = mobilellm::speculate(
+      prompt, count, most, model.context(), reader_of(model, prompt.size()),
+      small ? mobilellm::draft_model(reader_of(*small, chunk), small->context())
+            : mobilellm::draft_lookup());
+  std::string list;
+  for (const int64_t token : made.tokens) list += (list.empty() ? "" : ",") + std::to_string(token);
+  print_phase("generate",
+              "\"tokens\":[" + list + "],\"drafted\":" + std::to_string(made.drafted) +
+                  ",\"accepted\":" + std::to_string(made.accepted) + ",\"calls\":" +
+                  std::to_string(made.ms.size()) + ",\"draft_ms\":" + list_json(made.draft_ms) + ",",
+              made.ms);
+}
+
 void write_etdump(executorch::etdump::ETDumpGen& tracer, const std::string& path) {
   const auto dump = tracer.get_etdump_data();
   FILE* file = std::fopen(path.c_str(), "wb");
@@ -357,9 +418,8 @@ int main(int argc, char** argv) {
   reset_peak();
   print_phase("start", "", {});
   const double started = now_ms();
-  Model model(options.text("model"),
-              load == "mmap" ? Module::LoadMode::Mmap : Module::LoadMode::File,
-              std::move(tracer));
+  const auto mode = load == "mmap" ? Module::LoadMode::Mmap : Module::LoadMode::File;
+  Model model(options.text("model"), mode, std::move(tracer));
   const double took = now_ms() - started;
   print_phase("load",
               "\"context\":" + std::to_string(model.context()) +
@@ -388,8 +448,14 @@ int main(int argc, char** argv) {
   }
   if (const int64_t count = options.number("generate", 0)) {
     const int64_t length = options.number("prompt-length", tokens.size());
-    generate(model, text_of(tokens, length), count,
-             options.has("logits") ? options.text("logits") : "");
+    const auto prompt = text_of(tokens, length);
+    if (options.has("draft")) {
+      if (options.has("logits")) fail(kBadUsage, "--logits: not with --draft");
+      generate_with_draft(model, prompt, count, options.text("draft"),
+                          options.number("draft-tokens", 4), chunk, mode);
+    } else {
+      generate(model, prompt, count, options.has("logits") ? options.text("logits") : "");
+    }
   }
   if (dump) write_etdump(*dump, options.text("trace"));
   std::printf("{\"phase\":\"end\"}\n");
