@@ -27,6 +27,7 @@
 
 #include "loader.h"
 #include "packed_cache.h"
+#include "speculative.h"
 
 // The wheel ships this library without its header.
 namespace executorch::extension::threadpool {
@@ -62,7 +63,7 @@ class Options {
     static const char* known[] = {
         "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
         "sustained-steps", "generate", "prompt-length", "logits", "trace", "load",
-        "packed-cache", "unfilled"};
+        "packed-cache", "unfilled", "draft", "draft-tokens"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
       const bool named = key.rfind("--", 0) == 0 &&
@@ -182,6 +183,7 @@ class Model {
     check(meta.error(), path);
     memory_ = std::make_unique<mobilellm::PlannedMemory>(meta.get());
     if (!memory_->allocator()) fail(kCannotLoad, "no memory for the program's plan");
+    rows_ = rows_of(meta.get());
     check(module_->load_method("forward", memory_->allocator()), path);
     if (file_) file_->cut_constants();
     context_ = constant("get_max_context_len");
@@ -190,6 +192,8 @@ class Model {
 
   int64_t context() const { return context_; }
   int64_t vocab() const { return vocab_; }
+  // The most rows of logits that a step gives: those of its last positions.
+  int64_t rows() const { return rows_; }
 
   // Reads tokens[0, count) at position `start`; the likeliest next token. The logits stay valid
   // until the next step.
@@ -204,13 +208,20 @@ class Model {
     if (!outputs.ok()) {
       fail(kFailed, "ExecuTorch: error " + std::to_string(static_cast<int>(outputs.error())));
     }
-    logits_ = outputs->at(0).toTensor().const_data_ptr<float>();
+    const auto& logits = outputs->at(0).toTensor();
+    logits_ = logits.const_data_ptr<float>() + logits.numel() - vocab_;
     looked_up_ += count;
     if (file_ && looked_up_ >= kTokensPerRelease) {
       file_->release_constants();
       looked_up_ = 0;
     }
-    return std::max_element(logits_, logits_ + vocab_) - logits_;
+    return likeliest(0);
+  }
+
+  // The likeliest token after the last position of the last step, or so many positions `before` it.
+  int64_t likeliest(int64_t before) const {
+    const float* const row = logits_ - before * vocab_;
+    return std::max_element(row, row + vocab_) - row;
   }
 
   // The same in pieces of at most `chunk` tokens.
@@ -222,9 +233,16 @@ class Model {
     return token;
   }
 
+  // Of the last position.
   const float* logits() const { return logits_; }
 
  private:
+  // Logits are [1, vocab] or [1, rows, vocab].
+  static int64_t rows_of(const executorch::runtime::MethodMeta& meta) {
+    const auto output = meta.output_tensor_meta(0);
+    return output.ok() && output->sizes().size() == 3 ? output->sizes()[1] : 1;
+  }
+
   static void check(Error error, const std::string& path) {
     if (error == Error::Ok) return;
     fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
@@ -242,7 +260,7 @@ class Model {
   std::unique_ptr<Module> module_;
   // The module's own, null where the program is read.
   const mobilellm::MappedFile* file_ = nullptr;
-  int64_t context_ = 0, vocab_ = 0, looked_up_ = 0;
+  int64_t context_ = 0, vocab_ = 0, rows_ = 1, looked_up_ = 0;
   const float* logits_ = nullptr;
 };
 
@@ -337,6 +355,47 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   print_phase("generate", "\"tokens\":[" + list + "],", ms);
 }
 
+mobilellm::Reader reader_of(Model& model, int64_t chunk) {
+  return [&model, chunk](const int64_t* tokens, int64_t count, int64_t start, int64_t rows) {
+    mobilellm::Tokens likeliest(rows);
+    likeliest[rows - 1] = model.read(tokens, count, start, std::max(chunk, rows));
+    for (int64_t i = 0; i + 1 < rows; ++i) likeliest[i] = model.likeliest(rows - 1 - i);
+    return likeliest;
+  };
+}
+
+// The same greedy tokens, which a draft proposes: a smaller program, or `lookup`. `ms` has one value
+// for each call of the model, of which `draft_ms` was the draft's.
+void generate_with_draft(Model& model, const std::vector<int64_t>& prompt, int64_t count,
+                         const std::string& draft, int64_t most, int64_t chunk,
+                         bool mapped) {
+  if (most < 1) fail(kBadUsage, "--draft-tokens: give 1 or more");
+  if (most >= model.rows()) {
+    fail(kBadUsage, "--draft-tokens " + std::to_string(most) + ": the program gives the logits of " +
+             std::to_string(model.rows()) + " positions; lower it with logits=" +
+             std::to_string(most + 1));
+  }
+  std::unique_ptr<Model> small;
+  if (draft != "lookup") {
+    small = std::make_unique<Model>(draft, mapped, nullptr, nullptr);
+    if (small->vocab() != model.vocab()) {
+      fail(kBadUsage, draft + ": has " + std::to_string(small->vocab()) + " tokens, the model " +
+               std::to_string(model.vocab()));
+    }
+  }
+  const auto made = mobilellm::speculate(
+      prompt, count, most, model.context(), reader_of(model, prompt.size()),
+      small ? mobilellm::draft_model(reader_of(*small, chunk), small->context())
+            : mobilellm::draft_lookup());
+  std::string list;
+  for (const int64_t token : made.tokens) list += (list.empty() ? "" : ",") + std::to_string(token);
+  print_phase("generate",
+              "\"tokens\":[" + list + "],\"drafted\":" + std::to_string(made.drafted) +
+                  ",\"accepted\":" + std::to_string(made.accepted) + ",\"calls\":" +
+                  std::to_string(made.ms.size()) + ",\"draft_ms\":" + list_json(made.draft_ms) + ",",
+              made.ms);
+}
+
 void write_etdump(executorch::etdump::ETDumpGen& tracer, const std::string& path) {
   const auto dump = tracer.get_etdump_data();
   FILE* file = std::fopen(path.c_str(), "wb");
@@ -372,7 +431,8 @@ int main(int argc, char** argv) {
                                                       options.text("model"));
     if (!packed->problem().empty()) fail(kCannotLoad, packed->problem());
   }
-  Model model(options.text("model"), load == "mmap", packed.get(), std::move(tracer));
+  const bool mapped = load == "mmap";
+  Model model(options.text("model"), mapped, packed.get(), std::move(tracer));
   if (packed) packed->publish();
   if (packed && !packed->problem().empty()) fail(kCannotLoad, packed->problem());
   const double took = now_ms() - started;
@@ -406,8 +466,14 @@ int main(int argc, char** argv) {
   }
   if (const int64_t count = options.number("generate", 0)) {
     const int64_t length = options.number("prompt-length", tokens.size());
-    generate(model, text_of(tokens, length), count,
-             options.has("logits") ? options.text("logits") : "");
+    const auto prompt = text_of(tokens, length);
+    if (options.has("draft")) {
+      if (options.has("logits")) fail(kBadUsage, "--logits: not with --draft");
+      generate_with_draft(model, prompt, count, options.text("draft"),
+                          options.number("draft-tokens", 4), chunk, mapped);
+    } else {
+      generate(model, prompt, count, options.has("logits") ? options.text("logits") : "");
+    }
   }
   if (dump) write_etdump(*dump, options.text("trace"));
   std::printf("{\"phase\":\"end\"}\n");

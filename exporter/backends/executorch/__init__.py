@@ -32,6 +32,8 @@ EXTRA, TOOLKIT = "executorch", ("executorch", "torchao")
 RUNTIME_EXTRA, RUNTIME = EXTRA, TOOLKIT
 FILE_NAME = "model.pte"
 FILES = (FILE_NAME,)
+#: Each row of logits takes 4 bytes for each token of the vocabulary, in every runner.
+MOST_LOGITS = 64
 SUFFIX = ""
 
 
@@ -40,9 +42,10 @@ class Target(backends.Target):
 
     XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners have;
     ``portable`` runs in any runner. ``kv_cache: int8``, for ``custom_sdpa`` only, keeps keys and
-    values in int8, with a scale and a zero point per token and head. Core ML: the delegate computes
-    attention, the Neural Engine needs `activations: float16`, and prompts are read token by token
-    (the target `coreml` reads them in chunks).
+    values in int8, with a scale and a zero point per token and head. A call gives the `logits` of
+    its last so many positions: a speculative pair needs more than one. Core ML: the delegate
+    computes attention, the Neural Engine needs `activations: float16`, and prompts are read token
+    by token (the target `coreml` reads them in chunks).
     """
 
     by_default: ClassVar[bool] = True
@@ -52,6 +55,7 @@ class Target(backends.Target):
     attention: Literal["custom_sdpa", "portable"] = "custom_sdpa"
     activations: Literal["float32", "float16"] = "float32"
     kv_cache: Literal["float", "int8"] = "float"
+    logits: int = 1
 
 
 def embedded(target: Target) -> coreml.Target:
@@ -79,6 +83,8 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
                 f"{target.attention} is an option of XNNPACK; the Core ML delegate has its own",
                 "Leave it out",
             )
+        if target.logits != 1:
+            raise InputError("logits", "more than one needs the delegate xnnpack", "Leave it out")
         backend("coreml")
         coreml.check_cache(config, target)
         check_stored(config, schemes, stored_by_coreml)
@@ -88,6 +94,10 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             "activations",
             f"XNNPACK's are float32 and int8, not {target.activations}",
             "Leave it out, or set delegate to coreml",
+        )
+    if not 1 <= target.logits <= MOST_LOGITS:
+        raise InputError(
+            "logits", f"{target.logits} is not within 1..{MOST_LOGITS}", "1 is enough to generate"
         )
     check_stored(config, schemes, partial(stores, config=config))
 

@@ -49,7 +49,7 @@ class ExecuTorchRunner:
         inputs = torch.tensor([tokens]), torch.tensor([position])
         with quietly():
             logits: Tensor = self._module.run_method("forward", inputs)[0]
-        return logits.reshape(-1).float().clone()
+        return logits.reshape(-1, self.vocab_size)[-1].float().clone()
 
 
 def load(artifact: Artifact, variant: str = "") -> Runner:
