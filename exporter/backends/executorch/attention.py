@@ -144,8 +144,8 @@ class Int8Attention:
         )
         return [attended]
 
-    def last_token(self, attended: list[Tensor]) -> list[Tensor]:
-        return [attended[0][:, -1:]]
+    def last_token(self, attended: list[Tensor], last: Last) -> list[Tensor]:
+        return [last(attended[0], 1)]
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
