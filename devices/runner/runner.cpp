@@ -7,6 +7,8 @@
 // as `attention: portable` of a recipe makes it. devices/runner/README.md lists the options and
 // the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
 
+#include "argmax.h"
+
 #include <executorch/devtools/etdump/etdump_flatcc.h>
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
@@ -208,7 +210,7 @@ class Model {
       fail(kFailed, "ExecuTorch: error " + std::to_string(static_cast<int>(outputs.error())));
     }
     logits_ = outputs->at(0).toTensor().const_data_ptr<float>();
-    return std::max_element(logits_, logits_ + vocab_) - logits_;
+    return mobilellm::argmax(logits_, vocab_);
   }
 
   // The same in pieces of at most `chunk` tokens.
