@@ -10,6 +10,7 @@ from devices.files import replacing
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Write the plot to `path`, in the format of its suffix. Incomplete sessions are left out."""
+    import numpy as np
     from matplotlib.figure import Figure
 
     sessions = [session for session in report["sessions"] if session["status"] == "complete"]
@@ -20,7 +21,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     elif not sessions:
         _draw_counts(figure, counts)
     else:
-        above, below = figure.subfigures(2, 1, height_ratios=[2, 1])
+        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=[2, 1]))
         _draw_sessions(above, sessions)
         _draw_counts(below, counts)
     with replacing(path) as file:

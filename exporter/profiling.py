@@ -84,9 +84,7 @@ def _profile(path: Path, bundle: Bundle, request: Request, progress: Progress) -
         settings = _settings(bundle, request)
         cpus, others = counting.split_devices(request.devices)
         devices = [parse_device(text) for text in others]
-        if cpus and request.runner is not None:
-            problem = f"is not for --device count:{cpus[0]}, which counts the native runner"
-            raise InputError(f"--runner {request.runner}", problem, "Leave one of them out")
+        _check_countable(request, cpus, alone=not devices)
         jobs = [job(bundle, finished, request) for finished in chosen(bundle, request.targets)]
         models = [one.model for one in jobs]
         counting.check(cpus, models, alone=not devices)
@@ -113,6 +111,18 @@ def _profile(path: Path, bundle: Bundle, request: Request, progress: Progress) -
         return Profiled(made, [] if baseline is None else compare(made, baseline))
     except DeviceError as error:
         raise InputError(error.subject, error.problem, error.remedy) from error
+
+
+def _check_countable(request: Request, cpus: Sequence[str], *, alone: bool) -> None:
+    """Raise InputError for options that do not go together with the devices ``count:CPU``."""
+    if cpus and request.runner is not None:
+        problem = f"is not for --device count:{cpus[0]}, which counts the native runner"
+        raise InputError(f"--runner {request.runner}", problem, "Leave one of them out")
+    if cpus and alone and request.baseline is not None:
+        problem = "compares times, and a count has none"
+        raise InputError(
+            f"--baseline {request.baseline}", problem, "mobilellm gate compares counts"
+        )
 
 
 @dataclass(frozen=True)

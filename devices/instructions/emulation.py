@@ -78,12 +78,21 @@ def emulated(
         yield run
 
 
-def execute(machine: Machine, program: Sequence[str], timeout: float) -> Completed:
-    """Run a program in the machine's folder. Its paths are relative, since QEMU and the loader
-    split some options at commas, colons and spaces. Raises DeviceError."""
+def execute(
+    machine: Machine,
+    program: Sequence[str],
+    timeout: float,
+    variables: Mapping[str, str] | None = None,
+) -> Completed:
+    """Run a program in the machine's folder, with these variables as its whole environment. Paths
+    are relative, since QEMU and the loader split some options at commas, colons and spaces. Raises
+    DeviceError."""
     tools = machine.tools
+    environment = [
+        word for key, value in (variables or {}).items() for word in ("-E", f"{key}={value}")
+    ]
     command = [
-        tools.program, "-cpu", machine.cpu, "-seed", "0", "-L", _ROOT,
+        tools.program, "-cpu", machine.cpu, "-seed", "0", "-L", _ROOT, *environment,
         "-plugin", f"./tools/{PLUGIN},out={_OUTPUT},zeroed={machine.zeroed}", *program,
     ]  # fmt: skip
     empty = ["env", "--ignore-environment", f"--chdir={machine.folder}"]

@@ -31,9 +31,13 @@ def print_counts(counts: Mapping[str, Any]) -> None:
 
 
 def _print_figure(what: str, figure: Mapping[str, Any]) -> None:
-    total, size = figure["per_token"], display.megabytes
+    total = figure["per_token"]
     ways = figure["bytes"]
     least = "at least " if ways["unsized"] else ""
+
+    def size(of: float) -> str:
+        return display.megabytes(round(of))
+
     table = display.table(
         "instructions per token", "share", "loaded", "stored", "library", "function",
         title=f"{escape(what)}: {total:,.0f} instructions per token ({_classes(figure)}); "

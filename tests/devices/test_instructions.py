@@ -468,6 +468,7 @@ def test_an_unfilled_cache_takes_as_many_instructions_as_a_filled_one(
         (["--device", "count:max", "--target", "coreml"], "is not in "),
         (["--device", "count:max", "-o", "/"], "Is a folder"),
         (["--device", "count:max", "--runner", "x"], "which counts the native runner"),
+        (["--device", "count:max", "--baseline", "x"], "compares times, and a count has none"),
     ],
 )
 def test_what_cannot_be_counted_is_refused_with_the_reason(
