@@ -35,6 +35,9 @@ _FEATURES = (
     "fma", "f16c", "neon", "dotprod", "matmul_int8", "sve",
 )  # fmt: skip
 
+#: The line with which a runner says that it finished; see devices/runner/README.md.
+_END = b'\n{"phase":"end"}\n'
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -181,18 +184,24 @@ def _with_tokens(engine: Engine, model: Model) -> Callable[[Plan], list[Command]
     return commands
 
 
-def run(contender: Contender, plan: Plan, core: int, timeout: float) -> list[Record]:
+def run(
+    contender: Contender, plan: Plan, core: int, timeout: float, partial: bool = False
+) -> list[Record]:
     """Run the commands of a plan on one core. Raises DeviceError where one fails or takes longer
-    than `timeout` seconds."""
+    than `timeout` seconds; with `partial`, the phases that it finished by then count."""
     records: list[Record] = []
     for command in contender.commands(plan):
         pinned = ["taskset", "-c", str(core), "env", "OMP_NUM_THREADS=1", "MKL_NUM_THREADS=1"]
+        argv, code = [*pinned, *command.argv], 0
         try:
-            done = subprocess.run(
-                [*pinned, *command.argv], capture_output=True, timeout=timeout, check=False
-            )
+            done = subprocess.run(argv, capture_output=True, timeout=timeout, check=False)
+            code, output, errors = done.returncode, done.stdout, done.stderr
         except subprocess.TimeoutExpired as error:
-            raise DeviceError(contender.name, f"took more than {timeout:g} s") from error
-        ended = Completed(tuple(command.argv), done.returncode, done.stdout, done.stderr, 0.0)
+            if not partial:
+                raise DeviceError(contender.name, f"took more than {timeout:g} s") from error
+            print(f"{contender.name}: stopped after {timeout:g} s")
+            whole_lines = (error.stdout or b"").rpartition(b"\n")[0]
+            output, errors = whole_lines + _END, b""
+        ended = Completed(tuple(command.argv), code, output, errors, 0.0)
         records += command.records(ended.check(contender.name))
     return records
