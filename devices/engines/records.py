@@ -18,8 +18,8 @@ Record = dict[str, Any]
 PHASES = (
     "start", "load", "warmup", "prefill", "decode", "sustained", "generate", "execute", "end",
 )  # fmt: skip
-_WHOLE = ("depth", "steps", "context", "vocab_size")
-_TIMES = ("within_ms", "first_token_ms", "first_ms", "p95_ms")
+_WHOLE = ("depth", "filled", "steps", "context", "vocab_size")
+_TIMES = ("within_ms", "first_token_ms", "first_ms", "p95_ms", "fill_ms")
 #: In bytes; -1 where the system does not tell.
 _MEMORY = ("peak_rss", "rss", "anonymous", "file", "pss")
 

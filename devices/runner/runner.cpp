@@ -306,7 +306,10 @@ void measure_decode(Model& model, const std::vector<int64_t>& tokens,
   int64_t filled = 0;
   for (const int64_t depth : depths) {
     const auto text = text_of(tokens, depth + 1);
-    if (filled < depth && !unfilled) model.read(text.data() + filled, depth - filled, filled, chunk);
+    const int64_t missing = unfilled ? 0 : depth - filled;
+    const double before = now_ms();
+    if (missing) model.read(text.data() + filled, missing, filled, chunk);
+    const double fill_ms = now_ms() - before;
     filled = depth;
     std::vector<double> ms;
     int64_t token = text[depth];
@@ -315,7 +318,10 @@ void measure_decode(Model& model, const std::vector<int64_t>& tokens,
       token = model.step(&token, 1, depth + i);
       ms.push_back(now_ms() - started);
     }
-    print_phase("decode", "\"depth\":" + std::to_string(depth) + ",", ms);
+    print_phase("decode",
+                "\"depth\":" + std::to_string(depth) + ",\"filled\":" + std::to_string(missing) +
+                    ",\"fill_ms\":" + std::to_string(fill_ms) + ",",
+                ms);
   }
 }
 
