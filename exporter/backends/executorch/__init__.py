@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from exporter import backends
 from exporter.backends import Artifact, Prediction, Runner, backend, check_context, coreml
+from exporter.backends._target import Context
 from exporter.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,13 +34,16 @@ RUNTIME_EXTRA, RUNTIME = EXTRA, TOOLKIT
 FILE_NAME = "model.pte"
 FILES = (FILE_NAME,)
 SUFFIX = ""
+#: Tokens that a call reads unless the target says otherwise.
+LONGEST_CALL = 512
 
 
 class Target(backends.Target):
     """A .pte for XNNPACK, or one with a Core ML package inside for iOS 18 and macOS 15.
 
     XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners have;
-    ``portable`` runs in any runner. Core ML: the delegate computes attention, the Neural Engine
+    ``portable`` runs in any runner. A call reads at most `prefill` tokens, for which the program
+    plans its memory; runners read longer prompts in several calls. Core ML: the delegate computes attention, the Neural Engine
     needs `activations: float16`, and prompts are read token by token (the target `coreml` reads
     them in chunks).
     """
@@ -50,6 +54,12 @@ class Target(backends.Target):
     delegate: Literal["xnnpack", "coreml"] = "xnnpack"
     attention: Literal["custom_sdpa", "portable"] = "custom_sdpa"
     activations: Literal["float32", "float16"] = "float32"
+    prefill: Context = LONGEST_CALL
+
+
+def longest_call(target: Target) -> int:
+    """The most tokens that a call of the program for XNNPACK reads."""
+    return min(target.prefill, target.max_context)
 
 
 def embedded(target: Target) -> coreml.Target:
@@ -69,6 +79,12 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             raise InputError(
                 "attention",
                 f"{target.attention} is an option of XNNPACK; the Core ML delegate has its own",
+                "Leave it out",
+            )
+        if target.prefill != LONGEST_CALL:
+            raise InputError(
+                "prefill",
+                f"{target.prefill} is an option of XNNPACK; the Core ML delegate reads one token",
                 "Leave it out",
             )
         backend("coreml")
