@@ -46,7 +46,12 @@ _RUNTIME = (
 #: The manylinux tags that a wheel may have.
 _GLIBC = ("_2_17", "_2_28", "_2_34", "2014")
 SOURCES = Path(__file__).parent
-_SOURCES = ("runner.cpp", "attention.cpp", "attention_kernel.cpp", "attention.h")
+#: Linked into every program. The rest is compiled otherwise or included.
+_PARTS = ("attention.cpp", "packed_cache.cpp", "speculative.cpp")
+_SOURCES = (
+    "runner.cpp", *_PARTS, "argmax.h", "attention_kernel.cpp", "attention.h", "loader.h",
+    "packed_cache.h", "speculative.h",
+)  # fmt: skip
 #: Architecture → name of the attention's vector code → the compiler's options for it. At run time
 #: attention.cpp chooses among those of an architecture.
 KERNELS = {
@@ -55,7 +60,8 @@ KERNELS = {
         "kernels_avx2": ["-mavx2", "-mfma"],
         "kernels_avx512": [*(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")), "-mfma"],
     },
-    "aarch64": {"kernels_baseline": []},
+    # GCC's first scheduling lengthens the life of registers until the products' sums are moved.
+    "aarch64": {"kernels_baseline": ["-fno-schedule-insns"]},
 }
 
 
@@ -150,7 +156,7 @@ def compile_program(architecture: str, main: Path, made: Path, out: Path) -> Non
         compile_for(
             architecture, "g++", "-std=c++17", "-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS",
             f"-I{headers}", f"-I{portable}", f"-I{SOURCES}", str(main),
-            str(SOURCES / "attention.cpp"), *kernels, "-o", str(out),
+            *(str(SOURCES / part) for part in _PARTS), *kernels, "-o", str(out),
             f"-L{made / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES),
             "-Wl,-rpath,$ORIGIN/lib", "-Wl,--allow-shlib-undefined",
         )  # fmt: skip
