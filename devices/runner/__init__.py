@@ -47,7 +47,7 @@ _RUNTIME = (
 _GLIBC = ("_2_17", "_2_28", "_2_34", "2014")
 SOURCES = Path(__file__).parent
 _SOURCES = (
-    "runner.cpp", "attention.cpp", "attention_kernel.cpp", "attention.h",
+    "runner.cpp", "argmax.h", "attention.cpp", "attention_kernel.cpp", "attention.h",
     "speculative.cpp", "speculative.h",
 )  # fmt: skip
 #: Architecture → name of the attention's vector code → the compiler's options for it. At run time
@@ -58,7 +58,8 @@ KERNELS = {
         "kernels_avx2": ["-mavx2", "-mfma"],
         "kernels_avx512": [*(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")), "-mfma"],
     },
-    "aarch64": {"kernels_baseline": []},
+    # GCC's first scheduling lengthens the life of registers until the products' sums are moved.
+    "aarch64": {"kernels_baseline": ["-fno-schedule-insns"]},
 }
 
 

@@ -7,6 +7,8 @@
 // as `attention: portable` of a recipe makes it. devices/runner/README.md lists the options and
 // the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
 
+#include "argmax.h"
+
 #include <executorch/devtools/etdump/etdump_flatcc.h>
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
@@ -220,8 +222,7 @@ class Model {
 
   // The likeliest token after the last position of the last step, or so many positions `before` it.
   int64_t likeliest(int64_t before) const {
-    const float* const row = logits_ - before * vocab_;
-    return std::max_element(row, row + vocab_) - row;
+    return mobilellm::argmax(logits_ - before * vocab_, vocab_);
   }
 
   // The same in pieces of at most `chunk` tokens.
