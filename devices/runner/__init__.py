@@ -46,9 +46,11 @@ _RUNTIME = (
 #: The manylinux tags that a wheel may have.
 _GLIBC = ("_2_17", "_2_28", "_2_34", "2014")
 SOURCES = Path(__file__).parent
+#: Linked into every program. The rest is compiled otherwise or included.
+_PARTS = ("attention.cpp", "packed_cache.cpp", "speculative.cpp")
 _SOURCES = (
-    "runner.cpp", "argmax.h", "attention.cpp", "attention_kernel.cpp", "attention.h",
-    "speculative.cpp", "speculative.h",
+    "runner.cpp", *_PARTS, "attention_kernel.cpp", "argmax.h", "attention.h", "loader.h",
+    "packed_cache.h", "speculative.h",
 )  # fmt: skip
 #: Architecture → name of the attention's vector code → the compiler's options for it. At run time
 #: attention.cpp chooses among those of an architecture.
@@ -154,7 +156,7 @@ def compile_program(architecture: str, main: Path, made: Path, out: Path) -> Non
         compile_for(
             architecture, "g++", "-std=c++17", "-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS",
             f"-I{headers}", f"-I{portable}", f"-I{SOURCES}", str(main),
-            str(SOURCES / "attention.cpp"), str(SOURCES / "speculative.cpp"), *kernels, "-o", str(out),
+            *(str(SOURCES / part) for part in _PARTS), *kernels, "-o", str(out),
             f"-L{made / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES),
             "-Wl,-rpath,$ORIGIN/lib", "-Wl,--allow-shlib-undefined",
         )  # fmt: skip

@@ -12,8 +12,7 @@
 #include <executorch/devtools/etdump/etdump_flatcc.h>
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
-
-#include <sys/mman.h>
+#include <executorch/runtime/backend/options.h>
 
 #include <algorithm>
 #include <chrono>
@@ -28,6 +27,8 @@
 #include <string>
 #include <vector>
 
+#include "loader.h"
+#include "packed_cache.h"
 #include "speculative.h"
 
 // The wheel ships this library without its header.
@@ -64,7 +65,7 @@ class Options {
     static const char* known[] = {
         "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
         "sustained-steps", "generate", "prompt-length", "logits", "trace", "load",
-        "draft", "draft-tokens"};
+        "packed-cache", "draft", "draft-tokens"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
       const bool named = key.rfind("--", 0) == 0 &&
@@ -155,44 +156,38 @@ void print_phase(const char* name, const std::string& keys, const std::vector<do
 
 // ---- The model. ----
 
-// What the program's memory plan asks for. Module would fill it with zeros and so touch all of it;
-// here a page costs nothing until a step writes to it, such as the cache's far end.
-class PlannedMemory {
- public:
-  explicit PlannedMemory(const executorch::runtime::MethodMeta& meta) {
-    for (size_t i = 0; i < meta.num_memory_planned_buffers(); ++i) {
-      const size_t size = std::max<int64_t>(1, meta.memory_planned_buffer_size(i).get());
-      void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (pages == MAP_FAILED) fail(kCannotLoad, "no memory for the program's plan");
-      buffers_.emplace_back(static_cast<uint8_t*>(pages), size);
-    }
-    allocator_ = std::make_unique<executorch::runtime::HierarchicalAllocator>(
-        executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(
-            buffers_.data(), buffers_.size()));
-  }
-  PlannedMemory(const PlannedMemory&) = delete;
-  ~PlannedMemory() {
-    for (auto& buffer : buffers_) munmap(buffer.data(), buffer.size());
-  }
-
-  executorch::runtime::HierarchicalAllocator* allocator() { return allocator_.get(); }
-
- private:
-  std::vector<executorch::runtime::Span<uint8_t>> buffers_;
-  std::unique_ptr<executorch::runtime::HierarchicalAllocator> allocator_;
-};
+// The steps after which the rows that they looked up are given back. Each costs two page faults
+// when it is read again; all of them together would be the whole table.
+constexpr int64_t kTokensPerRelease = 64;
 
 class Model {
  public:
-  Model(const std::string& path, Module::LoadMode mode,
-        std::unique_ptr<executorch::runtime::EventTracer> tracer)
-      : module_(path, mode, std::move(tracer)) {
-    check(module_.load(), path);
-    auto meta = module_.method_meta("forward");
+  // `mapped` or read. `packed` is the file for XNNPACK's packed weights, null for none.
+  Model(const std::string& path, bool mapped, mobilellm::PackedCache* packed,
+        std::unique_ptr<executorch::runtime::EventTracer> tracer) {
+    if (mapped) {
+      auto file = mobilellm::MappedFile::open(path);
+      if (!file) fail(kCannotLoad, path + ": ExecuTorch cannot load it, it cannot be mapped");
+      file_ = file.get();
+      module_ = std::make_unique<Module>(std::move(file), nullptr, nullptr, std::move(tracer));
+    } else {
+      module_ = std::make_unique<Module>(path, Module::LoadMode::File, std::move(tracer));
+    }
+    executorch::runtime::BackendOptions<2> options;
+    executorch::runtime::LoadBackendOptionsMap backends;
+    if (packed) {
+      check(options.set_option("packed_cache_path", packed->path().c_str()), path);
+      check(options.set_option("weight_cache_enabled", true), path);
+      check(backends.set_options("XnnpackBackend", options.view()), path);
+    }
+    check(module_->load(backends), path);
+    auto meta = module_->method_meta("forward");
     check(meta.error(), path);
-    memory_ = std::make_unique<PlannedMemory>(meta.get());
+    memory_ = std::make_unique<mobilellm::PlannedMemory>(meta.get());
+    if (!memory_->allocator()) fail(kCannotLoad, "no memory for the program's plan");
     rows_ = rows_of(meta.get());
-    check(module_.load_method("forward", memory_->allocator()), path);
+    check(module_->load_method("forward", memory_->allocator()), path);
+    if (file_) file_->cut_constants();
     context_ = constant("get_max_context_len");
     vocab_ = constant("get_vocab_size");
   }
@@ -211,12 +206,17 @@ class Model {
                          {1, static_cast<executorch::aten::SizesType>(count)},
                          executorch::aten::ScalarType::Long);
     auto place = from_blob(&start, {1}, executorch::aten::ScalarType::Long);
-    auto outputs = module_.execute("forward", {ids, place});
+    auto outputs = module_->execute("forward", {ids, place});
     if (!outputs.ok()) {
       fail(kFailed, "ExecuTorch: error " + std::to_string(static_cast<int>(outputs.error())));
     }
     const auto& logits = outputs->at(0).toTensor();
     logits_ = logits.const_data_ptr<float>() + logits.numel() - vocab_;
+    looked_up_ += count;
+    if (file_ && looked_up_ >= kTokensPerRelease) {
+      file_->release_constants();
+      looked_up_ = 0;
+    }
     return likeliest(0);
   }
 
@@ -251,15 +251,17 @@ class Model {
   }
 
   int64_t constant(const std::string& method) {
-    auto value = module_.execute(method);
+    auto value = module_->execute(method);
     if (!value.ok()) fail(kCannotLoad, "the program has no " + method);
     return value->at(0).toInt();
   }
 
   // Released after the module that uses it.
-  std::unique_ptr<PlannedMemory> memory_;
-  Module module_;
-  int64_t context_ = 0, vocab_ = 0, rows_ = 1;
+  std::unique_ptr<mobilellm::PlannedMemory> memory_;
+  std::unique_ptr<Module> module_;
+  // The module's own, null where the program is read.
+  const mobilellm::MappedFile* file_ = nullptr;
+  int64_t context_ = 0, vocab_ = 0, looked_up_ = 0, rows_ = 1;
   const float* logits_ = nullptr;
 };
 
@@ -365,7 +367,7 @@ mobilellm::Reader reader_of(Model& model, int64_t chunk) {
 // for each call of the model, of which `draft_ms` was the draft's.
 void generate_with_draft(Model& model, const std::vector<int64_t>& prompt, int64_t count,
                          const std::string& draft, int64_t most, int64_t chunk,
-                         Module::LoadMode mode) {
+                         bool mapped) {
   if (most < 1) fail(kBadUsage, "--draft-tokens: give 1 or more");
   if (most >= model.rows()) {
     fail(kBadUsage, "--draft-tokens " + std::to_string(most) + ": the program gives the logits of " +
@@ -374,14 +376,14 @@ void generate_with_draft(Model& model, const std::vector<int64_t>& prompt, int64
   }
   std::unique_ptr<Model> small;
   if (draft != "lookup") {
-    small = std::make_unique<Model>(draft, mode, nullptr);
+    small = std::make_unique<Model>(draft, mapped, nullptr, nullptr);
     if (small->vocab() != model.vocab()) {
       fail(kBadUsage, draft + ": has " + std::to_string(small->vocab()) + " tokens, the model " +
                std::to_string(model.vocab()));
     }
   }
   const auto made = mobilellm::speculate(
-      prompt, count, most, model.context(), reader_of(model, prompt.size()),
+      prompt, count, most, model.context(), reader_of(model, chunk),
       small ? mobilellm::draft_model(reader_of(*small, chunk), small->context())
             : mobilellm::draft_lookup());
   std::string list;
@@ -416,15 +418,27 @@ int main(int argc, char** argv) {
   const std::string load = options.has("load") ? options.text("load") : "mmap";
   if (load != "mmap" && load != "file") fail(kBadUsage, "--load: give mmap or file");
 
+  const bool packs = options.has("packed-cache");
+  if (packs && load != "mmap") fail(kBadUsage, "--packed-cache: needs --load mmap");
+
   reset_peak();
   print_phase("start", "", {});
   const double started = now_ms();
-  const auto mode = load == "mmap" ? Module::LoadMode::Mmap : Module::LoadMode::File;
-  Model model(options.text("model"), mode, std::move(tracer));
+  std::unique_ptr<mobilellm::PackedCache> packed;
+  if (packs) {
+    packed = std::make_unique<mobilellm::PackedCache>(options.text("packed-cache"),
+                                                      options.text("model"));
+    if (!packed->problem().empty()) fail(kCannotLoad, packed->problem());
+  }
+  Model model(options.text("model"), load == "mmap", packed.get(), std::move(tracer));
+  if (packed) packed->publish();
+  if (packed && !packed->problem().empty()) fail(kCannotLoad, packed->problem());
   const double took = now_ms() - started;
+  const std::string packing =
+      packed ? std::string("\"packed\":\"") + (packed->fits() ? "read" : "written") + "\"," : "";
   print_phase("load",
               "\"context\":" + std::to_string(model.context()) +
-                  ",\"vocab_size\":" + std::to_string(model.vocab()) + ",",
+                  ",\"vocab_size\":" + std::to_string(model.vocab()) + "," + packing,
               {took});
 
   const auto tokens = read_tokens(options.text("tokens"), model.vocab());
@@ -453,7 +467,7 @@ int main(int argc, char** argv) {
     if (options.has("draft")) {
       if (options.has("logits")) fail(kBadUsage, "--logits: not with --draft");
       generate_with_draft(model, prompt, count, options.text("draft"),
-                          options.number("draft-tokens", 4), chunk, mode);
+                          options.number("draft-tokens", 4), chunk, load == "mmap");
     } else {
       generate(model, prompt, count, options.has("logits") ? options.text("logits") : "");
     }

@@ -1,12 +1,29 @@
-"""The runtimes' rounding of activations before a matrix product, simulated in torch."""
+"""The runtimes' rounding of activations, simulated in torch: before a matrix product with a weight,
+and in the KV cache."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 #: Maps activations [..., seq, features] to the values that a runtime rounds them to.
 Rounding = Callable[[Tensor], Tensor]
+#: Maps queries, keys and values [..., heads, head_dim] to those with which a runtime's attention
+#: computes. The keys and values are those of its cache.
+CacheRounding = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Roundings:
+    """All that a runtime rounds: the inputs of products with weights, and queries, keys and values
+    before attention. None where it does not round."""
+
+    inputs: Rounding | None = None
+    cache: CacheRounding | None = None
+
+    def __bool__(self) -> bool:
+        return self.inputs is not None or self.cache is not None
 
 
 def round_rows_to_int8(x: Tensor) -> Tensor:
@@ -16,6 +33,16 @@ def round_rows_to_int8(x: Tensor) -> Tensor:
     always includes zero.
     """
     return _round_over(x, (-1,))
+
+
+def round_heads_to_int8(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round queries, keys and values as ExecuTorch's quantized attention does: one scale and zero
+    point per head of a token.
+
+    Source: ``calculate_scale_and_zero_point`` in ExecuTorch's op_choose_qparams.cpp. Its scales are
+    at least 6.1e-5, which is not simulated.
+    """
+    return round_rows_to_int8(q), round_rows_to_int8(k), round_rows_to_int8(v)
 
 
 def round_prompt_to_int8(x: Tensor, prompt: int) -> Tensor:

@@ -81,12 +81,14 @@ def written_texts(
             yield ids, len(prompt)
 
 
-def given_texts(quantized: QuantizedCheckpoint, path: Path, question: str, answer: str) -> list[Text]:
+def given_texts(
+    quantized: QuantizedCheckpoint, path: Path, question: str, answer: str
+) -> list[Text]:
     """The questions and answers of a file, where writing own answers would take too long."""
     tokenizer = load_tokenizer(quantized.path)
     pairs = zip(read_prompts(path, question), read_prompts(path, answer), strict=True)
     texts = list[Text]()
-    for asked, answered in list(pairs)[: -HELD_OUT][:1000]:
+    for asked, answered in list(pairs)[:-HELD_OUT][:1000]:
         prompt = tokenizer.encode(tokenizer.prompt_text(asked, raw=False))
         texts.append((prompt + tokenizer.encode(answered), len(prompt)))
     return texts
@@ -119,7 +121,8 @@ def train(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer,
+        lambda step: min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2,
     )
     for tokens, answered in itertools.islice(batches(texts, 0), steps):
         with torch.autocast("cpu", torch.bfloat16):
@@ -187,7 +190,9 @@ def main() -> None:
         cached.write_text(json.dumps(texts))
     if not args.answers:
         texts = json.loads(cached.read_text())
-    print(f"{sum(len(t) for t, _ in texts)} tokens written after {time.monotonic() - started:.0f} s")
+    print(
+        f"{sum(len(t) for t, _ in texts)} tokens written after {time.monotonic() - started:.0f} s"
+    )
     context = max(LENGTH, args.longest)
     student, teacher = load_decoder(source, context), load_decoder(quantized, context)
     for step, share in enumerate(train(student, teacher, texts, args.steps, args.rate), 1):

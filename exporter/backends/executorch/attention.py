@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from executorch.extension.llm.custom_ops import custom_ops as _custom_ops  # noqa: F401
 from torch import Tensor
+from torch.ao.quantization.fx import _decomposed as _quantize_operators  # noqa: F401
 
 from exporter.backends.executorch import Target
 from exporter.model.config import ModelConfig
@@ -55,8 +56,11 @@ class AttentionForm(Protocol):
 
 def attention_form(config: ModelConfig, target: Target) -> AttentionForm:
     """The form that the target asks for."""
-    form = PortableAttention if target.attention == "portable" else CustomAttention
-    return form(config, target.max_context)
+    forms: dict[str, type[PortableAttention | CustomAttention | Int8Attention]] = {
+        "portable": PortableAttention,
+        "custom_sdpa": Int8Attention if target.kv_cache == "int8" else CustomAttention,
+    }
+    return forms[target.attention](config, target.max_context)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,73 @@ class CustomAttention:
 
     def last_token(self, attended: list[Tensor], last: Last) -> list[Tensor]:
         return [last(attended[0], 1)]
+
+
+@dataclass(frozen=True)
+class Int8Attention:
+    """ExecuTorch's custom operators over an int8 cache [1, context, kv_heads, head_dim].
+
+    Each head of each position has a scale (float32) and a zero point (int8), in caches of their
+    own. ExecuTorch's ``custom_quantized_sdpa`` needs queries in int8 too: it multiplies their codes
+    with those of the keys. The softmax and its product with the values are in float32.
+    """
+
+    config: ModelConfig
+    context: int
+
+    def buffers(self) -> dict[str, Tensor]:
+        heads = (1, self.context, self.config.num_key_value_heads)
+        cache = dict[str, Tensor]()
+        for name in ("keys", "values"):
+            cache[name] = torch.zeros((*heads, self.config.head_dim), dtype=torch.int8)
+            cache[f"{name}_scales"] = torch.zeros((*heads, 1))
+            cache[f"{name}_zero_points"] = torch.zeros((*heads, 1), dtype=torch.int8)
+        return cache
+
+    def mask(self, positions: Tensor) -> None:
+        """None: custom_quantized_sdpa is causal by itself."""
+
+    def attend(
+        self, cache: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor, step: Step
+    ) -> list[Tensor]:
+        ops = torch.ops.llama
+        for name, new in (("keys", k), ("values", v)):
+            codes, scales, zero_points = _quantize(new)
+            ops.update_cache(codes, cache[name], step.position)
+            ops.update_cache(scales, cache[f"{name}_scales"], step.position)
+            ops.update_cache(zero_points, cache[f"{name}_zero_points"], step.position)
+        queries, scales, zero_points = _quantize(q)
+        attended = ops.custom_quantized_sdpa(
+            queries,
+            cache["keys"],
+            cache["values"],
+            step.position,
+            None,
+            0.0,
+            True,
+            None,
+            zero_points,
+            scales,
+            cache["keys_zero_points"],
+            cache["keys_scales"],
+            cache["values_zero_points"],
+            cache["values_scales"],
+        )
+        return [attended]
+
+    def last_token(self, attended: list[Tensor], last: Last) -> list[Tensor]:
+        return [last(attended[0], 1)]
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., head_dim] as int8 codes of this shape, float32 scales and int8 zero points [..., 1].
+
+    The range of each head includes zero, as in `round_rows_to_int8`.
+    """
+    ops = torch.ops.quantized_decomposed
+    scales, zero_points = ops.choose_qparams_per_token_asymmetric(x, torch.int8)
+    codes = ops.quantize_per_token(x, scales, zero_points, -128, 127, torch.int8)
+    return codes, scales.to(torch.float32), zero_points.to(torch.int8)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class ExecuTorchRunner:
             self._module = _C._load_for_executorch(str(path))
             self.context = int(self._module.run_method("get_max_context_len", ())[0])
             self.vocab_size = int(self._module.run_method("get_vocab_size", ())[0])
+            self._longest_call = max(1, int(self._module.run_method("get_max_seq_len", ())[0]))
         self._position = 0
 
     def prefill(self, tokens: list[int]) -> Tensor:
@@ -40,8 +41,10 @@ class ExecuTorchRunner:
         return self._read([token])
 
     def _read(self, tokens: list[int]) -> Tensor:
-        logits = self.run(tokens, self._position)
-        self._position += len(tokens)
+        for start in range(0, len(tokens), self._longest_call):
+            part = tokens[start : start + self._longest_call]
+            logits = self.run(part, self._position)
+            self._position += len(part)
         return logits
 
     def run(self, tokens: list[int], position: int) -> Tensor:

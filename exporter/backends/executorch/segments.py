@@ -5,20 +5,33 @@ projection, MLP) and begins the next one (normalization, q, k, v, RoPE). Its inp
 of earlier segments that its operations use.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Literal
 
 import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from torch import Tensor
 
-from exporter.backends.executorch import Target
+from exporter.backends.executorch import Target, longest_call
 from exporter.backends.executorch.graph import INFERRED, XnnpackGraph
-from exporter.model.config import EMBEDDING
-from exporter.model.rope import quarter_turn
+from exporter.model.config import EMBEDDING, ModelConfig
+from exporter.model.equivalent import Source, equivalent
 from exporter.model.walk import walk
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.quantization.schemes import QuantizedTensor
+from exporter.quantization.schemes import FLOAT, QuantizedTensor
+
+#: Between the names of weights that are merged into one.
+MERGED = "+"
+#: The axis of the heads in [1, seq, heads, head_dim].
+_HEAD_AXIS = 2
+
+
+def MERGE(weights):
+    m = os.environ.get("MERGE", "both")
+    return m == "both" or (m == "qkv" and len(weights) == 3) or (m == "mlp" and len(weights) == 2)
 
 
 @dataclass(eq=False)
@@ -26,6 +39,31 @@ class Value:
     """A value of the walk, and the index of the segment that computes it (-1: the embedding)."""
 
     segment: int
+
+
+@dataclass(eq=False)
+class Part(Value):
+    """`size` columns of a merged product, from `start` on. `value` has them once a node needs them
+    alone."""
+
+    product: Value
+    start: int
+    size: int
+    value: Value | None = None
+
+
+#: What is done to the heads of queries or keys, in order: RoPE, or a norm with the name of its
+#: weight, '' for none.
+_Step = tuple[Literal["rotate", "norm"], str]
+
+
+@dataclass(eq=False)
+class Heads(Value):
+    """Heads [1, seq, count, head_dim] that are computed from `source` when they are needed."""
+
+    source: Value
+    count: int
+    steps: tuple[_Step, ...] = ()
 
 
 @dataclass
@@ -43,8 +81,8 @@ class Segment:
 
     Inputs are the hidden states `carried` over from earlier segments [1, seq, hidden_size], the
     result of the attention before it (`attended`), and the rows of RoPE if it `rotates`. With
-    `last_token`, they have only the positions whose logits a call gives. Outputs are the hidden states `kept` for later
-    segments, and then the `queries_keys_values` of the next attention or the `logits`.
+    `last_token`, they have only the positions whose logits a call gives. Outputs are the hidden
+    states `kept` for later segments, and then the `queries_keys_values` of the next attention or the `logits`.
     """
 
     index: int
@@ -63,6 +101,7 @@ class Segments:
 
     def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self.config, self.context = quantized, quantized.config, target.max_context
+        self.longest_call, self.orders = longest_call(target), row_orders(quantized.config)
         self.portable, self.logits = target.attention == "portable", target.logits
         self.named_data = NamedDataStore()
         self.segments = [Segment(0)]
@@ -73,7 +112,8 @@ class Segments:
         """The graph of a segment. Its weights are added to `named_data`."""
         segment, config = self.segments[index], self.config
         g, ids = XnnpackGraph(self.named_data), dict[Value, int]()
-        length = min(self.logits, self.context) if segment.last_token else self.context
+        longest = self.longest_call
+        length = min(self.logits, longest) if segment.last_token else longest
         for value in segment.carried:
             ids[value] = g.input(1, length, config.hidden_size)
         attention = self._attention_inputs(g, length) if segment.attended else []
@@ -95,6 +135,7 @@ class Segments:
     ) -> list[Value]:
         """Record an operation of the current segment. Returns its results."""
         segment = self.segments[-1]
+        inputs = tuple(self._alone(value) for value in inputs)
         for value in inputs:
             if value.segment < segment.index and value not in segment.carried:
                 segment.carried.append(value)
@@ -103,6 +144,17 @@ class Segments:
         results = [Value(segment.index) for _ in range(outputs)]
         segment.nodes.append(_Node(write, list(inputs), results))
         return results
+
+    def _alone(self, value: Value) -> Value:
+        """A part of a merged product as a value of its own."""
+        if not isinstance(value, Part):
+            return value
+        if value.value is None:
+            axis, start, size = 2, value.start, value.size
+            [value.value] = self._record(
+                lambda g, x: [g.slice(x, axis, start, size)], value.product
+            )
+        return value.value
 
     def _keep(self, value: Value) -> None:
         """Make a value an output of the segment that computes it."""
@@ -115,37 +167,98 @@ class Segments:
         return self.embedded
 
     def linear(self, x: Value, *weights: str) -> list[Value]:
-        def write(g: XnnpackGraph, x: int) -> list[int]:
-            return self._multiply_by(g, x, {name: self.quantized.read(name) for name in weights})
+        """Weights of the same scheme are merged into one product."""
+        schemes = {self.quantized.schemes[name] for name in weights}
+        if len(weights) == 1 or len(schemes) > 1 or FLOAT in schemes or not MERGE(weights):
 
-        return self._record(write, x, outputs=len(weights))
+            def write(g: XnnpackGraph, x: int) -> list[int]:
+                return self._multiply_by(g, x, weights)
+
+            return self._record(write, x, outputs=len(weights))
+        [product] = self._record(lambda g, x: [self._merged_product(g, x, weights)], x)
+        shapes, parts, start = self.config.parameter_shapes(), list[Value](), 0
+        for name in weights:
+            parts.append(Part(product.segment, product, start, shapes[name][0]))
+            start += shapes[name][0]
+        return parts
 
     def norm(self, x: Value, weight: str) -> Value:
         return self._record(lambda g, x: [self._norm(g, x, weight)], x)[0]
 
-    def heads(self, x: Value, count: int) -> Value:
-        shape = 1, INFERRED, count, self.config.head_dim
-        return self._record(lambda g, x: [g.reshape(x, *shape)], x)[0]
+    def heads(self, x: Value, count: int) -> Heads:
+        return Heads(x.segment, x, count)
 
-    def norm_heads(self, x: Value, weight: str | None) -> Value:
-        return self._record(lambda g, x: [self._norm(g, x, weight)], x)[0]
+    def norm_heads(self, x: Value, weight: str | None) -> Heads:
+        return _with_step(x, ("norm", weight or ""))
 
-    def rotate(self, x: Value) -> Value:
-        """RoPE as x * cos + (x Rᵀ) * sin, with R from `quarter_turn`."""
-
-        def write(g: XnnpackGraph, x: int) -> list[int]:
-            turned = g.linear(x, g.constant("rope.quarter_turn", quarter_turn(self.config)))
-            return [g.add(g.multiply(x, self._cos), g.multiply(turned, self._sin))]
-
+    def rotate(self, x: Value) -> Heads:
         self.segments[-1].rotates = True
-        return self._record(write, x)[0]
+        return _with_step(x, ("rotate", ""))
 
     def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
         """End the segment. The next one begins with the result of the program's attention."""
-        self.segments[-1].queries_keys_values = [q, k, v]
+        heads = [q, k, v]
+        assert all(isinstance(one, Heads) for one in heads)
+        self.segments[-1].queries_keys_values = self._queries_keys_values(heads)
         attended = Value(len(self.segments))
         self.segments.append(Segment(attended.segment, attended))
         return attended
+
+    def _queries_keys_values(self, heads: Sequence[Heads]) -> list[Value]:
+        """Compute the heads. Those of a merged product with the same steps go through them
+        together, since a node costs more than its arithmetic when one token is decoded."""
+        sources = [one.source for one in heads]
+        products = {one.product if isinstance(one, Part) else one for one in sources}
+        if len(products) > 1:
+            return [
+                self._record(
+                    lambda g, x, one=one: [
+                        self._steps(g, self._as_heads(g, x, one.count), one.steps)
+                    ],
+                    one.source,
+                )[0]
+                for one in heads
+            ]
+
+        def write(g: XnnpackGraph, product: int) -> list[int]:
+            x = self._as_heads(g, product, sum(one.count for one in heads))
+            results, start = list[int](), 0
+            for steps, group in groupby(heads, lambda one: one.steps):
+                counts = [one.count for one in group]
+                together = g.slice(x, _HEAD_AXIS, start, sum(counts))
+                together, inner = self._steps(g, together, steps), 0
+                start += sum(counts)
+                for count in counts:
+                    alone = len(counts) == 1
+                    results.append(
+                        together if alone else g.slice(together, _HEAD_AXIS, inner, count)
+                    )
+                    inner += count
+            return results
+
+        return self._record(write, *products, outputs=len(heads))
+
+    def _as_heads(self, g: XnnpackGraph, x: int, count: int) -> int:
+        return g.reshape(x, 1, INFERRED, count, self.config.head_dim)
+
+    def _steps(self, g: XnnpackGraph, x: int, steps: Sequence[_Step]) -> int:
+        for kind, weight in steps:
+            x = self._rotate(g, x) if kind == "rotate" else self._norm(g, x, weight or None)
+        return x
+
+    def _rotate(self, g: XnnpackGraph, x: int) -> int:
+        """RoPE as x * cos + (x with exchanged halves) * sin, with the rows of the program.
+
+        The halves of a head are rotated, in every architecture: see `row_orders`.
+        """
+        half = self.config.head_dim // 2
+        axis = _HEAD_AXIS + 1
+        if os.environ.get("ROPE") == "slices":
+            low, high = g.slice(x, axis, 0, half), g.slice(x, axis, half, half)
+            exchanged = g.concatenate(high, low, axis)
+        else:
+            exchanged = g.slice(g.concatenate(x, x, axis), axis, half, 2 * half)
+        return g.add(g.multiply(x, self._cos), g.multiply(exchanged, self._sin))
 
     def last_token(self, x: Value) -> Value:
         """The program slices the inputs of the segment, which has no operations yet."""
@@ -170,41 +283,63 @@ class Segments:
 
     def _output_layer(self, g: XnnpackGraph, x: int, weight: str) -> int:
         config, stored = self.config, self.quantized.read(weight)
-        rows = (1,) if self.logits == 1 else (1, INFERRED)
+        rows: tuple[int, ...] = (1,) if self.logits == 1 else (1, INFERRED)
         tied = weight == EMBEDDING
         if tied and isinstance(stored, QuantizedTensor) and stored.scheme.bits == 4:
             # The embedding kernel and XNNPACK read nibbles in opposite order. If adjacent columns
             # of the filter are swapped, both read the same bytes, and these are stored once.
             swap = g.constant("output.exchange", torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-            pairs = g.linear(g.reshape(x, 1, rows[-1], config.hidden_size // 2, 2), swap)
-            x = g.reshape(pairs, 1, rows[-1], config.hidden_size)
+            x = g.linear(g.reshape(x, 1, rows[-1], config.hidden_size // 2, 2), swap)
             stored = QuantizedTensor(exchange_columns(stored.codes), stored.scales, stored.scheme)
-        logits = self._multiply_by(g, x, {weight: stored})[0]
-        return g.reshape(logits, *rows, config.vocab_size)
+        # Reshaped here, for the logits are 200 times as many.
+        x = g.reshape(x, *rows, config.hidden_size)
+        quantized = isinstance(stored, QuantizedTensor)
+        return self._times(g, g.quantize(x) if quantized else x, weight, stored)
 
-    def _multiply_by(
-        self, g: XnnpackGraph, x: int, weights: dict[str, QuantizedTensor | Tensor]
-    ) -> list[int]:
+    def _multiply_by(self, g: XnnpackGraph, x: int, names: Sequence[str]) -> list[int]:
         """x times each weight. x is quantized once for all quantized weights."""
-        quantized = None
-        results = []
-        for name, weight in weights.items():
-            if isinstance(weight, QuantizedTensor):
-                quantized = g.quantize(x) if quantized is None else quantized
-                results.append(g.linear(quantized, g.weight(name, weight)))
-            else:
-                results.append(g.linear(x, g.constant(name, weight)))
-        return results
+        weights = {name: self._read(name) for name in names}
+        if any(isinstance(weight, QuantizedTensor) for weight in weights.values()):
+            quantized = g.quantize(x)
+        return [
+            self._times(g, x if isinstance(weight, Tensor) else quantized, name, weight)
+            for name, weight in weights.items()
+        ]
+
+    def _merged_product(self, g: XnnpackGraph, x: int, names: Sequence[str]) -> int:
+        """x times all these weights, which have the same scheme."""
+        weights = [self._read(name) for name in names]
+        return self._times(g, g.quantize(x), MERGED.join(names), _concatenated(weights))
+
+    def _times(self, g: XnnpackGraph, x: int, name: str, weight: QuantizedTensor | Tensor) -> int:
+        """x, quantized if the weight is, times the transpose of a weight."""
+        if isinstance(weight, QuantizedTensor):
+            return g.linear(x, g.weight(name, weight))
+        return g.linear(x, g.constant(name, weight))
+
+    def _read(self, name: str) -> QuantizedTensor | Tensor:
+        """A weight with its rows in the order of the graphs."""
+        weight = self.quantized.read(name)
+        return reordered(self.orders[name], weight) if name in self.orders else weight
 
     def _norm(self, g: XnnpackGraph, x: int, name: str | None) -> int:
         """RMS norm, with a weight if `name` is given. The mean of the squares is a linear layer
         whose weights are 1 / width."""
         weight = self.quantized.float_weight(name) if name else None
         width = self.config.head_dim if weight is None else len(weight)
-        row = g.constant(f"norm.mean_{width}", torch.full((1, width), 1 / width))
         eps = g.constant("norm.eps", torch.tensor([self.config.rms_norm_eps]))
-        mean = g.linear(g.multiply(x, x), row)
-        normal = g.multiply(x, g.reciprocal_square_root(g.add(mean, eps)))
+        form = os.environ.get("NORM", "bias")
+        if form == "reduce":
+            dims = [INFERRED] if len(g._dims[x]) == 3 else [INFERRED, g._dims[x][2]]
+            flat = g.reshape(x, *dims, 1, width, 1)
+            mean = g.add(g.mean(g.square(flat)), eps)
+        else:
+            row = g.constant(f"norm.mean_{width}", torch.full((1, width), 1 / width))
+            if form == "bias":
+                mean = g.linear(g.multiply(x, x), row, eps)
+            else:
+                mean = g.add(g.linear(g.multiply(x, x), row), eps)
+        normal = g.multiply(x, g.reciprocal_square_root(mean))
         return normal if weight is None else g.multiply(normal, g.constant(name or "", weight))
 
     def _attention_inputs(self, g: XnnpackGraph, length: int) -> list[int]:
@@ -231,6 +366,39 @@ class Segments:
         probabilities = g.reshape(g.softmax(g.add(scores, mask)), kv_heads, INFERRED, self.context)
         mixed = g.reshape(g.matmul(probabilities, values), kv_heads, group, INFERRED, head_dim)
         return g.transpose(mixed, 2, 0, 1, 3)
+
+
+def row_orders(config: ModelConfig) -> Mapping[str, Source]:
+    """The weights of queries and keys whose rows are in another order in the graphs.
+
+    Where RoPE rotates adjacent numbers of a head, the rows of each head are reordered, so that it
+    rotates halves, which are cheap to exchange. Scores q·k do not change if q and k are permuted
+    alike (`exporter.model.equivalent`).
+    """
+    sources = equivalent(config, rope_interleaved=False).sources.values()
+    return {one.name: one for one in sources if one.name and one.rows is not None}
+
+
+def reordered(order: Source, weight: QuantizedTensor | Tensor) -> QuantizedTensor | Tensor:
+    """A weight with its rows in the order of the graphs."""
+    if isinstance(weight, Tensor):
+        return order.reorder(weight)
+    codes, scales = order.reorder(weight.codes), order.reorder(weight.scales)
+    return replace(weight, codes=codes, scales=scales)
+
+
+def _with_step(x: Value, step: _Step) -> Heads:
+    assert isinstance(x, Heads)
+    return replace(x, steps=(*x.steps, step))
+
+
+def _concatenated(weights: Sequence[QuantizedTensor | Tensor]) -> QuantizedTensor:
+    """Weights of the same scheme, one after the other along out_features."""
+    found = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
+    assert len(found) == len(weights)
+    codes = torch.cat([weight.codes for weight in found])
+    scales = torch.cat([weight.scales for weight in found])
+    return QuantizedTensor(codes, scales, found[0].scheme)
 
 
 def exchange_columns(codes: Tensor) -> Tensor:

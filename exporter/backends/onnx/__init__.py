@@ -177,6 +177,10 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "R
     return partial(round_blocks_to_int8, block=max(groups, default=LARGEST_BLOCK))
 
 
+def cache_rounding(target: Target) -> None:
+    """None: the cache has the type of the activations, whose rounding `rounding` says."""
+
+
 def largest_activation(target: Target, which: str) -> float | None:
     """The largest float16 for float16 activations, None for float32."""
     from exporter.quantization.activations import LARGEST_HALF
