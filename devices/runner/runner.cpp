@@ -65,7 +65,7 @@ class Options {
     static const char* known[] = {
         "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
         "sustained-steps", "generate", "prompt-length", "logits", "trace", "load",
-        "packed-cache", "draft", "draft-tokens"};
+        "packed-cache", "draft", "draft-tokens", "unfilled"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
       const bool named = key.rfind("--", 0) == 0 &&
@@ -297,14 +297,16 @@ void measure_prefill(Model& model, const std::vector<int64_t>& tokens, int64_t l
   print_phase("prefill", "\"tokens\":" + std::to_string(length) + ",", {took});
 }
 
-// Fills the cache up to each depth, in ascending order, and times every step from there.
+// Fills the cache up to each depth, in ascending order, and times every step from there. An
+// `unfilled` cache is left as it is, zeros: a step then executes the same, which is counted
+// without the hours that filling takes under emulation.
 void measure_decode(Model& model, const std::vector<int64_t>& tokens,
-                    std::vector<int64_t> depths, int64_t steps, int64_t chunk) {
+                    std::vector<int64_t> depths, int64_t steps, int64_t chunk, bool unfilled) {
   std::sort(depths.begin(), depths.end());
   int64_t filled = 0;
   for (const int64_t depth : depths) {
     const auto text = text_of(tokens, depth + 1);
-    if (filled < depth) model.read(text.data() + filled, depth - filled, filled, chunk);
+    if (filled < depth && !unfilled) model.read(text.data() + filled, depth - filled, filled, chunk);
     filled = depth;
     std::vector<double> ms;
     int64_t token = text[depth];
@@ -455,7 +457,8 @@ int main(int argc, char** argv) {
   for (const int64_t length : options.numbers("prompts")) {
     measure_prefill(model, tokens, length, chunk);
   }
-  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk);
+  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk,
+                 options.number("unfilled", 0) != 0);
   const int64_t seconds = options.number("sustained", 0);
   const int64_t sustained = options.number("sustained-steps", 0);
   if (seconds || sustained) {
