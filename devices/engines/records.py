@@ -64,6 +64,8 @@ def check_record(said: object) -> Record:
             fine = is_whole(value) or value is None
         elif key in _TIMES:
             fine = is_number(value)
+        elif key == "packed":
+            fine = value in _PACKED
         elif key == "memory":
             fine = isinstance(value, dict) and all(is_whole(size, -1) for size in value.values())
         else:

@@ -61,6 +61,7 @@ class Target(backends.Target):
     kv_cache: Literal["float", "int8"] = "float"
     logits: int = 1
     prefill: Context = LONGEST_CALL
+    logits: int = 1
 
 
 def longest_call(target: Target) -> int:

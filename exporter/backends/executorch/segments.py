@@ -46,8 +46,8 @@ class Segment:
 
     Inputs are the hidden states `carried` over from earlier segments [1, seq, hidden_size], the
     result of the attention before it (`attended`), and the rows of RoPE if it `rotates`. With
-    `last_token`, they have only the positions whose logits a call gives. Outputs are the hidden states `kept` for later
-    segments, and then the `queries_keys_values` of the next attention or the `logits`.
+    `last_token`, they have only the positions whose logits a call gives. Outputs are the hidden
+    states `kept` for later segments, and then the `queries_keys_values` of the next attention or the `logits`.
     """
 
     index: int
@@ -176,7 +176,7 @@ class Segments:
 
     def _output_layer(self, g: XnnpackGraph, x: int, weight: str) -> int:
         config, stored = self.config, self.quantized.read(weight)
-        rows = (1,) if self.logits == 1 else (1, INFERRED)
+        rows: tuple[int, ...] = (1,) if self.logits == 1 else (1, INFERRED)
         tied = weight == EMBEDDING
         if tied and isinstance(stored, QuantizedTensor) and stored.scheme.bits == 4:
             # The embedding kernel and XNNPACK read nibbles in opposite order. If adjacent columns
