@@ -19,6 +19,8 @@ PHASES = (
     "start", "load", "warmup", "prefill", "decode", "sustained", "generate", "execute", "end",
 )  # fmt: skip
 _WHOLE = ("depth", "filled", "steps", "context", "vocab_size")
+#: What a load did with the file of packed weights.
+_PACKED = ("written", "read")
 _TIMES = ("within_ms", "first_token_ms", "first_ms", "p95_ms", "fill_ms")
 #: In bytes; -1 where the system does not tell.
 _MEMORY = ("peak_rss", "rss", "anonymous", "file", "pss")

@@ -59,7 +59,6 @@ class Target(backends.Target):
     attention: Literal["custom_sdpa", "portable"] = "custom_sdpa"
     activations: Literal["float32", "float16"] = "float32"
     kv_cache: Literal["float", "int8"] = "float"
-    logits: int = 1
     prefill: Context = LONGEST_CALL
     logits: int = 1
 
