@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exporter.backends.executorch.contents import Contents, Graph, read_graphs
 from exporter.backends.executorch.schemes import FILTER, TABLE
-from exporter.backends.executorch.segments import MERGED, exchange_columns, row_orders
+from exporter.backends.executorch.segments import exchange_columns, row_orders
 from exporter.errors import InputError
 from exporter.model.config import EMBEDDING
 from exporter.model.equivalent import Source
@@ -59,29 +59,21 @@ def read_weights(
     name that the checkpoint does not have.
     """
     named, plan, problems = contents.named(), contents.plan("forward"), list[InputError]()
-    shapes, orders = quantized.config.parameter_shapes(), row_orders(quantized.config)
+    orders = row_orders(quantized.config)
     places = dict[str, list[_Place]]()
     for graph in _called_graphs(contents, plan):
         for name, place in _constants(graph):
             places.setdefault(name, []).append(place)
-    merged = {
-        key.split(MERGED)[0]: key
-        for key in places
-        if MERGED in key and all(name in shapes for name in key.split(MERGED))
-    }
-    for first in quantized.schemes:
-        for key in filter(None, (first, merged.get(first))):
-            names = key.split(MERGED)
-            for place in places.pop(key, []):
-                try:
-                    stored = _decode(key, place, named)
-                    parts = _parts(key, stored, [shapes[name][0] for name in names])
-                except InputError as error:
-                    problems.append(error)
-                    continue
-                for name, part in zip(names, parts, strict=True):
-                    yield name, *_as_in_checkpoint(name, part, orders.get(name))
-        if first == EMBEDDING:
+    for name in quantized.schemes:
+        for place in places.pop(name, []):
+            try:
+                weight = _decode(name, place, named)
+            except InputError as error:
+                problems.append(error)
+                continue
+            kind = "filter" if isinstance(weight, QuantizedTensor) else "constant"
+            yield name, kind, _as_in_checkpoint(name, weight, orders.get(name))
+        if name == EMBEDDING:
             yield EMBEDDING, "table", _embedding_table(contents, plan)
     for name, (place, *_) in places.items():
         if place.tensor["datatype"] != _FLOAT:
@@ -91,26 +83,16 @@ def read_weights(
         raise problems[0]
 
 
-def _parts(key: str, stored: Weight, rows: list[int]) -> list[Weight]:
-    """The weights that are merged in `stored`, which have so many rows. Raises InputError."""
-    if len(rows) == 1:
-        return [stored]
-    if not isinstance(stored, QuantizedTensor) or len(stored.codes) != sum(rows):
-        raise InputError(key, f"is not {sum(rows)} rows of codes")
-    parts = zip(stored.codes.split(rows), stored.scales.split(rows), strict=True)
-    return [QuantizedTensor(codes, scales, stored.scheme) for codes, scales in parts]
-
-
-def _as_in_checkpoint(name: str, weight: Weight, order: Source | None) -> tuple[str, Weight]:
-    """How a weight is read, and the weight with its rows and columns in their original order."""
+def _as_in_checkpoint(name: str, weight: Weight, order: Source | None) -> Weight:
+    """The weight with its rows and columns in their original order."""
     if not isinstance(weight, QuantizedTensor):
-        return "constant", weight if order is None else order.restore(weight)
+        return weight if order is None else order.restore(weight)
     codes, scales = weight.codes, weight.scales
     if name == EMBEDDING and weight.scheme.bits == 4:
         codes = exchange_columns(codes)
     if order is not None:
         codes, scales = order.restore(codes), order.restore(scales)
-    return "filter", QuantizedTensor(codes, scales, weight.scheme)
+    return QuantizedTensor(codes, scales, weight.scheme)
 
 
 def _called_graphs(contents: Contents, plan: Mapping[str, Any]) -> Iterator[Graph]:

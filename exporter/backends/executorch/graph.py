@@ -162,15 +162,6 @@ class XnnpackGraph:
     def softmax(self, x: int) -> int:
         return self._unary(schema.XNNSoftmax, x)
 
-    def square(self, x: int) -> int:
-        return self._unary(schema.XNNSquare, x)
-
-    def mean(self, x: int) -> int:
-        """The means [...] of x [..., width, 1]."""
-        result = self._value([*self._dims[x][:-3], 1])
-        self._node(schema.XNNGlobalAvgPooling2d(input_id=x, output_id=result, flags=0))
-        return result
-
     def reciprocal_square_root(self, x: int) -> int:
         return self._unary(schema.XNNReciprocalSquareRoot, x)
 

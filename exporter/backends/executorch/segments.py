@@ -5,11 +5,8 @@ projection, MLP) and begins the next one (normalization, q, k, v, RoPE). Its inp
 of earlier segments that its operations use.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import Literal
 
 import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
@@ -21,16 +18,10 @@ from exporter.model.config import EMBEDDING, ModelConfig
 from exporter.model.equivalent import Source, equivalent
 from exporter.model.walk import walk
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
-from exporter.quantization.schemes import FLOAT, QuantizedTensor
+from exporter.quantization.schemes import QuantizedTensor
 
-#: Between the names of weights that are merged into one.
-MERGED = "+"
-#: The axis of the heads in [1, seq, heads, head_dim].
-_HEAD_AXIS = 2
-
-def MERGE(weights):
-    m = os.environ.get("MERGE", "both")
-    return m == "both" or (m == "qkv" and len(weights) == 3) or (m == "mlp" and len(weights) == 2)
+#: The axis of a head's numbers in [1, seq, heads, head_dim].
+_IN_HEAD = 3
 
 
 @dataclass(eq=False)
@@ -38,31 +29,6 @@ class Value:
     """A value of the walk, and the index of the segment that computes it (-1: the embedding)."""
 
     segment: int
-
-
-@dataclass(eq=False)
-class Part(Value):
-    """`size` columns of a merged product, from `start` on. `value` has them once a node needs them
-    alone."""
-
-    product: Value
-    start: int
-    size: int
-    value: Value | None = None
-
-
-#: What is done to the heads of queries or keys, in order: RoPE, or a norm with the name of its
-#: weight, '' for none.
-_Step = tuple[Literal["rotate", "norm"], str]
-
-
-@dataclass(eq=False)
-class Heads(Value):
-    """Heads [1, seq, count, head_dim] that are computed from `source` when they are needed."""
-
-    source: Value
-    count: int
-    steps: tuple[_Step, ...] = ()
 
 
 @dataclass
@@ -133,7 +99,6 @@ class Segments:
     ) -> list[Value]:
         """Record an operation of the current segment. Returns its results."""
         segment = self.segments[-1]
-        inputs = tuple(self._alone(value) for value in inputs)
         for value in inputs:
             if value.segment < segment.index and value not in segment.carried:
                 segment.carried.append(value)
@@ -142,17 +107,6 @@ class Segments:
         results = [Value(segment.index) for _ in range(outputs)]
         segment.nodes.append(_Node(write, list(inputs), results))
         return results
-
-    def _alone(self, value: Value) -> Value:
-        """A part of a merged product as a value of its own."""
-        if not isinstance(value, Part):
-            return value
-        if value.value is None:
-            axis, start, size = 2, value.start, value.size
-            [value.value] = self._record(
-                lambda g, x: [g.slice(x, axis, start, size)], value.product
-            )
-        return value.value
 
     def _keep(self, value: Value) -> None:
         """Make a value an output of the segment that computes it."""
@@ -165,94 +119,39 @@ class Segments:
         return self.embedded
 
     def linear(self, x: Value, *weights: str) -> list[Value]:
-        """Weights of the same scheme are merged into one product."""
-        schemes = {self.quantized.schemes[name] for name in weights}
-        if len(weights) == 1 or len(schemes) > 1 or FLOAT in schemes or not MERGE(weights):
-
-            def write(g: XnnpackGraph, x: int) -> list[int]:
-                return self._multiply_by(g, x, weights)
-
-            return self._record(write, x, outputs=len(weights))
-        [product] = self._record(lambda g, x: [self._merged_product(g, x, weights)], x)
-        shapes, parts, start = self.config.parameter_shapes(), list[Value](), 0
-        for name in weights:
-            parts.append(Part(product.segment, product, start, shapes[name][0]))
-            start += shapes[name][0]
-        return parts
+        return self._record(lambda g, x: self._multiply_by(g, x, weights), x, outputs=len(weights))
 
     def norm(self, x: Value, weight: str) -> Value:
         return self._record(lambda g, x: [self._norm(g, x, weight)], x)[0]
 
-    def heads(self, x: Value, count: int) -> Heads:
-        return Heads(x.segment, x, count)
+    def heads(self, x: Value, count: int) -> Value:
+        shape = 1, INFERRED, count, self.config.head_dim
+        return self._record(lambda g, x: [g.reshape(x, *shape)], x)[0]
 
-    def norm_heads(self, x: Value, weight: str | None) -> Heads:
-        return _with_step(x, ("norm", weight or ""))
+    def norm_heads(self, x: Value, weight: str | None) -> Value:
+        return self._record(lambda g, x: [self._norm(g, x, weight)], x)[0]
 
-    def rotate(self, x: Value) -> Heads:
+    def rotate(self, x: Value) -> Value:
+        """RoPE as x * cos + (x with exchanged halves) * sin, with the rows of the program.
+
+        In every architecture it rotates the halves of a head: see `row_orders`.
+        """
+
+        def write(g: XnnpackGraph, x: int) -> list[int]:
+            half = self.config.head_dim // 2
+            low, high = (g.slice(x, _IN_HEAD, start, half) for start in (0, half))
+            exchanged = g.concatenate(high, low, _IN_HEAD)
+            return [g.add(g.multiply(x, self._cos), g.multiply(exchanged, self._sin))]
+
         self.segments[-1].rotates = True
-        return _with_step(x, ("rotate", ""))
+        return self._record(write, x)[0]
 
     def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
         """End the segment. The next one begins with the result of the program's attention."""
-        heads = [q, k, v]
-        assert all(isinstance(one, Heads) for one in heads)
-        self.segments[-1].queries_keys_values = self._queries_keys_values(heads)
+        self.segments[-1].queries_keys_values = [q, k, v]
         attended = Value(len(self.segments))
         self.segments.append(Segment(attended.segment, attended))
         return attended
-
-    def _queries_keys_values(self, heads: Sequence[Heads]) -> list[Value]:
-        """Compute the heads. Those of a merged product with the same steps go through them
-        together, since a node costs more than its arithmetic when one token is decoded."""
-        sources = [one.source for one in heads]
-        products = {one.product if isinstance(one, Part) else one for one in sources}
-        if len(products) > 1:
-            return [
-                self._record(
-                    lambda g, x, one=one: [self._steps(g, self._as_heads(g, x, one.count), one.steps)],
-                    one.source,
-                )[0]
-                for one in heads
-            ]
-
-        def write(g: XnnpackGraph, product: int) -> list[int]:
-            x = self._as_heads(g, product, sum(one.count for one in heads))
-            results, start = list[int](), 0
-            for steps, group in groupby(heads, lambda one: one.steps):
-                counts = [one.count for one in group]
-                together = g.slice(x, _HEAD_AXIS, start, sum(counts))
-                together, inner = self._steps(g, together, steps), 0
-                start += sum(counts)
-                for count in counts:
-                    alone = len(counts) == 1
-                    results.append(together if alone else g.slice(together, _HEAD_AXIS, inner, count))
-                    inner += count
-            return results
-
-        return self._record(write, *products, outputs=len(heads))
-
-    def _as_heads(self, g: XnnpackGraph, x: int, count: int) -> int:
-        return g.reshape(x, 1, INFERRED, count, self.config.head_dim)
-
-    def _steps(self, g: XnnpackGraph, x: int, steps: Sequence[_Step]) -> int:
-        for kind, weight in steps:
-            x = self._rotate(g, x) if kind == "rotate" else self._norm(g, x, weight or None)
-        return x
-
-    def _rotate(self, g: XnnpackGraph, x: int) -> int:
-        """RoPE as x * cos + (x with exchanged halves) * sin, with the rows of the program.
-
-        The halves of a head are rotated, in every architecture: see `row_orders`.
-        """
-        half = self.config.head_dim // 2
-        axis = _HEAD_AXIS + 1
-        if os.environ.get("ROPE") == "slices":
-            low, high = g.slice(x, axis, 0, half), g.slice(x, axis, half, half)
-            exchanged = g.concatenate(high, low, axis)
-        else:
-            exchanged = g.slice(g.concatenate(x, x, axis), axis, half, 2 * half)
-        return g.add(g.multiply(x, self._cos), g.multiply(exchanged, self._sin))
 
     def last_token(self, x: Value) -> Value:
         """The program slices the inputs of the segment, which has no operations yet."""
@@ -284,54 +183,46 @@ class Segments:
             swap = g.constant("output.exchange", torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
             x = g.linear(g.reshape(x, 1, 1, config.hidden_size // 2, 2), swap)
             stored = QuantizedTensor(exchange_columns(stored.codes), stored.scales, stored.scheme)
-        # Reshaped here, for the logits are 200 times as many.
+        # Not the logits are reshaped: these are many times as many, and XNNPACK would copy them.
         x = g.reshape(x, 1, config.hidden_size)
-        quantized = isinstance(stored, QuantizedTensor)
-        return self._times(g, g.quantize(x) if quantized else x, weight, stored)
+        return self._products(g, x, {weight: stored})[0]
 
     def _multiply_by(self, g: XnnpackGraph, x: int, names: Sequence[str]) -> list[int]:
-        """x times each weight. x is quantized once for all quantized weights."""
-        weights = {name: self._read(name) for name in names}
-        if any(isinstance(weight, QuantizedTensor) for weight in weights.values()):
-            quantized = g.quantize(x)
-        return [
-            self._times(g, x if isinstance(weight, Tensor) else quantized, name, weight)
-            for name, weight in weights.items()
-        ]
+        """x times each weight, with its rows in the order of the graphs."""
+        weights = {name: self.quantized.read(name) for name in names}
+        for name in self.orders.keys() & weights:
+            weights[name] = reorder(self.orders[name], weights[name])
+        return self._products(g, x, weights)
 
-    def _merged_product(self, g: XnnpackGraph, x: int, names: Sequence[str]) -> int:
-        """x times all these weights, which have the same scheme."""
-        weights = [self._read(name) for name in names]
-        return self._times(g, g.quantize(x), MERGED.join(names), _concatenated(weights))
+    def _products(
+        self, g: XnnpackGraph, x: int, weights: Mapping[str, QuantizedTensor | Tensor]
+    ) -> list[int]:
+        """x times each weight. x is quantized once for all quantized weights.
 
-    def _times(self, g: XnnpackGraph, x: int, name: str, weight: QuantizedTensor | Tensor) -> int:
-        """x, quantized if the weight is, times the transpose of a weight."""
-        if isinstance(weight, QuantizedTensor):
-            return g.linear(x, g.weight(name, weight))
-        return g.linear(x, g.constant(name, weight))
-
-    def _read(self, name: str) -> QuantizedTensor | Tensor:
-        """A weight with its rows in the order of the graphs."""
-        weight = self.quantized.read(name)
-        return reordered(self.orders[name], weight) if name in self.orders else weight
+        The products are not merged into one, such as q, k and v: on x86 a prompt is then read 2 to
+        4 % slower, since XNNPACK copies the parts, and decoding is not faster.
+        """
+        quantized = None
+        results = []
+        for name, weight in weights.items():
+            if isinstance(weight, QuantizedTensor):
+                quantized = g.quantize(x) if quantized is None else quantized
+                results.append(g.linear(quantized, g.weight(name, weight)))
+            else:
+                results.append(g.linear(x, g.constant(name, weight)))
+        return results
 
     def _norm(self, g: XnnpackGraph, x: int, name: str | None) -> int:
-        """RMS norm, with a weight if `name` is given. The mean of the squares is a linear layer
-        whose weights are 1 / width."""
+        """RMS norm, with a weight if `name` is given. The mean of the squares plus epsilon is a
+        linear layer whose weights are 1 / width.
+
+        XNNPACK's own mean needs two more nodes, and takes more instructions on Arm.
+        """
         weight = self.quantized.float_weight(name) if name else None
         width = self.config.head_dim if weight is None else len(weight)
+        row = g.constant(f"norm.mean_{width}", torch.full((1, width), 1 / width))
         eps = g.constant("norm.eps", torch.tensor([self.config.rms_norm_eps]))
-        form = os.environ.get("NORM", "bias")
-        if form == "reduce":
-            dims = [INFERRED] if len(g._dims[x]) == 3 else [INFERRED, g._dims[x][2]]
-            flat = g.reshape(x, *dims, 1, width, 1)
-            mean = g.add(g.mean(g.square(flat)), eps)
-        else:
-            row = g.constant(f"norm.mean_{width}", torch.full((1, width), 1 / width))
-            if form == "bias":
-                mean = g.linear(g.multiply(x, x), row, eps)
-            else:
-                mean = g.add(g.linear(g.multiply(x, x), row), eps)
+        mean = g.linear(g.multiply(x, x), row, eps)
         normal = g.multiply(x, g.reciprocal_square_root(mean))
         return normal if weight is None else g.multiply(normal, g.constant(name or "", weight))
 
@@ -372,26 +263,12 @@ def row_orders(config: ModelConfig) -> Mapping[str, Source]:
     return {one.name: one for one in sources if one.name and one.rows is not None}
 
 
-def reordered(order: Source, weight: QuantizedTensor | Tensor) -> QuantizedTensor | Tensor:
+def reorder(order: Source, weight: QuantizedTensor | Tensor) -> QuantizedTensor | Tensor:
     """A weight with its rows in the order of the graphs."""
     if isinstance(weight, Tensor):
         return order.reorder(weight)
     codes, scales = order.reorder(weight.codes), order.reorder(weight.scales)
     return replace(weight, codes=codes, scales=scales)
-
-
-def _with_step(x: Value, step: _Step) -> Heads:
-    assert isinstance(x, Heads)
-    return replace(x, steps=(*x.steps, step))
-
-
-def _concatenated(weights: Sequence[QuantizedTensor | Tensor]) -> QuantizedTensor:
-    """Weights of the same scheme, one after the other along out_features."""
-    found = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
-    assert len(found) == len(weights)
-    codes = torch.cat([weight.codes for weight in found])
-    scales = torch.cat([weight.scales for weight in found])
-    return QuantizedTensor(codes, scales, found[0].scheme)
 
 
 def exchange_columns(codes: Tensor) -> Tensor:
