@@ -54,9 +54,7 @@ class Driver:
         for arguments, result in calls:
             given += [struct.pack("<q", len(arguments) + 1), *map(encoded, arguments)]
             given.append(encoded(result)[: (3 + result.ndim) * 8])
-        done = subprocess.run(
-            self.command, input=b"".join(given), capture_output=True, check=False
-        )
+        done = subprocess.run(self.command, input=b"".join(given), capture_output=True, check=False)
         assert done.returncode == 0, done.stderr.decode()
         answers, at = [], 0
         for arguments, result in calls:

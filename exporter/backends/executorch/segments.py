@@ -47,7 +47,8 @@ class Segment:
     Inputs are the hidden states `carried` over from earlier segments [1, seq, hidden_size], the
     result of the attention before it (`attended`), and the rows of RoPE if it `rotates`. With
     `last_token`, they have only the positions whose logits a call gives. Outputs are the hidden
-    states `kept` for later segments, and then the `queries_keys_values` of the next attention or the `logits`.
+    states `kept` for later segments, and then the `queries_keys_values` of the next attention or
+    the `logits`.
     """
 
     index: int
