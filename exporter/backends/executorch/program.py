@@ -65,10 +65,9 @@ def rope_rows(positions: Tensor, frequencies: Tensor) -> list[Tensor]:
     positions [seq]. Angles are computed as in `rope_tables`; a table would be 8 bytes for each
     number of a head and each position of the context.
     """
-    angles = positions.to(torch.float32)[:, None] * frequencies
+    angles = positions.to(torch.float32).reshape(1, -1, 1, 1) * frequencies
     cos, sin = angles.cos(), angles.sin()
-    rows = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
-    return [row[None, :, None] for row in rows]
+    return [torch.cat((cos, cos), 3), torch.cat((-sin, sin), 3)]
 
 
 class Program(nn.Module):
