@@ -214,6 +214,7 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
         tokens=tokens,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         texts=_texts(quantized, tokens, lengths),
+        longest_call=getattr(target, "prefill", None),
     )
     return Job(model, workload(quantized.config, quantized.schemes, target), request.runner)
 

@@ -190,6 +190,7 @@ class Model {
     if (file_) file_->cut_constants();
     context_ = constant("get_max_context_len");
     vocab_ = constant("get_vocab_size");
+    longest_ = std::max<int64_t>(1, constant("get_max_seq_len"));
   }
 
   int64_t context() const { return context_; }
@@ -225,8 +226,9 @@ class Model {
     return mobilellm::argmax(logits_ - before * vocab_, vocab_);
   }
 
-  // The same in pieces of at most `chunk` tokens.
+  // The same in pieces of at most `chunk` tokens, and of no more than the program takes.
   int64_t read(const int64_t* tokens, int64_t count, int64_t start, int64_t chunk) {
+    chunk = std::min(chunk, longest_);
     int64_t token = 0;
     for (int64_t done = 0; done < count; done += chunk) {
       token = step(tokens + done, std::min(chunk, count - done), start + done);
@@ -261,7 +263,7 @@ class Model {
   std::unique_ptr<Module> module_;
   // The module's own, null where the program is read.
   const mobilellm::MappedFile* file_ = nullptr;
-  int64_t context_ = 0, vocab_ = 0, rows_ = 1, looked_up_ = 0;
+  int64_t context_ = 0, vocab_ = 0, longest_ = 0, rows_ = 1, looked_up_ = 0;
   const float* logits_ = nullptr;
 };
 
@@ -349,7 +351,7 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   int64_t position = 0, token = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double started = now_ms();
-    token = i ? model.step(&token, 1, position) : model.step(prompt.data(), prompt.size(), 0);
+    token = i ? model.step(&token, 1, position) : model.read(prompt.data(), prompt.size(), 0, prompt.size());
     ms.push_back(now_ms() - started);
     position += i ? 1 : prompt.size();
     list += (i ? "," : "") + std::to_string(token);

@@ -234,22 +234,22 @@ class Segments:
         if not self.portable:
             return [q]
         kv_heads = config.num_key_value_heads
+        group = config.num_attention_heads // kv_heads
         keys = g.input(kv_heads, context, config.head_dim)
         values = g.input(kv_heads, context, config.head_dim)
-        return [q, keys, values, g.input(1, 1, length, context)]
+        return [q, keys, values, g.input(1, group * length, context)]
 
     def _portable_attention(
         self, g: XnnpackGraph, q: int, keys: int, values: int, mask: int
     ) -> int:
-        """Attention over the whole cache. Query heads that share a k/v head are stacked as rows."""
+        """Attention over these keys. Query heads that share a k/v head are stacked as rows."""
         config = self.config
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         group = config.num_attention_heads // kv_heads
         scale = g.constant("attention.scale", torch.tensor([head_dim**-0.5]))
         q = g.reshape(g.multiply(q, scale), INFERRED, kv_heads, group, head_dim)
         q = g.reshape(g.transpose(q, 1, 2, 0, 3), kv_heads, INFERRED, head_dim)
-        scores = g.reshape(g.matmul_transposed(q, keys), kv_heads, group, INFERRED, self.context)
-        probabilities = g.reshape(g.softmax(g.add(scores, mask)), kv_heads, INFERRED, self.context)
+        probabilities = g.softmax(g.add(g.matmul_transposed(q, keys), mask))
         mixed = g.reshape(g.matmul(probabilities, values), kv_heads, group, INFERRED, head_dim)
         return g.transpose(mixed, 2, 0, 1, 3)
 
