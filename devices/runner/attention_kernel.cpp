@@ -417,18 +417,19 @@ INLINE void soften(float* scores, int64_t seen, int64_t until, float factor, flo
   const int64_t end = round_up(seen, W);
   Vector largest = load(scores);
   for (int64_t i = W; i < end; i += W) largest = greater(largest, load(scores + i));
-  const float here = greatest_of(largest) * factor;
+  const float here = greatest_of(largest);
   const float now = here > greatest ? here : greatest;
   // Without a score but minus infinity, every weight is 0.
   const float base = now == low ? 0 : now;
   Vector total{};
   for (int64_t i = 0; i < end; i += W) {
-    const Vector weight = exp2_of(load(scores + i) * factor - base);
+    // Subtracted first: the product with a large score is rounded by more than 1.
+    const Vector weight = exp2_of((load(scores + i) - base) * factor);
     total += weight;
     store(scores + i, weight);
   }
   for (int64_t i = end; i < until; ++i) scores[i] = 0;
-  keep = exp2_of(greatest - base);
+  keep = exp2_of((greatest - base) * factor);
   sum = sum * keep + sum_of(total);
   greatest = now;
 }

@@ -248,7 +248,9 @@ def test_the_comparison_sees_one_key_too_many(program: Path) -> None:
 
 def test_the_official_kernel_agrees(program: Path) -> None:
     random = np.random.default_rng(6)
-    cases = [random_case(random) for _ in range(100)]
+    # With a negative scale theirs turns masked scores into infinite ones.
+    drawn = (random_case(random) for _ in range(100))
+    cases = [case for case in drawn if case.scale is None or case.scale > 0]
     answers = Driver((str(program), "1")).run([case.call() for case in cases])
     for case, (_, found) in zip(cases, answers, strict=True):
         tensors = [torch.from_numpy(x) for x in (case.q, case.k, case.v)]
@@ -262,7 +264,7 @@ def test_the_official_kernel_agrees(program: Path) -> None:
 def quantized(x: Array) -> tuple[Array, Array, Array]:
     """int8 codes, scales and zero points [..., 1] of each row, and not symmetric."""
     low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
-    scales = ((high - low) / 255).astype(np.float32)
+    scales = np.maximum((high - low) / 255, 1e-6).astype(np.float32)
     zero_points = np.clip(np.round(-128 - low / scales), -128, 127).astype(np.int8)
     codes = np.clip(np.round(x / scales) + zero_points, -128, 127).astype(np.int8)
     return codes, scales, zero_points
@@ -276,7 +278,7 @@ def test_attention_over_an_int8_cache_is_that_of_its_floats(
     calls, expected, official = list[tuple[list[Argument], Array]](), [], []
     while len(calls) < 60:
         case = random_case(random)
-        if case.mask is not None:
+        if case.mask is not None or (case.scale or 1) < 0:
             continue
         parts = [quantized(np.nan_to_num(x)) for x in (case.q, case.k, case.v)]
         floats = [
