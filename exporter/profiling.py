@@ -209,7 +209,7 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
             name for name in artifact.files if is_of_model(name, artifact.files, target.target)
         ),
         context=context,
-        portable=module.portable(target),
+        native=module.native(target),
         integers=module.integers(quantized.config, quantized.schemes, target),
         tokens=tokens,
         tokenizer=tokenizer if tokenizer.is_file() else None,

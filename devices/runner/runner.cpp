@@ -4,8 +4,8 @@
 //
 // Linked against the libraries of the executorch wheel only; it knows no tokenizer and no torch.
 // The program's method is forward(tokens [1, n] int64, start [1] int64) -> logits [1, vocab],
-// as `attention: portable` of a recipe makes it. devices/runner/README.md lists the options and
-// the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
+// with core operators, delegates of the wheel and the operators of attention.cpp.
+// devices/runner/README.md lists the options and the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
 
 #include "argmax.h"
 
@@ -13,6 +13,7 @@
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 #include <executorch/runtime/backend/options.h>
+#include <executorch/runtime/platform/platform.h>
 
 #include <algorithm>
 #include <chrono>
@@ -52,6 +53,24 @@ constexpr int64_t kDefaultChunk = 128;
 [[noreturn]] void fail(int code, const std::string& reason) {
   std::fprintf(stderr, "mobilellm_runner: %s\n", reason.c_str());
   std::exit(code);
+}
+
+// The operators that a program needs and that nothing here has. ExecuTorch tells their names only
+// in what it logs.
+std::string missing_operators;
+
+void log_message(et_timestamp_t, et_pal_log_level_t level, const char* file, const char*,
+                 size_t line, const char* message, size_t) {
+  static const std::string told = "Missing operator: ";
+  const std::string text = message;
+  if (text.rfind(told, 0) == 0) {
+    const size_t number = text.find("] ");
+    const std::string name = text.substr(number == std::string::npos ? told.size() : number + 2);
+    if (missing_operators.find(name) == std::string::npos) {  // told for each call of it
+      missing_operators += (missing_operators.empty() ? "" : ", ") + name;
+    }
+  }
+  std::fprintf(stderr, "%c executorch:%s:%zu] %s\n", level, file, line, message);
 }
 
 double now_ms() {
@@ -248,6 +267,10 @@ class Model {
 
   static void check(Error error, const std::string& path) {
     if (error == Error::Ok) return;
+    if (error == Error::OperatorMissing) {
+      fail(kCannotLoad, path + ": needs operators that this runner does not have: " +
+               missing_operators);
+    }
     fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
              std::to_string(static_cast<int>(error)));
   }
@@ -417,6 +440,8 @@ void write_etdump(executorch::etdump::ETDumpGen& tracer, const std::string& path
 } // namespace
 
 int main(int argc, char** argv) {
+  using executorch::runtime::PalImpl;
+  executorch::runtime::register_pal(PalImpl::create(log_message, __FILE__));
   const Options options(argc, argv);
   const int64_t threads = options.number("threads", 1);
   if (threads < 1) fail(kBadUsage, "--threads: give 1 or more");
