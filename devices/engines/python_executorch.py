@@ -24,6 +24,8 @@ class Runtime:
         self.module = portable_lib._load_for_executorch(path, enable_etdump=bool(options.trace))
         self.context = int(self.module.run_method("get_max_context_len", ())[0])
         self.vocab_size: int | None = int(self.module.run_method("get_vocab_size", ())[0])
+        longest = int(self.module.run_method("get_max_seq_len", ())[0])
+        self.chunk = max(1, min(self.chunk, longest))
         self.step([0], 0)  # the first step loads the method
 
     def step(self, tokens: list[int], start: int) -> Any:
