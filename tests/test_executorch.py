@@ -150,6 +150,28 @@ def test_a_second_prefill_forgets_the_first_text(attention: str, lower: Lower) -
 
 
 @pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+def test_a_prompt_read_in_chunks_gives_the_logits_of_one_read_at_once(
+    attention: str, lower: Lower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter.backends.executorch import runtime
+
+    _, lowered = lower(attention=attention)
+    whole = executorch.load(lowered.artifact).prefill(tokens(41))
+    monkeypatch.setattr(runtime, "_CHUNK", 7)
+    runner, calls = executorch.load(lowered.artifact), list[int]()
+    run = runner.run  # type: ignore[attr-defined]
+
+    def counted(some: list[int], start: int) -> torch.Tensor:
+        calls.append(len(some))
+        logits: torch.Tensor = run(some, start)
+        return logits
+
+    monkeypatch.setattr(runner, "run", counted)
+    torch.testing.assert_close(runner.prefill(tokens(41)), whole, rtol=1e-4, atol=1e-4)
+    assert calls == [7, 7, 7, 7, 7, 6]
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
 def test_the_context_can_be_filled_to_the_last_position(attention: str, lower: Lower) -> None:
     quantized, lowered = lower(attention=attention)
     text = tokens(CONTEXT)
