@@ -26,6 +26,7 @@ class Model:
     `context` is in tokens. `portable` says that core operators and delegates suffice, `integers`
     that products with weights are meant to work on integers. Prompts are the first of `tokens`;
     `texts` has prompts as text, by their number of tokens, for programs that need `tokenizer`.
+    A call of the program takes at most `longest_call` tokens, or the whole context if it is None.
     """
 
     format: Format
@@ -38,6 +39,7 @@ class Model:
     tokens: tuple[int, ...]
     tokenizer: Path | None = None
     texts: Mapping[int, str] = field(default_factory=dict)
+    longest_call: int | None = None
 
 
 @dataclass(frozen=True)

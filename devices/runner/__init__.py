@@ -47,9 +47,10 @@ _RUNTIME = (
 _GLIBC = ("_2_17", "_2_28", "_2_34", "2014")
 SOURCES = Path(__file__).parent
 #: Linked into every program. The rest is compiled otherwise or included.
-_PARTS = ("attention.cpp", "packed_cache.cpp")
+_PARTS = ("attention.cpp", "packed_cache.cpp", "speculative.cpp")
 _SOURCES = (
-    "runner.cpp", *_PARTS, "attention_kernel.cpp", "attention.h", "loader.h", "packed_cache.h",
+    "runner.cpp", *_PARTS, "argmax.h", "attention_kernel.cpp", "attention.h", "loader.h",
+    "packed_cache.h", "speculative.h",
 )  # fmt: skip
 #: Architecture → name of the attention's vector code → the compiler's options for it. At run time
 #: attention.cpp chooses among those of an architecture.
@@ -59,7 +60,8 @@ KERNELS = {
         "kernels_avx2": ["-mavx2", "-mfma"],
         "kernels_avx512": [*(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")), "-mfma"],
     },
-    "aarch64": {"kernels_baseline": []},
+    # GCC's first scheduling lengthens the life of registers until the products' sums are moved.
+    "aarch64": {"kernels_baseline": ["-fno-schedule-insns"]},
 }
 
 

@@ -40,6 +40,8 @@ constexpr int kTileRows = 6, kDotHeads = 1;
 constexpr int kTileRows = 3, kDotHeads = 1;
 #endif
 constexpr int kTileVectors = 4;
+// Rows in scratch are padded to so many vectors, which a dot product reads in one go.
+constexpr int kUnroll = W == 4 ? 4 : W == 8 ? 2 : 1, kUnit = kUnroll * W;
 // Keys of a block, and of a panel of packed keys.
 constexpr int64_t kBlock = 128, kPanel = kTileVectors * W;
 // From so many rows on, packing a block costs less than it saves.
@@ -64,6 +66,17 @@ INLINE Vector greater(Vector a, Vector b) {
   return a > b ? a : b;
 #endif
 }
+
+#if defined(__aarch64__)
+// Two neighbouring vectors in one instruction, which compilers form too rarely from two loads.
+// `Offset` is in vectors.
+template <int Offset>
+INLINE void load_pair(const float* from, Vector& a, Vector& b) {
+  asm("ldp %q0, %q1, [%2, %3]"
+      : "=w"(a), "=w"(b)
+      : "r"(from), "i"(16 * Offset), "m"(*reinterpret_cast<const float(*)[]>(from)));
+}
+#endif
 
 INLINE float sum_of(Vector x) {
   float sum = 0;
@@ -160,6 +173,35 @@ INLINE void read_row(const Rows& rows, int64_t token, int64_t head, int64_t widt
 
 // ---- Products. ----
 
+#if defined(__aarch64__)
+// Two columns of a row of `b`, times one lane of the factors: no scalar is loaded by itself.
+template <int R, int V, int Lane, int Column>
+INLINE void add_columns(const Vector* factors, const float* b, Vector* sum) {
+  Vector first, second;
+  load_pair<Column>(b, first, second);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    Vector* const to = sum + r * V + Column;
+    to[0] = vfmaq_laneq_f32(to[0], first, factors[r], Lane);
+    to[1] = vfmaq_laneq_f32(to[1], second, factors[r], Lane);
+  }
+}
+
+template <int R, int V, int Lane, int... Pair>
+INLINE void add_row(const Vector* factors, const float* b, Vector* sum,
+                    std::integer_sequence<int, Pair...>) {
+  (add_columns<R, V, Lane, 2 * Pair>(factors, b, sum), ...);
+  if constexpr (V % 2 == 1) {
+    const Vector last = load(b + (V - 1) * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      Vector& to = sum[r * V + V - 1];
+      to = vfmaq_laneq_f32(to, last, factors[r], Lane);
+    }
+  }
+}
+#endif
+
 // c [R, V * W] = a [R, depth] b [depth, V * W], plus c * keep[row] unless `keep` is null.
 template <int R, int V>
 INLINE void product(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
@@ -172,10 +214,23 @@ INLINE void product(const float* a, int64_t a_row, const float* b, int64_t b_row
 #pragma GCC unroll 64
     for (int i = 0; i < R * V; ++i) sum[i] = load(c + i / V * c_row + i % V * W) * keep[i / V];
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  int64_t k = 0;
+#if defined(__aarch64__)
+  using Pairs = std::make_integer_sequence<int, V / 2>;
+  for (; k + 4 <= depth; k += 4, b += 4 * b_row) {
+    Vector factors[R];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) factors[i] = load(a + i * a_row + k);
+    add_row<R, V, 0>(factors, b, sum, Pairs());
+    add_row<R, V, 1>(factors, b + b_row, sum, Pairs());
+    add_row<R, V, 2>(factors, b + 2 * b_row, sum, Pairs());
+    add_row<R, V, 3>(factors, b + 3 * b_row, sum, Pairs());
+  }
+#endif
+  for (; k < depth; ++k, b += b_row) {
     Vector row[V];
 #pragma GCC unroll 16
-    for (int i = 0; i < V; ++i) row[i] = load(b + k * b_row + i * W);
+    for (int i = 0; i < V; ++i) row[i] = load(b + i * W);
 #pragma GCC unroll 64
     for (int i = 0; i < R * V; ++i) sum[i] += row[i % V] * a[i / V * a_row + k];
   }
@@ -187,7 +242,7 @@ INLINE void product(const float* a, int64_t a_row, const float* b, int64_t b_row
 template <int V>
 INLINE void product_rows(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
                          int64_t c_row, int64_t rows, int64_t depth, const float* keep) {
-  constexpr int R = kTileRows;
+  constexpr int R = V > kTileVectors ? 3 : kTileRows;
   for (; rows >= R; rows -= R, a += R * a_row, c += R * c_row, keep += keep ? R : 0) {
     product<R, V>(a, a_row, b, b_row, c, c_row, depth, keep);
   }
@@ -202,6 +257,14 @@ INLINE void product_rows(const float* a, int64_t a_row, const float* b, int64_t 
 
 void product_of(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
                 int64_t c_row, int64_t rows, int64_t depth, int64_t vectors, const float* keep) {
+#if defined(__aarch64__)
+  // With few rows there are registers for more vectors.
+  if (rows <= 3) {
+    for (; vectors >= 8; vectors -= 8, b += 8 * W, c += 8 * W) {
+      product_rows<8>(a, a_row, b, b_row, c, c_row, rows, depth, keep);
+    }
+  }
+#endif
   for (; vectors >= 4; vectors -= 4, b += 4 * W, c += 4 * W) {
     product_rows<4>(a, a_row, b, b_row, c, c_row, rows, depth, keep);
   }
@@ -212,23 +275,71 @@ void product_of(const float* a, int64_t a_row, const float* b, int64_t b_row, fl
   }
 }
 
+#if defined(__aarch64__)
+// Adds two vectors of H rows of q times those of 4 keys; if `Fresh`, to 0.
+template <int H, int Offset, bool Fresh>
+INLINE void add_pair(const float* q, int64_t q_row, const float* k, int64_t k_row, Vector* sum) {
+  Vector low[H], high[H];
+#pragma GCC unroll 4
+  for (int h = 0; h < H; ++h) load_pair<Offset>(q + h * q_row, low[h], high[h]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    Vector first, second;
+    load_pair<Offset>(k + i * k_row, first, second);
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) {
+      Vector& to = sum[h * 4 + i];
+      to = Fresh ? first * low[h] : to + first * low[h];
+      to += second * high[h];
+    }
+  }
+}
+
+// Adds the products of H rows of q with 4 keys.
+template <int H, bool Fresh, int... Pair>
+INLINE void add_pairs(const float* q, int64_t q_row, const float* k, int64_t k_row, Vector* sum,
+                      std::integer_sequence<int, Pair...>) {
+  (add_pair<H, 2 * Pair, Fresh && Pair == 0>(q, q_row, k, k_row, sum), ...);
+}
+#endif
+
+// part[h * 4 + i] = q[h] k[i] of 4 keys, lane by lane. If not 0, `Width` is the width.
+template <int H, int Width>
+INLINE void dot_parts(const float* q, const float* k, int64_t k_row, int64_t width, Vector* part) {
+#if defined(__aarch64__)
+  if constexpr (Width != 0) {
+    using Pairs = std::make_integer_sequence<int, Width / (2 * W)>;
+    return add_pairs<H, true>(q, Width, k, k_row, part, Pairs());
+  }
+#endif
+#pragma GCC unroll 16
+  for (int i = 0; i < 4 * H; ++i) part[i] = Vector{};
+#if defined(__aarch64__)
+  using Pairs = std::make_integer_sequence<int, kUnroll / 2>;
+  for (int64_t j = 0; j < width; j += kUnit) {
+    add_pairs<H, false>(q + j, width, k + j, k_row, part, Pairs());
+  }
+#else
+  for (int64_t j = 0; j < width; j += kUnit) {
+#pragma GCC unroll 64
+    for (int i = 0; i < 4 * H * kUnroll; ++i) {
+      const int64_t at = j + i / (4 * H) * W;
+      const int key = i % 4, head = i / 4 % H;
+      part[head * 4 + key] += load(k + key * k_row + at) * load(q + head * width + at);
+    }
+  }
+#endif
+}
+
 // scores[h * kBlock, W] = q [H, width] of W keys, each a row of its own.
-template <int H>
+template <int H, int Width>
 INLINE void dot_products(const float* q, const float* k, int64_t k_row, int64_t width,
                          float* scores) {
   Vector sum[W * H];
 #pragma GCC unroll 4
   for (int first = 0; first < W; first += 4) {
     Vector part[4 * H];
-#pragma GCC unroll 16
-    for (int i = 0; i < 4 * H; ++i) part[i] = Vector{};
-    const float* keys = k + first * k_row;
-    for (int64_t j = 0; j < width; j += W) {
-#pragma GCC unroll 16
-      for (int i = 0; i < 4 * H; ++i) {
-        part[i] += load(keys + i % 4 * k_row + j) * load(q + i / 4 * width + j);
-      }
-    }
+    dot_parts<H, Width>(q, k + first * k_row, k_row, width, part);
 #pragma GCC unroll 16
     for (int i = 0; i < 4 * H; ++i) sum[i / 4 * W + first + i % 4] = part[i];
   }
@@ -236,17 +347,33 @@ INLINE void dot_products(const float* q, const float* k, int64_t k_row, int64_t 
   for (int h = 0; h < H; ++h) store(scores + h * kBlock, sums_of(sum + h * W));
 }
 
-// Scores of all rows with W keys.
-INLINE void score_keys(const float* q, int64_t rows, const float* k, int64_t k_row, int64_t width,
-                       float* scores) {
+// Scores of `count` keys, a multiple of W, with H rows, or with all rows.
+template <int H>
+void score_rows(const float* q, const float* k, int64_t k_row, int64_t count, int64_t width,
+                float* scores) {
+  // The width of nearly all models has code of its own where there are registers enough.
+  constexpr int kUsual = W == 4 && kDotHeads > 1 ? 64 : 0;
+  if (kUsual != 0 && width == kUsual) {
+    for (int64_t i = 0; i < count; i += W) {
+      dot_products<H, kUsual>(q, k + i * k_row, k_row, width, scores + i);
+    }
+  } else {
+    for (int64_t i = 0; i < count; i += W) {
+      dot_products<H, 0>(q, k + i * k_row, k_row, width, scores + i);
+    }
+  }
+}
+
+void score_keys(const float* q, int64_t rows, const float* k, int64_t k_row, int64_t count,
+                int64_t width, float* scores) {
   constexpr int H = kDotHeads;
   for (; rows >= H; rows -= H, q += H * width, scores += H * kBlock) {
-    dot_products<H>(q, k, k_row, width, scores);
+    score_rows<H>(q, k, k_row, count, width, scores);
   }
   switch (rows) {
-    case 3: return dot_products<H < 3 ? H : 3>(q, k, k_row, width, scores);
-    case 2: return dot_products<H < 2 ? H : 2>(q, k, k_row, width, scores);
-    case 1: return dot_products<1>(q, k, k_row, width, scores);
+    case 3: return score_rows<H < 3 ? H : 3>(q, k, k_row, count, width, scores);
+    case 2: return score_rows<H < 2 ? H : 2>(q, k, k_row, count, width, scores);
+    case 1: return score_rows<1>(q, k, k_row, count, width, scores);
   }
 }
 
@@ -272,7 +399,7 @@ INLINE Scratch parts_of(float* memory, int64_t padded) {
 }
 
 int64_t scratch_of(int64_t width) {
-  const int64_t padded = round_up(width, W);
+  const int64_t padded = round_up(width, kUnit);
   return (2 * kMostRows + 2 * kBlock + W) * padded + kScoreRows * kBlock + 3 * kMostRows;
 }
 
@@ -322,22 +449,22 @@ void pack_keys(const Attention& call, int64_t head, int64_t n, int64_t count, in
   }
 }
 
-// Scores of rows with the keys of a block that lie in rows: W of them at a time, the last ones
-// from a padded copy.
+// Scores with the keys of a block, which lie in rows: W of them at a time, the last ones from a
+// copy that has W.
 void score_block(const float* q, int64_t rows, const float* k, int64_t k_row, int64_t count,
                  int64_t padded, float* copy, float* scores) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) score_keys(q, rows, k + i * k_row, k_row, padded, scores + i);
+  const int64_t i = count / W * W;
+  score_keys(q, rows, k, k_row, i, padded, scores);
   if (i == count) return;
   for (int64_t j = 0; j < W; ++j) {
     const float* from = k + least(i + j, count - 1) * k_row;
     for (int64_t d = 0; d < padded; d += W) store(copy + j * padded + d, load(from + d));
   }
-  score_keys(q, rows, copy, padded, padded, scores + i);
+  score_keys(q, rows, copy, padded, W, padded, scores + i);
 }
 
 void attend(const Attention& call, int64_t head, int64_t first, int64_t count, float* memory) {
-  const int64_t width = call.width, padded = round_up(width, W), vectors = padded / W;
+  const int64_t width = call.width, padded = round_up(width, kUnit), vectors = padded / W;
   const Scratch s = parts_of(memory, padded);
   const int64_t last_query = (first + count - 1) / call.group;
   const int64_t keys = call.causal ? least(call.keys, call.start + last_query + 1) : call.keys;

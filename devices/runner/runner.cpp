@@ -7,6 +7,8 @@
 // as `attention: portable` of a recipe makes it. devices/runner/README.md lists the options and
 // the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
 
+#include "argmax.h"
+
 #include <executorch/devtools/etdump/etdump_flatcc.h>
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
@@ -27,6 +29,7 @@
 
 #include "loader.h"
 #include "packed_cache.h"
+#include "speculative.h"
 
 // The wheel ships this library without its header.
 namespace executorch::extension::threadpool {
@@ -62,7 +65,7 @@ class Options {
     static const char* known[] = {
         "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
         "sustained-steps", "generate", "prompt-length", "logits", "trace", "load",
-        "packed-cache"};
+        "packed-cache", "unfilled", "draft", "draft-tokens"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
       const bool named = key.rfind("--", 0) == 0 &&
@@ -182,14 +185,18 @@ class Model {
     check(meta.error(), path);
     memory_ = std::make_unique<mobilellm::PlannedMemory>(meta.get());
     if (!memory_->allocator()) fail(kCannotLoad, "no memory for the program's plan");
+    rows_ = rows_of(meta.get());
     check(module_->load_method("forward", memory_->allocator()), path);
     if (file_) file_->cut_constants();
     context_ = constant("get_max_context_len");
     vocab_ = constant("get_vocab_size");
+    longest_ = std::max<int64_t>(1, constant("get_max_seq_len"));
   }
 
   int64_t context() const { return context_; }
   int64_t vocab() const { return vocab_; }
+  // The most rows of logits that a step gives: those of its last positions.
+  int64_t rows() const { return rows_; }
 
   // Reads tokens[0, count) at position `start`; the likeliest next token. The logits stay valid
   // until the next step.
@@ -204,17 +211,24 @@ class Model {
     if (!outputs.ok()) {
       fail(kFailed, "ExecuTorch: error " + std::to_string(static_cast<int>(outputs.error())));
     }
-    logits_ = outputs->at(0).toTensor().const_data_ptr<float>();
+    const auto& logits = outputs->at(0).toTensor();
+    logits_ = logits.const_data_ptr<float>() + logits.numel() - vocab_;
     looked_up_ += count;
     if (file_ && looked_up_ >= kTokensPerRelease) {
       file_->release_constants();
       looked_up_ = 0;
     }
-    return std::max_element(logits_, logits_ + vocab_) - logits_;
+    return likeliest(0);
   }
 
-  // The same in pieces of at most `chunk` tokens.
+  // The likeliest token after the last position of the last step, or so many positions `before` it.
+  int64_t likeliest(int64_t before) const {
+    return mobilellm::argmax(logits_ - before * vocab_, vocab_);
+  }
+
+  // The same in pieces of at most `chunk` tokens, and of no more than the program takes.
   int64_t read(const int64_t* tokens, int64_t count, int64_t start, int64_t chunk) {
+    chunk = std::min(chunk, longest_);
     int64_t token = 0;
     for (int64_t done = 0; done < count; done += chunk) {
       token = step(tokens + done, std::min(chunk, count - done), start + done);
@@ -222,9 +236,16 @@ class Model {
     return token;
   }
 
+  // Of the last position.
   const float* logits() const { return logits_; }
 
  private:
+  // Logits are [1, vocab] or [1, rows, vocab].
+  static int64_t rows_of(const executorch::runtime::MethodMeta& meta) {
+    const auto output = meta.output_tensor_meta(0);
+    return output.ok() && output->sizes().size() == 3 ? output->sizes()[1] : 1;
+  }
+
   static void check(Error error, const std::string& path) {
     if (error == Error::Ok) return;
     fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
@@ -242,7 +263,7 @@ class Model {
   std::unique_ptr<Module> module_;
   // The module's own, null where the program is read.
   const mobilellm::MappedFile* file_ = nullptr;
-  int64_t context_ = 0, vocab_ = 0, looked_up_ = 0;
+  int64_t context_ = 0, vocab_ = 0, longest_ = 0, rows_ = 1, looked_up_ = 0;
   const float* logits_ = nullptr;
 };
 
@@ -278,14 +299,16 @@ void measure_prefill(Model& model, const std::vector<int64_t>& tokens, int64_t l
   print_phase("prefill", "\"tokens\":" + std::to_string(length) + ",", {took});
 }
 
-// Fills the cache up to each depth, in ascending order, and times every step from there.
+// Fills the cache up to each depth, in ascending order, and times every step from there. An
+// `unfilled` cache is left as it is, zeros: a step then executes the same, which is counted
+// without the hours that filling takes under emulation.
 void measure_decode(Model& model, const std::vector<int64_t>& tokens,
-                    std::vector<int64_t> depths, int64_t steps, int64_t chunk) {
+                    std::vector<int64_t> depths, int64_t steps, int64_t chunk, bool unfilled) {
   std::sort(depths.begin(), depths.end());
   int64_t filled = 0;
   for (const int64_t depth : depths) {
     const auto text = text_of(tokens, depth + 1);
-    if (filled < depth) model.read(text.data() + filled, depth - filled, filled, chunk);
+    if (filled < depth && !unfilled) model.read(text.data() + filled, depth - filled, filled, chunk);
     filled = depth;
     std::vector<double> ms;
     int64_t token = text[depth];
@@ -322,7 +345,7 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   int64_t position = 0, token = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double started = now_ms();
-    token = i ? model.step(&token, 1, position) : model.step(prompt.data(), prompt.size(), 0);
+    token = i ? model.step(&token, 1, position) : model.read(prompt.data(), prompt.size(), 0, prompt.size());
     ms.push_back(now_ms() - started);
     position += i ? 1 : prompt.size();
     list += (i ? "," : "") + std::to_string(token);
@@ -333,6 +356,47 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   }
   if (file && std::fclose(file)) fail(kFailed, logits_path + ": cannot be written");
   print_phase("generate", "\"tokens\":[" + list + "],", ms);
+}
+
+mobilellm::Reader reader_of(Model& model, int64_t chunk) {
+  return [&model, chunk](const int64_t* tokens, int64_t count, int64_t start, int64_t rows) {
+    mobilellm::Tokens likeliest(rows);
+    likeliest[rows - 1] = model.read(tokens, count, start, std::max(chunk, rows));
+    for (int64_t i = 0; i + 1 < rows; ++i) likeliest[i] = model.likeliest(rows - 1 - i);
+    return likeliest;
+  };
+}
+
+// The same greedy tokens, which a draft proposes: a smaller program, or `lookup`. `ms` has one value
+// for each call of the model, of which `draft_ms` was the draft's.
+void generate_with_draft(Model& model, const std::vector<int64_t>& prompt, int64_t count,
+                         const std::string& draft, int64_t most, int64_t chunk,
+                         bool mapped) {
+  if (most < 1) fail(kBadUsage, "--draft-tokens: give 1 or more");
+  if (most >= model.rows()) {
+    fail(kBadUsage, "--draft-tokens " + std::to_string(most) + ": the program gives the logits of " +
+             std::to_string(model.rows()) + " positions; lower it with logits=" +
+             std::to_string(most + 1));
+  }
+  std::unique_ptr<Model> small;
+  if (draft != "lookup") {
+    small = std::make_unique<Model>(draft, mapped, nullptr, nullptr);
+    if (small->vocab() != model.vocab()) {
+      fail(kBadUsage, draft + ": has " + std::to_string(small->vocab()) + " tokens, the model " +
+               std::to_string(model.vocab()));
+    }
+  }
+  const auto made = mobilellm::speculate(
+      prompt, count, most, model.context(), reader_of(model, prompt.size()),
+      small ? mobilellm::draft_model(reader_of(*small, chunk), small->context())
+            : mobilellm::draft_lookup());
+  std::string list;
+  for (const int64_t token : made.tokens) list += (list.empty() ? "" : ",") + std::to_string(token);
+  print_phase("generate",
+              "\"tokens\":[" + list + "],\"drafted\":" + std::to_string(made.drafted) +
+                  ",\"accepted\":" + std::to_string(made.accepted) + ",\"calls\":" +
+                  std::to_string(made.ms.size()) + ",\"draft_ms\":" + list_json(made.draft_ms) + ",",
+              made.ms);
 }
 
 void write_etdump(executorch::etdump::ETDumpGen& tracer, const std::string& path) {
@@ -370,7 +434,8 @@ int main(int argc, char** argv) {
                                                       options.text("model"));
     if (!packed->problem().empty()) fail(kCannotLoad, packed->problem());
   }
-  Model model(options.text("model"), load == "mmap", packed.get(), std::move(tracer));
+  const bool mapped = load == "mmap";
+  Model model(options.text("model"), mapped, packed.get(), std::move(tracer));
   if (packed) packed->publish();
   if (packed && !packed->problem().empty()) fail(kCannotLoad, packed->problem());
   const double took = now_ms() - started;
@@ -395,7 +460,8 @@ int main(int argc, char** argv) {
   for (const int64_t length : options.numbers("prompts")) {
     measure_prefill(model, tokens, length, chunk);
   }
-  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk);
+  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk,
+                 options.number("unfilled", 0) != 0);
   const int64_t seconds = options.number("sustained", 0);
   const int64_t sustained = options.number("sustained-steps", 0);
   if (seconds || sustained) {
@@ -403,8 +469,14 @@ int main(int argc, char** argv) {
   }
   if (const int64_t count = options.number("generate", 0)) {
     const int64_t length = options.number("prompt-length", tokens.size());
-    generate(model, text_of(tokens, length), count,
-             options.has("logits") ? options.text("logits") : "");
+    const auto prompt = text_of(tokens, length);
+    if (options.has("draft")) {
+      if (options.has("logits")) fail(kBadUsage, "--logits: not with --draft");
+      generate_with_draft(model, prompt, count, options.text("draft"),
+                          options.number("draft-tokens", 4), chunk, mapped);
+    } else {
+      generate(model, prompt, count, options.has("logits") ? options.text("logits") : "");
+    }
   }
   if (dump) write_etdump(*dump, options.text("trace"));
   std::printf("{\"phase\":\"end\"}\n");

@@ -27,6 +27,8 @@ from exporter.model.decoder import (
 from exporter.model.rope import rope_tables
 from exporter.quantization.activations import CacheRounding, Rounding, Roundings
 
+#: The most positions whose attention scores are in memory at once.
+_CHUNK = 512
 #: ``observe(module, which, values)``: called with values that a module reads or computes.
 Observe = Callable[[str, str, Tensor], None]
 
@@ -167,16 +169,19 @@ def _show(module: nn.Module, prefix: str, observe: Observe) -> list[RemovableHan
 
 
 def _show_attention(observe: Observe) -> Attend:
-    """Causal attention that calls `observe` with keys, values and scores.
+    """Causal attention that calls `observe` with keys, values and, part by part, scores.
 
     The scores include the masked ones, since a runtime computes them too.
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / q.shape[-1] ** 0.5
-        for which, values in (("keys", k), ("values", v), ("scores", scores)):
-            observe(f"model.layers.{layer}.self_attn", which, values)
+        name, group = f"model.layers.{layer}.self_attn", q.shape[2] // k.shape[2]
+        keys = k.repeat_interleave(group, 2)
+        observe(name, "keys", k)
+        observe(name, "values", v)
+        for some in q.split(_CHUNK, 1):
+            scores = torch.einsum("bqhd,bkhd->bhqk", some, keys) / q.shape[-1] ** 0.5
+            observe(name, "scores", scores)
         return attend_causal(layer, q, k, v)
 
     return attend

@@ -45,13 +45,14 @@ def round_heads_to_int8(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     return round_rows_to_int8(q), round_rows_to_int8(k), round_rows_to_int8(v)
 
 
-def round_prompt_to_int8(x: Tensor, prompt: int) -> Tensor:
+def round_prompt_to_int8(x: Tensor, prompt: int, chunk: int) -> Tensor:
     """Round x [..., seq, features] as ONNX Runtime's DynamicQuantizeLinear does, one scale a call.
 
-    The first `prompt` rows are one call (prefill), each later row is one (decode).
+    A call reads up to `chunk` of the first `prompt` rows (prefill), or one later row (decode).
     """
     first, rest = x[..., :prompt, :], x[..., prompt:, :]
-    return torch.cat((_round_over(first, (-2, -1)), _round_over(rest, (-1,))), -2)
+    calls = [_round_over(rows, (-2, -1)) for rows in first.split(chunk, -2)]
+    return torch.cat((*calls, _round_over(rest, (-1,))), -2)
 
 
 #: The largest finite float16 number.

@@ -68,19 +68,17 @@ def node_of(graph: dict[str, Any], kind: str) -> dict[str, Any]:
     return node
 
 
-def zero_the_rope_table(parts: Parts) -> None:
-    """From position 16 on."""
+def zero_a_rope_frequency(parts: Parts) -> None:
+    """The last one, which turns by 8 degrees from the first to the last position."""
     constants = bytearray(parts.segments[0])
-    tables = [
+    frequencies = [
         value.val
         for value in parts.plan().values
-        if isinstance(value.val, Tensor)
-        and value.val.data_buffer_idx
-        and value.val.sizes == [CONTEXT, 32]
+        if isinstance(value.val, Tensor) and value.val.data_buffer_idx and value.val.sizes == [16]
     ]
-    assert len(tables) == 2
-    start = parts.program.constant_segment.offsets[tables[0].data_buffer_idx]
-    constants[start + 16 * 32 * 4 : start + CONTEXT * 32 * 4] = bytes((CONTEXT - 16) * 32 * 4)
+    assert len(frequencies) == 1
+    start = parts.program.constant_segment.offsets[frequencies[0].data_buffer_idx]
+    constants[start + 15 * 4 : start + 16 * 4] = bytes(4)
     parts.segments[0] = bytes(constants)
 
 
@@ -165,7 +163,10 @@ def rename_filter(graph: dict[str, Any]) -> None:
 
 
 TAMPERINGS: dict[str, tuple[Change, str]] = {
-    "RoPE table": (zero_the_rope_table, "(RoPE table).Tensor.content: "),
+    "RoPE": (
+        zero_a_rope_frequency,
+        "(RoPE frequencies).Tensor.content: 1 of 16 values differ, first at [15]: 0.0, not ",
+    ),
     "epsilon": (double_epsilon, "norm.eps.data: 1 of 1 values differ, first at [0]: 2e-05, not "),
     "segments": (exchange_segments, "model.layers.0.self_attn.k_proj.weight.data: "),
     "argument": (change_argument, "(llama::custom_sdpa::out).KernelCall.args: 1 of 10 values "),

@@ -50,12 +50,13 @@ class Driver:
 
     def run(self, calls: Sequence[tuple[Sequence[Argument], Array]]) -> list[tuple[int, Array]]:
         """The error code and the result of each call, whose last argument is shaped like it."""
-        given = b""
+        given = list[bytes]()
         for arguments, result in calls:
-            empty = encoded(result)[: (3 + result.ndim) * 8]
-            given += struct.pack("<q", len(arguments) + 1)
-            given += b"".join(map(encoded, arguments)) + empty
-        done = subprocess.run(self.command, input=given, capture_output=True, check=False)
+            given += [struct.pack("<q", len(arguments) + 1), *map(encoded, arguments)]
+            given.append(encoded(result)[: (3 + result.ndim) * 8])
+        done = subprocess.run(
+            self.command, input=b"".join(given), capture_output=True, check=False
+        )
         assert done.returncode == 0, done.stderr.decode()
         answers, at = [], 0
         for arguments, result in calls:
@@ -140,7 +141,7 @@ def random_case(random: np.random.Generator) -> Case:
     else:
         k[:, start + queries :] = v[:, start + queries :] = np.nan
     causal = not masked and bool(random.random() < 0.85)
-    scale = None if random.random() < 0.8 else float(random.uniform(-0.2, 0.4))
+    scale = None if random.random() < 0.8 else float(random.uniform(-1, 2)) * width**-0.5
     return Case(q, k, v, start, mask, causal, scale)
 
 

@@ -33,6 +33,8 @@ EXTRA, TOOLKIT = "executorch", ("executorch", "torchao")
 RUNTIME_EXTRA, RUNTIME = EXTRA, TOOLKIT
 FILE_NAME = "model.pte"
 FILES = (FILE_NAME,)
+#: Each row of logits takes 4 bytes for each token of the vocabulary, in every runner.
+MOST_LOGITS = 64
 SUFFIX = ""
 #: Tokens that a call reads unless the target says otherwise.
 LONGEST_CALL = 512
@@ -44,9 +46,10 @@ class Target(backends.Target):
     XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners have;
     ``portable`` runs in any runner. ``kv_cache: int8``, for ``custom_sdpa`` only, keeps keys and
     values in int8, with a scale and a zero point per token and head. A call reads at most `prefill`
-    tokens, for which the program plans its memory; runners read longer prompts in several calls.
-    Core ML: the delegate computes attention, the Neural Engine needs `activations: float16`, and
-    prompts are read token by token (the target `coreml` reads them in chunks).
+    tokens, for which the program plans its memory; runners read longer prompts in several calls. It
+    gives the `logits` of its last so many positions: a speculative pair needs more than one. Core
+    ML: the delegate computes attention, the Neural Engine needs `activations: float16`, and prompts
+    are read token by token (the target `coreml` reads them in chunks).
     """
 
     by_default: ClassVar[bool] = True
@@ -56,6 +59,7 @@ class Target(backends.Target):
     attention: Literal["custom_sdpa", "portable"] = "custom_sdpa"
     activations: Literal["float32", "float16"] = "float32"
     kv_cache: Literal["float", "int8"] = "float"
+    logits: int = 1
     prefill: Context = LONGEST_CALL
 
 
@@ -95,6 +99,8 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
                 f"{target.prefill} is an option of XNNPACK; the Core ML delegate reads one token",
                 "Leave it out",
             )
+        if target.logits != 1:
+            raise InputError("logits", "more than one needs the delegate xnnpack", "Leave it out")
         backend("coreml")
         coreml.check_cache(config, target)
         check_stored(config, schemes, stored_by_coreml)
@@ -104,6 +110,10 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             "activations",
             f"XNNPACK's are float32 and int8, not {target.activations}",
             "Leave it out, or set delegate to coreml",
+        )
+    if not 1 <= target.logits <= MOST_LOGITS:
+        raise InputError(
+            "logits", f"{target.logits} is not within 1..{MOST_LOGITS}", "1 is enough to generate"
         )
     check_stored(config, schemes, partial(stores, config=config))
 

@@ -4,7 +4,7 @@ A form has the buffers of a layer's cache, the operators that update it, and wha
 call receives. `attention_form` chooses it by the options of the target.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,9 @@ from torch.ao.quantization.fx import _decomposed as _quantize_operators  # noqa:
 
 from exporter.backends.executorch import Target
 from exporter.model.config import ModelConfig
+
+#: ``last(x, dim)``: the positions of x along `dim` whose logits a call gives.
+Last = Callable[[Tensor, int], Tensor]
 
 #: Added to the attention score of a masked position.
 _MASKED_SCORE = -1e9
@@ -47,8 +50,8 @@ class AttentionForm(Protocol):
         q [1, seq, heads, head_dim], k and v [1, seq, kv_heads, head_dim].
         """
 
-    def last_token(self, attended: list[Tensor]) -> list[Tensor]:
-        """The result of `attend` for the last position only."""
+    def last_token(self, attended: list[Tensor], last: Last) -> list[Tensor]:
+        """The result of `attend` for the last position or positions only."""
 
 
 def attention_form(config: ModelConfig, target: Target) -> AttentionForm:
@@ -85,8 +88,8 @@ class CustomAttention:
         ops.update_cache(v, cache["values"], step.position)
         return [ops.custom_sdpa(q, cache["keys"], cache["values"], step.position, None, 0.0, True)]
 
-    def last_token(self, attended: list[Tensor]) -> list[Tensor]:
-        return [attended[0][:, -1:]]
+    def last_token(self, attended: list[Tensor], last: Last) -> list[Tensor]:
+        return [last(attended[0], 1)]
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,8 @@ class Int8Attention:
         )
         return [attended]
 
-    def last_token(self, attended: list[Tensor]) -> list[Tensor]:
-        return [attended[0][:, -1:]]
+    def last_token(self, attended: list[Tensor], last: Last) -> list[Tensor]:
+        return [last(attended[0], 1)]
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,6 +188,6 @@ class PortableAttention:
             torch.ops.aten.index_put_(cache[name], (None, step.positions), new[0].transpose(0, 1))
         return [q, cache["keys"], cache["values"], step.mask]
 
-    def last_token(self, attended: list[Tensor]) -> list[Tensor]:
+    def last_token(self, attended: list[Tensor], last: Last) -> list[Tensor]:
         q, keys, values, mask = attended
-        return [q[:, -1:], keys, values, mask[:, :, -1:]]
+        return [last(q, 1), keys, values, last(mask, 2)]

@@ -17,7 +17,7 @@ from executorch.exir.passes import _quant_patterns_and_replacements as _patterns
 from torch import Tensor, nn
 
 from exporter.backends.executorch import Target, longest_call
-from exporter.backends.executorch.attention import Step, attention_form
+from exporter.backends.executorch.attention import Last, Step, attention_form
 from exporter.backends.executorch.graph import stored_scales
 from exporter.backends.executorch.schemes import TABLE
 from exporter.backends.executorch.segments import Segment, Segments
@@ -31,7 +31,7 @@ _TABLE_TYPES = {4: torch.uint8, 8: torch.int8}
 
 _library = torch.library.Library("mobilellm", "DEF")
 _library.define(
-    "segment(Tensor[] inputs, int hidden_states, int[] heads, int head_dim, int vocab_size, "
+    "segment(Tensor[] inputs, int hidden_states, int[] heads, int head_dim, int[] logits, "
     "int index) -> Tensor[]"
 )
 _SEGMENT = "mobilellm::segment"
@@ -43,20 +43,32 @@ def _segment(
     hidden_states: int,
     heads: Sequence[int],
     head_dim: int,
-    vocab_size: int,
+    logits: Sequence[int],
     index: int,
 ) -> Any:
     """The shapes of a segment's outputs.
 
     They are `hidden_states` tensors shaped like its first input, one tensor [1, seq, count,
-    head_dim] for each count in `heads`, and logits unless `vocab_size` is 0.
+    head_dim] for each count in `heads`, and logits of the size `logits`, in which -1 is seq,
+    unless that is empty.
     """
     x = inputs[0]
     return [
         *(torch.empty_like(x) for _ in range(hidden_states)),
         *(x.new_empty(1, x.shape[1], count, head_dim) for count in heads),
-        *([x.new_empty(1, vocab_size)] if vocab_size else []),
+        *([x.new_empty(*(x.shape[1] if n == -1 else n for n in logits))] if logits else []),
     ]
+
+
+def rope_rows(positions: Tensor, frequencies: Tensor) -> list[Tensor]:
+    """What `Segments` multiplies a head and its exchanged halves by, each [1, seq, 1, head_dim] for
+    positions [seq]. Angles are computed as in `rope_tables`; a table would be 8 bytes for each
+    number of a head and each position of the context.
+    """
+    angles = positions.to(torch.float32)[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    rows = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
+    return [row[None, :, None] for row in rows]
 
 
 class Program(nn.Module):
@@ -70,7 +82,7 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.context, self.segments = quantized.config, target.max_context, segments
-        self.longest_call = longest_call(target)
+        self.longest_call, self.logits = longest_call(target), target.logits
         self.attention = attention_form(self.config, target)
         self._add_embedding(quantized)
         self.register_buffer("frequencies", rope_frequencies(self.config))
@@ -81,14 +93,18 @@ class Program(nn.Module):
                 self.register_buffer(f"{name}_{layer}", buffer)
 
     def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
-        """tokens [1, seq] from position start [1] on to the last token's logits [1, vocab_size]."""
+        """tokens [1, seq] from position start [1] on to the last token's logits [1, vocab_size].
+
+        If the target's `logits` is not 1: [1, min(seq, logits), vocab_size].
+        """
         length = tokens.shape[1]
         position = start[0].item()
         torch._check(position >= 0)
         torch._check(position + length <= self.context)
         positions = start + torch.arange(length)
-        rows = self._rope_rows(positions)
+        rows = rope_rows(positions, self.get_buffer("frequencies"))
         step = Step(position, positions, self.attention.mask(positions))
+        last = self._last_positions(length)
         values = {self.segments.embedded: self._embed(tokens)}
         results = list[Tensor]()
         for segment in self.segments.segments:
@@ -97,8 +113,8 @@ class Program(nn.Module):
                 q, k, v = results
                 attention = self.attention.attend(self._cache(segment.index - 1), q, k, v, step)
             if segment.last_token:
-                carried = [x[:, -1:] for x in carried]
-                attention = self.attention.last_token(attention)
+                carried = [last(x, 1) for x in carried]
+                attention = self.attention.last_token(attention, last)
             kept, results = self._call(
                 segment, [*carried, *attention, *(rows if segment.rotates else [])]
             )
@@ -106,29 +122,33 @@ class Program(nn.Module):
         [logits] = results
         return logits
 
+    def _last_positions(self, length: Any) -> Last:
+        """The last of `length` positions, as many as have logits."""
+        if self.logits == 1:
+            return lambda x, dim: x[(slice(None),) * dim + (slice(-1, None),)]
+        # The smaller of two numbers as the value of a tensor: torch.export cannot prove for
+        # sym_min(length, logits) that it is at most the length.
+        rows = torch.full((1,), length).clamp(max=self.logits).item()
+        torch._check(rows >= 1)
+        torch._check(rows <= self.logits)
+        torch._check(rows <= length)
+        return lambda x, dim: x.narrow(dim, length - rows, rows)  # type: ignore[arg-type]
+
     def _call(self, segment: Segment, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Call a segment. Returns the hidden states for later segments, and its other results."""
         config, count = self.config, len(segment.kept)
         kv_heads = config.num_key_value_heads
         heads = [config.num_attention_heads, kv_heads, kv_heads]
+        logits = [1, config.vocab_size] if self.logits == 1 else [1, -1, config.vocab_size]
         outputs = torch.ops.mobilellm.segment(
             inputs,
             count,
             heads if segment.queries_keys_values else [],
             config.head_dim,
-            config.vocab_size if segment.logits else 0,
+            logits if segment.logits else [],
             segment.index,
         )
         return outputs[:count], outputs[count:]
-
-    def _rope_rows(self, positions: Tensor) -> list[Tensor]:
-        """What `Segments` multiplies a head and its exchanged halves by, each [1, seq, 1, head_dim]
-        for positions [seq]. Angles are computed as in `rope_tables`, and take no bytes of the file.
-        """
-        angles = positions.to(torch.float32)[:, None] * self.get_buffer("frequencies")
-        cos, sin = angles.cos(), angles.sin()
-        rows = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
-        return [row[None, :, None] for row in rows]
 
     def _cache(self, layer: int) -> dict[str, Tensor]:
         """The buffers of a layer's cache by their names in `AttentionForm.buffers`."""

@@ -46,7 +46,7 @@ class Segment:
 
     Inputs are the hidden states `carried` over from earlier segments [1, seq, hidden_size], the
     result of the attention before it (`attended`), and the rows of RoPE if it `rotates`. With
-    `last_token`, they have only the last position. Outputs are the hidden states `kept` for later
+    `last_token`, they have only the positions whose logits a call gives. Outputs are the hidden states `kept` for later
     segments, and then the `queries_keys_values` of the next attention or the `logits`.
     """
 
@@ -67,7 +67,7 @@ class Segments:
     def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self.config, self.context = quantized, quantized.config, target.max_context
         self.orders = row_orders(quantized.config)
-        self.portable = target.attention == "portable"
+        self.portable, self.logits = target.attention == "portable", target.logits
         self.named_data = NamedDataStore()
         self.segments = [Segment(0)]
         self.embedded = Value(-1)
@@ -176,15 +176,16 @@ class Segments:
 
     def _output_layer(self, g: XnnpackGraph, x: int, weight: str) -> int:
         config, stored = self.config, self.quantized.read(weight)
+        rows = (1,) if self.logits == 1 else (1, INFERRED)
         tied = weight == EMBEDDING
         if tied and isinstance(stored, QuantizedTensor) and stored.scheme.bits == 4:
             # The embedding kernel and XNNPACK read nibbles in opposite order. If adjacent columns
             # of the filter are swapped, both read the same bytes, and these are stored once.
             swap = g.constant("output.exchange", torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-            x = g.linear(g.reshape(x, 1, 1, config.hidden_size // 2, 2), swap)
+            x = g.linear(g.reshape(x, 1, rows[-1], config.hidden_size // 2, 2), swap)
             stored = QuantizedTensor(exchange_columns(stored.codes), stored.scales, stored.scheme)
         # Not the logits are reshaped: these are many times as many, and XNNPACK would copy them.
-        x = g.reshape(x, 1, config.hidden_size)
+        x = g.reshape(x, *rows, config.hidden_size)
         return self._products(g, x, {weight: stored})[0]
 
     def _multiply_by(self, g: XnnpackGraph, x: int, names: Sequence[str]) -> list[int]:

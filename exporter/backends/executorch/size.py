@@ -52,4 +52,4 @@ def _activation_bytes(config: ModelConfig, target: Target) -> int:
     """Planned memory between two graphs: residual in and out, q and attention, k, v, RoPE."""
     heads = config.num_attention_heads + config.num_key_value_heads + 1
     width = 2 * config.hidden_size + 2 * heads * config.head_dim
-    return 4 * longest_call(target) * width
+    return 4 * (longest_call(target) * width + target.logits * config.vocab_size)
