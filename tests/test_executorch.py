@@ -252,6 +252,18 @@ def test_between_two_attentions_there_is_one_delegate_call(attention: str, lower
     assert {delegate.id for delegate in plan.delegates} == {"XnnpackBackend"}
 
 
+def test_the_output_layer_is_loaded_before_all_others(lower: Lower) -> None:
+    """XNNPACK holds a weight twice while it packs it, and the output layer's is the largest."""
+    _, lowered = lower()
+    plan = next(p for p in program_of(lowered).execution_plan if p.name == "forward")
+    calls = [
+        i.instr_args.delegate_index
+        for i in plan.chains[0].instructions
+        if type(i.instr_args).__name__ == "DelegateCall"
+    ]
+    assert calls == [*range(1, len(calls)), 0]
+
+
 @pytest.mark.parametrize("embedding", ["int4-g32", "int4-g64", "int4", "int8"])
 def test_the_tied_embedding_is_in_the_file_once(embedding: str, lower: Lower) -> None:
     quantized, lowered = lower(embedding=embedding)
