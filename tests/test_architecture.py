@@ -460,6 +460,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("weights", ["artifact", "quantized"]),
         ("differences", ["found", "expected"]),
         ("rounding", ["schemes", "target", "prompt"]),
+        ("cache_rounding", ["target"]),
         ("largest_activation", ["target", "which"]),
         ("cross_checks", ["artifact"]),
         ("predict", ["config", "schemes", "target"]),

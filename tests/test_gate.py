@@ -219,7 +219,11 @@ def test_a_limit_near_the_median_says_that_another_profile_may_decide_otherwise(
             "mobilellm profile BUNDLE --target onnx --device Pixel 8 prompt_lengths=[64]",
         ),
         (on_device("undelegated", 0), "mobilellm profile BUNDLE --target onnx --device Pixel 8"),
-        (on_cpu("decode", {16: "1 M"}), "mobilellm count BUNDLE --target executorch --cpu cortex"),
+        (
+            on_cpu("decode", {16: "1 M"}),
+            "mobilellm profile BUNDLE --target executorch --device count:cortex-a76 "
+            "prompt_lengths=[] depths=[16]",
+        ),
         (
             {"quantized": {"quality": {"a.txt": {"perplexity": 1}}}},
             "mobilellm evaluate BUNDLE/quantized --data a.txt",

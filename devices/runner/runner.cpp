@@ -7,11 +7,12 @@
 // as `attention: portable` of a recipe makes it. devices/runner/README.md lists the options and
 // the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
 
+#include "argmax.h"
+
 #include <executorch/devtools/etdump/etdump_flatcc.h>
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
-
-#include <sys/mman.h>
+#include <executorch/runtime/backend/options.h>
 
 #include <algorithm>
 #include <chrono>
@@ -25,6 +26,10 @@
 #include <sstream>
 #include <string>
 #include <vector>
+
+#include "loader.h"
+#include "packed_cache.h"
+#include "speculative.h"
 
 // The wheel ships this library without its header.
 namespace executorch::extension::threadpool {
@@ -59,7 +64,8 @@ class Options {
   Options(int argc, char** argv) {
     static const char* known[] = {
         "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
-        "sustained-steps", "generate", "prompt-length", "logits", "trace", "load"};
+        "sustained-steps", "generate", "prompt-length", "logits", "trace", "load",
+        "packed-cache", "unfilled", "draft", "draft-tokens"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
       const bool named = key.rfind("--", 0) == 0 &&
@@ -150,49 +156,46 @@ void print_phase(const char* name, const std::string& keys, const std::vector<do
 
 // ---- The model. ----
 
-// What the program's memory plan asks for. Module would fill it with zeros and so touch all of it;
-// here a page costs nothing until a step writes to it, such as the cache's far end.
-class PlannedMemory {
- public:
-  explicit PlannedMemory(const executorch::runtime::MethodMeta& meta) {
-    for (size_t i = 0; i < meta.num_memory_planned_buffers(); ++i) {
-      const size_t size = std::max<int64_t>(1, meta.memory_planned_buffer_size(i).get());
-      void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (pages == MAP_FAILED) fail(kCannotLoad, "no memory for the program's plan");
-      buffers_.emplace_back(static_cast<uint8_t*>(pages), size);
-    }
-    allocator_ = std::make_unique<executorch::runtime::HierarchicalAllocator>(
-        executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(
-            buffers_.data(), buffers_.size()));
-  }
-  PlannedMemory(const PlannedMemory&) = delete;
-  ~PlannedMemory() {
-    for (auto& buffer : buffers_) munmap(buffer.data(), buffer.size());
-  }
-
-  executorch::runtime::HierarchicalAllocator* allocator() { return allocator_.get(); }
-
- private:
-  std::vector<executorch::runtime::Span<uint8_t>> buffers_;
-  std::unique_ptr<executorch::runtime::HierarchicalAllocator> allocator_;
-};
+// The steps after which the rows that they looked up are given back. Each costs two page faults
+// when it is read again; all of them together would be the whole table.
+constexpr int64_t kTokensPerRelease = 64;
 
 class Model {
  public:
-  Model(const std::string& path, Module::LoadMode mode,
-        std::unique_ptr<executorch::runtime::EventTracer> tracer)
-      : module_(path, mode, std::move(tracer)) {
-    check(module_.load(), path);
-    auto meta = module_.method_meta("forward");
+  // `mapped` or read. `packed` is the file for XNNPACK's packed weights, null for none.
+  Model(const std::string& path, bool mapped, mobilellm::PackedCache* packed,
+        std::unique_ptr<executorch::runtime::EventTracer> tracer) {
+    if (mapped) {
+      auto file = mobilellm::MappedFile::open(path);
+      if (!file) fail(kCannotLoad, path + ": ExecuTorch cannot load it, it cannot be mapped");
+      file_ = file.get();
+      module_ = std::make_unique<Module>(std::move(file), nullptr, nullptr, std::move(tracer));
+    } else {
+      module_ = std::make_unique<Module>(path, Module::LoadMode::File, std::move(tracer));
+    }
+    executorch::runtime::BackendOptions<2> options;
+    executorch::runtime::LoadBackendOptionsMap backends;
+    if (packed) {
+      check(options.set_option("packed_cache_path", packed->path().c_str()), path);
+      check(options.set_option("weight_cache_enabled", true), path);
+      check(backends.set_options("XnnpackBackend", options.view()), path);
+    }
+    check(module_->load(backends), path);
+    auto meta = module_->method_meta("forward");
     check(meta.error(), path);
-    memory_ = std::make_unique<PlannedMemory>(meta.get());
-    check(module_.load_method("forward", memory_->allocator()), path);
+    memory_ = std::make_unique<mobilellm::PlannedMemory>(meta.get());
+    if (!memory_->allocator()) fail(kCannotLoad, "no memory for the program's plan");
+    rows_ = rows_of(meta.get());
+    check(module_->load_method("forward", memory_->allocator()), path);
+    if (file_) file_->cut_constants();
     context_ = constant("get_max_context_len");
     vocab_ = constant("get_vocab_size");
   }
 
   int64_t context() const { return context_; }
   int64_t vocab() const { return vocab_; }
+  // The most rows of logits that a step gives: those of its last positions.
+  int64_t rows() const { return rows_; }
 
   // Reads tokens[0, count) at position `start`; the likeliest next token. The logits stay valid
   // until the next step.
@@ -203,12 +206,23 @@ class Model {
                          {1, static_cast<executorch::aten::SizesType>(count)},
                          executorch::aten::ScalarType::Long);
     auto place = from_blob(&start, {1}, executorch::aten::ScalarType::Long);
-    auto outputs = module_.execute("forward", {ids, place});
+    auto outputs = module_->execute("forward", {ids, place});
     if (!outputs.ok()) {
       fail(kFailed, "ExecuTorch: error " + std::to_string(static_cast<int>(outputs.error())));
     }
-    logits_ = outputs->at(0).toTensor().const_data_ptr<float>();
-    return std::max_element(logits_, logits_ + vocab_) - logits_;
+    const auto& logits = outputs->at(0).toTensor();
+    logits_ = logits.const_data_ptr<float>() + logits.numel() - vocab_;
+    looked_up_ += count;
+    if (file_ && looked_up_ >= kTokensPerRelease) {
+      file_->release_constants();
+      looked_up_ = 0;
+    }
+    return likeliest(0);
+  }
+
+  // The likeliest token after the last position of the last step, or so many positions `before` it.
+  int64_t likeliest(int64_t before) const {
+    return mobilellm::argmax(logits_ - before * vocab_, vocab_);
   }
 
   // The same in pieces of at most `chunk` tokens.
@@ -220,9 +234,16 @@ class Model {
     return token;
   }
 
+  // Of the last position.
   const float* logits() const { return logits_; }
 
  private:
+  // Logits are [1, vocab] or [1, rows, vocab].
+  static int64_t rows_of(const executorch::runtime::MethodMeta& meta) {
+    const auto output = meta.output_tensor_meta(0);
+    return output.ok() && output->sizes().size() == 3 ? output->sizes()[1] : 1;
+  }
+
   static void check(Error error, const std::string& path) {
     if (error == Error::Ok) return;
     fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
@@ -230,15 +251,17 @@ class Model {
   }
 
   int64_t constant(const std::string& method) {
-    auto value = module_.execute(method);
+    auto value = module_->execute(method);
     if (!value.ok()) fail(kCannotLoad, "the program has no " + method);
     return value->at(0).toInt();
   }
 
   // Released after the module that uses it.
-  std::unique_ptr<PlannedMemory> memory_;
-  Module module_;
-  int64_t context_ = 0, vocab_ = 0;
+  std::unique_ptr<mobilellm::PlannedMemory> memory_;
+  std::unique_ptr<Module> module_;
+  // The module's own, null where the program is read.
+  const mobilellm::MappedFile* file_ = nullptr;
+  int64_t context_ = 0, vocab_ = 0, rows_ = 1, looked_up_ = 0;
   const float* logits_ = nullptr;
 };
 
@@ -274,14 +297,16 @@ void measure_prefill(Model& model, const std::vector<int64_t>& tokens, int64_t l
   print_phase("prefill", "\"tokens\":" + std::to_string(length) + ",", {took});
 }
 
-// Fills the cache up to each depth, in ascending order, and times every step from there.
+// Fills the cache up to each depth, in ascending order, and times every step from there. An
+// `unfilled` cache is left as it is, zeros: a step then executes the same, which is counted
+// without the hours that filling takes under emulation.
 void measure_decode(Model& model, const std::vector<int64_t>& tokens,
-                    std::vector<int64_t> depths, int64_t steps, int64_t chunk) {
+                    std::vector<int64_t> depths, int64_t steps, int64_t chunk, bool unfilled) {
   std::sort(depths.begin(), depths.end());
   int64_t filled = 0;
   for (const int64_t depth : depths) {
     const auto text = text_of(tokens, depth + 1);
-    const int64_t missing = depth - filled;
+    const int64_t missing = unfilled ? 0 : depth - filled;
     const double before = now_ms();
     if (missing) model.read(text.data() + filled, missing, filled, chunk);
     const double fill_ms = now_ms() - before;
@@ -337,6 +362,47 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   print_phase("generate", "\"tokens\":[" + list + "],", ms);
 }
 
+mobilellm::Reader reader_of(Model& model, int64_t chunk) {
+  return [&model, chunk](const int64_t* tokens, int64_t count, int64_t start, int64_t rows) {
+    mobilellm::Tokens likeliest(rows);
+    likeliest[rows - 1] = model.read(tokens, count, start, std::max(chunk, rows));
+    for (int64_t i = 0; i + 1 < rows; ++i) likeliest[i] = model.likeliest(rows - 1 - i);
+    return likeliest;
+  };
+}
+
+// The same greedy tokens, which a draft proposes: a smaller program, or `lookup`. `ms` has one value
+// for each call of the model, of which `draft_ms` was the draft's.
+void generate_with_draft(Model& model, const std::vector<int64_t>& prompt, int64_t count,
+                         const std::string& draft, int64_t most, int64_t chunk,
+                         bool mapped) {
+  if (most < 1) fail(kBadUsage, "--draft-tokens: give 1 or more");
+  if (most >= model.rows()) {
+    fail(kBadUsage, "--draft-tokens " + std::to_string(most) + ": the program gives the logits of " +
+             std::to_string(model.rows()) + " positions; lower it with logits=" +
+             std::to_string(most + 1));
+  }
+  std::unique_ptr<Model> small;
+  if (draft != "lookup") {
+    small = std::make_unique<Model>(draft, mapped, nullptr, nullptr);
+    if (small->vocab() != model.vocab()) {
+      fail(kBadUsage, draft + ": has " + std::to_string(small->vocab()) + " tokens, the model " +
+               std::to_string(model.vocab()));
+    }
+  }
+  const auto made = mobilellm::speculate(
+      prompt, count, most, model.context(), reader_of(model, prompt.size()),
+      small ? mobilellm::draft_model(reader_of(*small, chunk), small->context())
+            : mobilellm::draft_lookup());
+  std::string list;
+  for (const int64_t token : made.tokens) list += (list.empty() ? "" : ",") + std::to_string(token);
+  print_phase("generate",
+              "\"tokens\":[" + list + "],\"drafted\":" + std::to_string(made.drafted) +
+                  ",\"accepted\":" + std::to_string(made.accepted) + ",\"calls\":" +
+                  std::to_string(made.ms.size()) + ",\"draft_ms\":" + list_json(made.draft_ms) + ",",
+              made.ms);
+}
+
 void write_etdump(executorch::etdump::ETDumpGen& tracer, const std::string& path) {
   const auto dump = tracer.get_etdump_data();
   FILE* file = std::fopen(path.c_str(), "wb");
@@ -360,16 +426,28 @@ int main(int argc, char** argv) {
   const std::string load = options.has("load") ? options.text("load") : "mmap";
   if (load != "mmap" && load != "file") fail(kBadUsage, "--load: give mmap or file");
 
+  const bool packs = options.has("packed-cache");
+  if (packs && load != "mmap") fail(kBadUsage, "--packed-cache: needs --load mmap");
+
   reset_peak();
   print_phase("start", "", {});
   const double started = now_ms();
-  Model model(options.text("model"),
-              load == "mmap" ? Module::LoadMode::Mmap : Module::LoadMode::File,
-              std::move(tracer));
+  std::unique_ptr<mobilellm::PackedCache> packed;
+  if (packs) {
+    packed = std::make_unique<mobilellm::PackedCache>(options.text("packed-cache"),
+                                                      options.text("model"));
+    if (!packed->problem().empty()) fail(kCannotLoad, packed->problem());
+  }
+  const bool mapped = load == "mmap";
+  Model model(options.text("model"), mapped, packed.get(), std::move(tracer));
+  if (packed) packed->publish();
+  if (packed && !packed->problem().empty()) fail(kCannotLoad, packed->problem());
   const double took = now_ms() - started;
+  const std::string packing =
+      packed ? std::string("\"packed\":\"") + (packed->fits() ? "read" : "written") + "\"," : "";
   print_phase("load",
               "\"context\":" + std::to_string(model.context()) +
-                  ",\"vocab_size\":" + std::to_string(model.vocab()) + ",",
+                  ",\"vocab_size\":" + std::to_string(model.vocab()) + "," + packing,
               {took});
 
   const auto tokens = read_tokens(options.text("tokens"), model.vocab());
@@ -386,7 +464,8 @@ int main(int argc, char** argv) {
   for (const int64_t length : options.numbers("prompts")) {
     measure_prefill(model, tokens, length, chunk);
   }
-  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk);
+  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk,
+                 options.number("unfilled", 0) != 0);
   const int64_t seconds = options.number("sustained", 0);
   const int64_t sustained = options.number("sustained-steps", 0);
   if (seconds || sustained) {
@@ -394,8 +473,14 @@ int main(int argc, char** argv) {
   }
   if (const int64_t count = options.number("generate", 0)) {
     const int64_t length = options.number("prompt-length", tokens.size());
-    generate(model, text_of(tokens, length), count,
-             options.has("logits") ? options.text("logits") : "");
+    const auto prompt = text_of(tokens, length);
+    if (options.has("draft")) {
+      if (options.has("logits")) fail(kBadUsage, "--logits: not with --draft");
+      generate_with_draft(model, prompt, count, options.text("draft"),
+                          options.number("draft-tokens", 4), chunk, mapped);
+    } else {
+      generate(model, prompt, count, options.has("logits") ? options.text("logits") : "");
+    }
   }
   if (dump) write_etdump(*dump, options.text("trace"));
   std::printf("{\"phase\":\"end\"}\n");

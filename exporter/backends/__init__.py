@@ -37,6 +37,8 @@ nor torch; its functions import them when they are called. Every format has thes
 
 - ``rounding(schemes, target, prompt)``: how the runtime rounds activations if the prefill reads
   `prompt` tokens at once; None if it does not round them.
+- ``cache_rounding(target)``: how the runtime rounds queries, keys and values before attention; None
+  if it keeps them in float.
 - ``largest_activation(target, which)``: the largest value before activations overflow; None in
   float32. `which` is input, output, keys, values or scores.
 - ``portable(target)``: whether a runner with only the runtime's core operators can run it.

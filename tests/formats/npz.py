@@ -137,6 +137,10 @@ def rounding(schemes: Mapping[str, Scheme], target: Target, prompt: int) -> None
     return None
 
 
+def cache_rounding(target: Target) -> None:
+    return None
+
+
 def largest_activation(target: Target, which: str) -> None:
     return None
 

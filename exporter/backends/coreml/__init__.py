@@ -229,6 +229,10 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "R
     return round_to_half if target.activations == "float16" else None
 
 
+def cache_rounding(target: Target) -> None:
+    """None: keys and values are float16, whose error is below the limits of float activations."""
+
+
 def largest_activation(target: Target, which: str) -> float | None:
     """The largest float16, for float16 activations and for the cache, which is always float16."""
     from exporter.quantization.activations import LARGEST_HALF

@@ -1,10 +1,11 @@
-"""The bytes of a .pte: store the tied embedding once, and find the payload of a delegate."""
+"""The bytes of a .pte: store the tied embedding once, load the output layer first, and find the
+payload of a delegate."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from executorch.exir._serialize import _program as pte
-from executorch.exir.schema import DataSegment
+from executorch.exir.schema import DataSegment, DelegateCall, Program
 
 from exporter.backends.executorch.contents import open_contents
 from exporter.errors import InputError
@@ -48,6 +49,7 @@ def store_embedding_once(data: memoryview) -> Iterator[bytes | memoryview]:
     program.segments = [
         DataSegment(offset=place[i], size=len(segment)) for i, segment in enumerate(segments)
     ]
+    _load_last_first(program)
     flatbuffer = pte._program_to_flatbuffer(program, constant_tensor_alignment=16)
     header_size = pte.aligned_size(pte._ExtendedHeader.EXPECTED_LENGTH, flatbuffer.max_alignment)
     program_size = header_size + len(flatbuffer.data)
@@ -67,6 +69,22 @@ def store_embedding_once(data: memoryview) -> Iterator[bytes | memoryview]:
         yield segments[index]
         if index != kept[-1]:
             yield b"\0" * (_aligned(len(segments[index])) - len(segments[index]))
+
+
+def _load_last_first(program: Program) -> None:
+    """Make the last delegate of each method the first one that a runtime loads.
+
+    XNNPACK packs weights as it loads a delegate, and needs them twice until it is done. The output
+    layer has the largest ones: packed before all others, they are twice there but alone.
+    """
+    for plan in program.execution_plan:
+        count = len(plan.delegates)
+        plan.delegates = plan.delegates[-1:] + plan.delegates[:-1]
+        for chain in plan.chains:
+            for instruction in chain.instructions:
+                if isinstance(instruction.instr_args, DelegateCall):
+                    call = instruction.instr_args
+                    call.delegate_index = (call.delegate_index + 1) % count
 
 
 def _aligned(offset: int) -> int:

@@ -1,7 +1,8 @@
 """The program around the XNNPACK graphs: embedding, RoPE tables, KV cache and attention.
 
-While torch exports the program, each segment is one opaque operator. `delegate` then replaces it
-by a call of the delegate that holds its graph.
+`attention` has the forms of the cache and of the attention. While torch exports the program, each
+segment is one opaque operator. `delegate` then replaces it by a call of the delegate that holds its
+graph.
 """
 
 import operator
@@ -13,10 +14,10 @@ import torch
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes import _quant_patterns_and_replacements as _patterns  # noqa: F401
-from executorch.extension.llm.custom_ops import custom_ops as _custom_ops  # noqa: F401
 from torch import Tensor, nn
 
 from exporter.backends.executorch import Target
+from exporter.backends.executorch.attention import Last, Step, attention_form
 from exporter.backends.executorch.schemes import TABLE
 from exporter.backends.executorch.segments import Segment, Segments
 from exporter.model.config import EMBEDDING
@@ -26,12 +27,10 @@ from exporter.quantization.schemes import QuantizedTensor
 
 #: Bits of the codes → the dtype that the embedding operator requires for its table.
 _TABLE_TYPES = {4: torch.uint8, 8: torch.int8}
-#: Added to the attention score of a masked position.
-_MASKED_SCORE = -1e9
 
 _library = torch.library.Library("mobilellm", "DEF")
 _library.define(
-    "segment(Tensor[] inputs, int hidden_states, int[] heads, int head_dim, int vocab_size, "
+    "segment(Tensor[] inputs, int hidden_states, int[] heads, int head_dim, int[] logits, "
     "int index) -> Tensor[]"
 )
 _SEGMENT = "mobilellm::segment"
@@ -43,19 +42,20 @@ def _segment(
     hidden_states: int,
     heads: Sequence[int],
     head_dim: int,
-    vocab_size: int,
+    logits: Sequence[int],
     index: int,
 ) -> Any:
     """The shapes of a segment's outputs.
 
     They are `hidden_states` tensors shaped like its first input, one tensor [1, seq, count,
-    head_dim] for each count in `heads`, and logits unless `vocab_size` is 0.
+    head_dim] for each count in `heads`, and logits of the size `logits`, in which -1 is seq,
+    unless that is empty.
     """
     x = inputs[0]
     return [
         *(torch.empty_like(x) for _ in range(hidden_states)),
         *(x.new_empty(1, x.shape[1], count, head_dim) for count in heads),
-        *([x.new_empty(1, vocab_size)] if vocab_size else []),
+        *([x.new_empty(*(x.shape[1] if n == -1 else n for n in logits))] if logits else []),
     ]
 
 
@@ -70,20 +70,22 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.context, self.segments = quantized.config, target.max_context, segments
-        self.portable = target.attention == "portable"
+        self.attention, self.logits = attention_form(self.config, target), target.logits
         self._add_embedding(quantized)
         cos, sin = paired_rope_tables(self.config, self.context)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
-        kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
         for layer in range(self.config.num_hidden_layers):
-            in_order = (1, self.context, kv_heads, head_dim)
-            size = (kv_heads, self.context, head_dim) if self.portable else in_order
-            self.register_buffer(f"keys_{layer}", torch.zeros(size))
-            self.register_buffer(f"values_{layer}", torch.zeros(size))
+            empty = self.attention.buffers()
+            self.cached = tuple(empty)
+            for name, buffer in empty.items():
+                self.register_buffer(f"{name}_{layer}", buffer)
 
     def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
-        """tokens [1, seq] from position start [1] on to the last token's logits [1, vocab_size]."""
+        """tokens [1, seq] from position start [1] on to the last token's logits [1, vocab_size].
+
+        If the target's `logits` is not 1: [1, min(seq, logits), vocab_size].
+        """
         config, length = self.config, tokens.shape[1]
         position = start[0].item()
         torch._check(position >= 0)
@@ -92,78 +94,55 @@ class Program(nn.Module):
         cos = self.get_buffer("cos").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
         sin = self.get_buffer("sin").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
         positions = start + torch.arange(length)
-        # custom_sdpa is causal by itself and ignores the mask.
-        mask = self._mask(positions) if self.portable else tokens
+        step = Step(position, positions, self.attention.mask(positions))
+        last = self._last_positions(length)
         values = {self.segments.embedded: self._embed(tokens)}
         results = list[Tensor]()
         for segment in self.segments.segments:
             carried, attention = [values[value] for value in segment.carried], list[Tensor]()
             if segment.attended:
                 q, k, v = results
-                layer = segment.index - 1
-                attention = self._attend(layer, q, k, v, position, positions, mask)
+                attention = self.attention.attend(self._cache(segment.index - 1), q, k, v, step)
             if segment.last_token:
-                carried = [x[:, -1:] for x in carried]
-                attention = self._last_token(attention)
+                carried = [last(x, 1) for x in carried]
+                attention = self.attention.last_token(attention, last)
             rows = [cos, sin] if segment.rotates else []
             kept, results = self._call(segment, [*carried, *attention, *rows])
             values.update(zip(segment.kept, kept, strict=True))
         [logits] = results
         return logits
 
+    def _last_positions(self, length: Any) -> Last:
+        """The last of `length` positions, as many as have logits."""
+        if self.logits == 1:
+            return lambda x, dim: x[(slice(None),) * dim + (slice(-1, None),)]
+        # The smaller of two numbers as the value of a tensor: torch.export cannot prove for
+        # sym_min(length, logits) that it is at most the length.
+        rows = torch.full((1,), length).clamp(max=self.logits).item()
+        torch._check(rows >= 1)
+        torch._check(rows <= self.logits)
+        torch._check(rows <= length)
+        return lambda x, dim: x.narrow(dim, length - rows, rows)  # type: ignore[arg-type]
+
     def _call(self, segment: Segment, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Call a segment. Returns the hidden states for later segments, and its other results."""
         config, count = self.config, len(segment.kept)
         kv_heads = config.num_key_value_heads
         heads = [config.num_attention_heads, kv_heads, kv_heads]
+        logits = [1, config.vocab_size] if self.logits == 1 else [1, -1, config.vocab_size]
         outputs = torch.ops.mobilellm.segment(
             inputs,
             count,
             heads if segment.queries_keys_values else [],
             config.head_dim,
-            config.vocab_size if segment.logits else 0,
+            logits if segment.logits else [],
             segment.index,
         )
         return outputs[:count], outputs[count:]
 
-    def _last_token(self, attention: list[Tensor]) -> list[Tensor]:
-        """The result of `_attend` for the last position only."""
-        if not self.portable:
-            return [attention[0][:, -1:]]
-        q, keys, values, mask = attention
-        return [q[:, -1:], keys, values, mask[:, :, -1:]]
-
-    def _attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position: Any,
-        positions: Tensor,
-        mask: Tensor,
-    ) -> list[Tensor]:
-        """Update the cache. Returns the inputs of the next XNNPACK call.
-
-        These are the attention's output or, where XNNPACK computes the attention (``portable``),
-        its queries, keys, values and mask.
-        """
-        keys, values = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
-        if self.portable:
-            # Not `keys[:, positions] = ...`, which drops a leading dimension of one: the runtime's
-            # index_put_ needs values of the cache's rank.
-            torch.ops.aten.index_put_(keys, (None, positions), k[0].transpose(0, 1))
-            torch.ops.aten.index_put_(values, (None, positions), v[0].transpose(0, 1))
-            return [q, keys, values, mask]
-        ops = torch.ops.llama
-        ops.update_cache(k, keys, position)
-        ops.update_cache(v, values, position)
-        return [ops.custom_sdpa(q, keys, values, position, None, 0.0, True)]
-
-    def _mask(self, positions: Tensor) -> Tensor:
-        """The causal mask [1, 1, seq, context]: 0, or a large negative number where masked."""
-        later = torch.arange(self.context)[None] > positions[:, None]
-        return (later.to(torch.float32) * _MASKED_SCORE)[None, None]
+    def _cache(self, layer: int) -> dict[str, Tensor]:
+        """The buffers of a layer's cache by their names in `AttentionForm.buffers`."""
+        return {name: self.get_buffer(f"{name}_{layer}") for name in self.cached}
 
     def _add_embedding(self, quantized: QuantizedCheckpoint) -> None:
         stored = quantized.read(EMBEDDING)

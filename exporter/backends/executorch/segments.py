@@ -43,7 +43,7 @@ class Segment:
 
     Inputs are the hidden states `carried` over from earlier segments [1, seq, hidden_size], the
     result of the attention before it (`attended`), and the rows of RoPE if it `rotates`. With
-    `last_token`, they have only the last position. Outputs are the hidden states `kept` for later
+    `last_token`, they have only the positions whose logits a call gives. Outputs are the hidden states `kept` for later
     segments, and then the `queries_keys_values` of the next attention or the `logits`.
     """
 
@@ -63,7 +63,7 @@ class Segments:
 
     def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self.config, self.context = quantized, quantized.config, target.max_context
-        self.portable = target.attention == "portable"
+        self.portable, self.logits = target.attention == "portable", target.logits
         self.named_data = NamedDataStore()
         self.segments = [Segment(0)]
         self.embedded = Value(-1)
@@ -73,7 +73,7 @@ class Segments:
         """The graph of a segment. Its weights are added to `named_data`."""
         segment, config = self.segments[index], self.config
         g, ids = XnnpackGraph(self.named_data), dict[Value, int]()
-        length = 1 if segment.last_token else self.context
+        length = min(self.logits, self.context) if segment.last_token else self.context
         for value in segment.carried:
             ids[value] = g.input(1, length, config.hidden_size)
         attention = self._attention_inputs(g, length) if segment.attended else []
@@ -170,16 +170,17 @@ class Segments:
 
     def _output_layer(self, g: XnnpackGraph, x: int, weight: str) -> int:
         config, stored = self.config, self.quantized.read(weight)
+        rows = (1,) if self.logits == 1 else (1, INFERRED)
         tied = weight == EMBEDDING
         if tied and isinstance(stored, QuantizedTensor) and stored.scheme.bits == 4:
             # The embedding kernel and XNNPACK read nibbles in opposite order. If adjacent columns
             # of the filter are swapped, both read the same bytes, and these are stored once.
             swap = g.constant("output.exchange", torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-            pairs = g.linear(g.reshape(x, 1, 1, config.hidden_size // 2, 2), swap)
-            x = g.reshape(pairs, 1, 1, config.hidden_size)
+            pairs = g.linear(g.reshape(x, 1, rows[-1], config.hidden_size // 2, 2), swap)
+            x = g.reshape(pairs, 1, rows[-1], config.hidden_size)
             stored = QuantizedTensor(exchange_columns(stored.codes), stored.scales, stored.scheme)
         logits = self._multiply_by(g, x, {weight: stored})[0]
-        return g.reshape(logits, 1, config.vocab_size)
+        return g.reshape(logits, *rows, config.vocab_size)
 
     def _multiply_by(
         self, g: XnnpackGraph, x: int, weights: dict[str, QuantizedTensor | Tensor]

@@ -11,6 +11,10 @@ from exporter.quantization.schemes import FLOAT, Scheme
 
 #: Bytes of program, XNNPACK graphs and padding: per file, and per layer.
 _PROGRAM_BYTES, _LAYER_BYTES = 12_000, 10_500
+#: Bytes of the program that a layer has more with an int8 cache.
+_INT8_CACHE_LAYER_BYTES = 4_300
+#: The float32 scale and the int8 zero point of a head in an int8 cache.
+_INT8_CACHE_HEAD_BYTES = 5
 
 
 def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:
@@ -24,9 +28,10 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
     untied_table = (
         0 if config.tie_word_embeddings else stored_bytes(schemes[EMBEDDING], shapes[EMBEDDING])
     )
-    overhead = _PROGRAM_BYTES + _LAYER_BYTES * config.num_hidden_layers
+    layer = _LAYER_BYTES + (_INT8_CACHE_LAYER_BYTES if target.kv_cache == "int8" else 0)
+    overhead = _PROGRAM_BYTES + layer * config.num_hidden_layers
     file = weights - untied_table + table - tied_codes + overhead
-    kv_cache = config.kv_cache_bytes(target.max_context, bytes_per_value=4)
+    kv_cache = _cache_bytes(config, target)
     packed = sum(
         _packed_bytes(schemes[name], shape)
         for name, shape in shapes.items()
@@ -34,6 +39,12 @@ def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) 
     )
     memory = table + packed + kv_cache + _activation_bytes(config, target) + RUNTIME_BYTES
     return Prediction(file, kv_cache, memory)
+
+
+def _cache_bytes(config: ModelConfig, target: Target) -> int:
+    if target.kv_cache == "int8":
+        return config.kv_cache_bytes(target.max_context, 1, _INT8_CACHE_HEAD_BYTES)
+    return config.kv_cache_bytes(target.max_context, bytes_per_value=4)
 
 
 def _table_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
@@ -57,4 +68,4 @@ def _activation_bytes(config: ModelConfig, target: Target) -> int:
     """Planned memory between two graphs: residual in and out, q and attention, k, v, RoPE."""
     heads = config.num_attention_heads + config.num_key_value_heads + 1
     width = 2 * config.hidden_size + 2 * heads * config.head_dim
-    return 4 * target.max_context * width
+    return 4 * (target.max_context * width + target.logits * config.vocab_size)

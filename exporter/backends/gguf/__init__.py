@@ -153,6 +153,10 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "R
     return round_to_half if "float16" in (target.floats, target.cache) else None
 
 
+def cache_rounding(target: Target) -> None:
+    """None: `rounding` covers a cache in float16."""
+
+
 def largest_activation(target: Target, which: str) -> float | None:
     """The largest float16 for a cache of that type, and for all inputs of float16 matrices."""
     from exporter.quantization.activations import LARGEST_HALF

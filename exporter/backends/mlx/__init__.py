@@ -125,6 +125,10 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> No
     """None: `load` computes in float32, whatever the target's type."""
 
 
+def cache_rounding(target: Target) -> None:
+    """None: `load` computes in float32."""
+
+
 def largest_activation(target: Target, which: str) -> float | None:
     """The largest float16 for float16; the other types have the range of float32."""
     from exporter.quantization.activations import LARGEST_HALF

@@ -1,0 +1,180 @@
+"""What an int8 KV cache of a .pte costs in quality, against the same model with a float cache.
+
+    python tests/benchmarks/kv_cache.py build/smollm2-gptq --text wikitext2-valid.txt \\
+        --depths 2048 8192 --split 2048 -o build/kv-cache
+
+QUANTIZED is lowered twice, with ``kv_cache=float`` and ``kv_cache=int8``; artifacts that are there
+are not made again. Each sequence has as many tokens as the depth. Both artifacts read it up to the
+last `--steps` tokens in one call and those one by one; these are scored, against the float cache.
+
+Activations are int8 in XNNPACK, so a difference in the last digit of a sum makes some of them round
+to the next code. The row "float cache, prompt in two calls" shows what that alone costs.
+
+The rows "simulated" split the cost: in torch, with int8 activations on both sides, only queries,
+only keys or only values are rounded, or all of them.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from exporter.backends import executorch
+from exporter.backends.executorch.runtime import ExecuTorchRunner
+from exporter.evaluation.agreement import divergence, log_probabilities, same_choice
+from exporter.inference.reference import score_each
+from exporter.pipeline import lower, no_progress
+from exporter.quantization.activations import CacheRounding, Roundings, round_rows_to_int8
+from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
+from exporter.text.documents import read_documents
+from exporter.text.sequences import cut_sequences
+from exporter.text.tokenizer import load_tokenizer
+
+#: The limits of the mean KL in nats and of the top-1 agreement at the first depth.
+LARGEST_KL, LEAST_AGREEMENT = 1e-3, 0.99
+FLOAT, INT8, TWO_CALLS = "float cache", "int8 cache", "float cache, prompt in two calls"
+
+
+def only(which: str) -> CacheRounding:
+    """Rounds what `which` names, out of the letters q, k and v."""
+
+    def rounded(*given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            round_rows_to_int8(x) if name in which else x
+            for name, x in zip("qkv", given, strict=True)
+        )
+        return q, k, v
+
+    return rounded
+
+
+def last_logits(model: ExecuTorchRunner, tokens: Sequence[int], steps: int, calls: int) -> Tensor:
+    """Logits [steps, vocab_size] of the last `steps` tokens, read one by one. The tokens before
+    them are read in so many calls."""
+    prompt = len(tokens) - steps
+    edges = [prompt * call // calls for call in range(calls + 1)]
+    for start, end in pairwise(edges):
+        model.run(list(tokens[start:end]), start)
+    return torch.stack([model.run([tokens[at]], at) for at in range(prompt, len(tokens))])
+
+
+def losses(reference: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss, the KL to the reference and whether the choice is the same: float64 [3, steps]."""
+    log_p, log_q = log_probabilities(reference), log_probabilities(logits)
+    loss = -log_q.gather(-1, targets[:, None])[:, 0]
+    same = same_choice(reference, logits).double()
+    return torch.stack((loss, divergence(log_p, log_q), same))
+
+
+def measured(
+    artifacts: dict[str, Path], sequences: Sequence[Sequence[int]], steps: int
+) -> dict[str, Tensor]:
+    """By row of the table: the figures of `losses` of all sequences, [3, positions]."""
+    ways = {FLOAT: (FLOAT, 1), TWO_CALLS: (FLOAT, 2), INT8: (INT8, 1)}
+    found: dict[str, list[Tensor]] = {name: [] for name in ways}
+    logits, times = dict[tuple[str, int], Tensor](), dict[str, float]()
+    for name, (cache, calls) in ways.items():
+        started = time.perf_counter()
+        model = ExecuTorchRunner(artifacts[cache])
+        for number, tokens in enumerate(sequences):
+            logits[name, number] = last_logits(model, tokens[:-1], steps, calls)
+            reference = logits[FLOAT, number]
+            targets = torch.tensor(tokens[-steps:])
+            found[name].append(losses(reference, logits[name, number], targets))
+        times[name] = time.perf_counter() - started
+        print(f"{name}: {times[name]:.0f} s", file=sys.stderr)
+    return {name: torch.cat(parts, -1) for name, parts in found.items()}
+
+
+def simulated(
+    quantized: QuantizedCheckpoint, sequences: Sequence[Sequence[int]], steps: int
+) -> dict[str, Tensor]:
+    """The same for the rounding of queries, keys and values apart, in torch."""
+    kinds = ["", "q", "k", "v", "kv", "qkv"]
+    roundings = [Roundings(round_rows_to_int8, only(which) if which else None) for which in kinds]
+    found: dict[str, list[Tensor]] = {which: [] for which in kinds}
+    for tokens in sequences:
+        read, targets = tokens[:-1], torch.tensor(tokens[-steps:])
+        each = score_each(quantized, read, range(len(read) - steps, len(read)), roundings)
+        for which, logits in zip(kinds, each, strict=True):
+            found[which].append(losses(each[0], logits, targets))
+    names = {which: f"simulated: {' and '.join(which) or 'float cache'} in int8" for which in kinds}
+    names[""] = "simulated: float cache"
+    return {names[which]: torch.cat(parts, -1) for which, parts in found.items()}
+
+
+def figures(values: Tensor) -> dict[str, float]:
+    """Perplexity, mean KL with its standard error, the 99th percentile of KL, and agreement."""
+    loss, kl, same = values
+    return {
+        "positions": len(kl),
+        "perplexity": loss.mean().exp().item(),
+        "kl": kl.mean().item(),
+        "kl_error": (kl.std() / len(kl) ** 0.5).item(),
+        "kl_99": kl.quantile(0.99).item(),
+        "top1": same.mean().item(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="An int8 KV cache against a float one.")
+    parser.add_argument("quantized", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--depths", type=int, nargs="+", default=[2048])
+    parser.add_argument("--split", type=int, nargs="*", default=[], help="depths to simulate too")
+    parser.add_argument("--steps", type=int, default=256, help="tokens scored in each sequence")
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    quantized = open_quantized(args.quantized)
+    context, artifacts = max(args.depths), dict[str, Path]()
+    for cache, name in (("float", FLOAT), ("int8", INT8)):
+        folder = args.output / f"{cache}-{context}"
+        if not (folder / executorch.FILE_NAME).is_file():
+            target = executorch.Target(max_context=context, kv_cache=cache)
+            lower(quantized, target, folder, no_progress)
+        artifacts[name] = folder / executorch.FILE_NAME
+    texts = [text for text in read_documents(args.text) if isinstance(text, str)]
+    tokenizer, rows = load_tokenizer(quantized.path), dict[int, dict[str, dict[str, float]]]()
+    for depth in args.depths:
+        sequences = cut_sequences(
+            texts, tokenizer, quantized.bos_token_id, depth + 1, args.sequences * (depth + 1)
+        )
+        found = measured(artifacts, sequences, args.steps)
+        if depth in args.split:
+            found |= simulated(quantized, sequences, args.steps)
+        rows[depth] = {name: figures(values) for name, values in found.items()}
+    show(rows)
+    (args.output / "kv-cache.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"peak memory of this process {peak:.0f} MiB", file=sys.stderr)
+    first = rows[args.depths[0]][INT8]
+    sys.exit(first["kl"] > LARGEST_KL or first["top1"] < LEAST_AGREEMENT)
+
+
+def show(rows: dict[int, dict[str, dict[str, float]]]) -> None:
+    """The table: each depth, each way."""
+    table = Table(box=None, header_style="bold")
+    for title in ("depth", "", "predictions", "perplexity", "KL", "99th percentile", "top-1"):
+        table.add_column(title, justify="left" if title in ("depth", "") else "right")
+    for depth, found in rows.items():
+        for name, one in found.items():
+            table.add_row(
+                f"{depth:,}", name, f"{one['positions']:.0f}", f"{one['perplexity']:.3f}",
+                f"{one['kl']:.2e} ± {one['kl_error']:.0e}", f"{one['kl_99']:.2e}",
+                f"{one['top1']:.2%}",
+            )  # fmt: skip
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
