@@ -38,6 +38,11 @@ def prepare_engine(session: SessionState, transport: ModuleType) -> Engine:
     if not session.settings.mmap and "mmap" not in engine.capabilities:
         problem = "has no choice between mapping and reading a model"
         raise BadDeviceError(engine.name, problem, "Leave --no-mmap out")
+    if session.settings.packed_cache and "packed_cache" not in engine.capabilities:
+        raise BadDeviceError(engine.name, "keeps no packed weights", "Leave --packed-cache out")
+    if session.settings.packed_cache and not session.settings.mmap:
+        problem = "needs a model that is mapped"
+        raise BadDeviceError("--packed-cache", problem, "Leave --no-mmap out")
     files = {f"{folder}/{name}": model.folder / name for name in model.files}
     tokens = cache_folder() / "tokens" / f"{hash_of(model.tokens)}.txt"
     if not tokens.is_file():

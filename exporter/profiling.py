@@ -54,6 +54,7 @@ class Request:
     baseline: Path | None = None
     cores: str = ""
     mmap: bool = True
+    packed_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _settings(bundle: Bundle, request: Request) -> Settings:
     cores = show_cores(parse_cores(request.cores)) if request.cores else ""
     return Settings(
         **chosen.model_dump(), threads=request.threads, cores=cores, mmap=request.mmap,
-        timeout=request.timeout,
+        packed_cache=request.packed_cache, timeout=request.timeout,
     )  # fmt: skip
 
 

@@ -47,7 +47,8 @@ class Plan:
     `prompts` are lengths in tokens; at each of `depths` tokens in the cache, `steps` are decoded.
     `sustained` is in seconds, and goes on until `sustained_steps` tokens are decoded. `generate` is
     a number of tokens after a prompt of `prompt_length`. `mmap` says whether the program is mapped
-    or read. `trace` and `logits` are paths on the device, '' for none.
+    or read. `trace` and `logits` are paths on the device, '' for none. With `packed_cache`, the
+    engine keeps the weights as the runtime packs them in a file, which later loads map.
     """
 
     prompts: Sequence[int] = ()
@@ -58,6 +59,7 @@ class Plan:
     sustained: int = 0
     sustained_steps: int = 0
     mmap: bool = True
+    packed_cache: bool = False
     generate: int = 0
     prompt_length: int = 0
     trace: str = ""
@@ -77,10 +79,10 @@ class Engine:
     """A program for one model on one device.
 
     `files` maps paths on the device to files here. The `commands` of a plan run one after the
-    other. `capabilities` has those of "sustained", "trace", "generate" and "mmap" (the choice
-    between mapping and reading the model) that it has besides prefill and decode. With `threads`,
-    it runs with so many, whatever the plan says. `note` says what its figures are, where they are
-    not those of a prompt and of decode steps after a real text.
+    other. `capabilities` has those of "sustained", "trace", "generate", "mmap" (the choice
+    between mapping and reading the model) and "packed_cache" that it has besides prefill and
+    decode. With `threads`, it runs with so many, whatever the plan says. `note` says what its
+    figures are, where they are not those of a prompt and of decode steps after a real text.
     """
 
     name: str

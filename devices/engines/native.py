@@ -24,7 +24,8 @@ def engine(model: Model, identity: Identity, workspace: str, folder: str) -> Eng
 
     def commands(plan: Plan) -> list[Command]:
         files = ["--model", f"{folder}/{model.main}", "--tokens", f"{folder}/tokens.txt"]
-        command = [*loader, f"{home}/{runner.RUNNER}", *files, *options(plan)]
+        packed = ["--packed-cache", f"{folder}/packed"] if plan.packed_cache else []
+        command = [*loader, f"{home}/{runner.RUNNER}", *files, *packed, *options(plan)]
         return [Command(command, read_records)]
 
     return Engine(
@@ -32,5 +33,5 @@ def engine(model: Model, identity: Identity, workspace: str, folder: str) -> Eng
         versions={"executorch": built.executorch},
         files={f"{home}/{runner.RUNNER}": built.runner, **libraries},
         commands=commands,
-        capabilities=frozenset({"sustained", "trace", "generate", "mmap"}),
+        capabilities=frozenset({"sustained", "trace", "generate", "mmap", "packed_cache"}),
     )

@@ -391,7 +391,7 @@ void generate_with_draft(Model& model, const std::vector<int64_t>& prompt, int64
     }
   }
   const auto made = mobilellm::speculate(
-      prompt, count, most, model.context(), reader_of(model, prompt.size()),
+      prompt, count, most, model.context(), reader_of(model, chunk),
       small ? mobilellm::draft_model(reader_of(*small, chunk), small->context())
             : mobilellm::draft_lookup());
   std::string list;

@@ -132,7 +132,11 @@ def random_case(random: np.random.Generator) -> Case:
     def normal(tokens: int, heads: int) -> Array:
         return random.standard_normal((batch, tokens, heads, width)).astype(np.float32)
 
-    q, k, v = normal(queries, kv_heads * group), normal(context, kv_heads), normal(context, kv_heads)
+    q, k, v = (
+        normal(queries, kv_heads * group),
+        normal(context, kv_heads),
+        normal(context, kv_heads),
+    )
     mask = None
     if masked:
         mask = random.standard_normal((queries, context)).astype(np.float32)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from exporter import backends
 from exporter.backends import Artifact, Prediction, Runner, backend, check_context, coreml
+from exporter.backends._target import Context
 from exporter.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ FILES = (FILE_NAME,)
 #: Each row of logits takes 4 bytes for each token of the vocabulary, in every runner.
 MOST_LOGITS = 64
 SUFFIX = ""
+#: Tokens that a call reads unless the target says otherwise.
+LONGEST_CALL = 512
 
 
 class Target(backends.Target):
@@ -42,10 +45,11 @@ class Target(backends.Target):
 
     XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners have;
     ``portable`` runs in any runner. ``kv_cache: int8``, for ``custom_sdpa`` only, keeps keys and
-    values in int8, with a scale and a zero point per token and head. A call gives the `logits` of
-    its last so many positions: a speculative pair needs more than one. Core ML: the delegate
-    computes attention, the Neural Engine needs `activations: float16`, and prompts are read token
-    by token (the target `coreml` reads them in chunks).
+    values in int8, with a scale and a zero point per token and head. A call reads at most `prefill`
+    tokens, for which the program plans its memory; runners read longer prompts in several calls. It
+    gives the `logits` of its last so many positions: a speculative pair needs more than one. Core
+    ML: the delegate computes attention, the Neural Engine needs `activations: float16`, and prompts
+    are read token by token (the target `coreml` reads them in chunks).
     """
 
     by_default: ClassVar[bool] = True
@@ -55,7 +59,13 @@ class Target(backends.Target):
     attention: Literal["custom_sdpa", "portable"] = "custom_sdpa"
     activations: Literal["float32", "float16"] = "float32"
     kv_cache: Literal["float", "int8"] = "float"
+    prefill: Context = LONGEST_CALL
     logits: int = 1
+
+
+def longest_call(target: Target) -> int:
+    """The most tokens that a call of the program for XNNPACK reads."""
+    return min(target.prefill, target.max_context)
 
 
 def embedded(target: Target) -> coreml.Target:
@@ -81,6 +91,12 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             raise InputError(
                 "attention",
                 f"{target.attention} is an option of XNNPACK; the Core ML delegate has its own",
+                "Leave it out",
+            )
+        if target.prefill != LONGEST_CALL:
+            raise InputError(
+                "prefill",
+                f"{target.prefill} is an option of XNNPACK; the Core ML delegate reads one token",
                 "Leave it out",
             )
         if target.logits != 1:

@@ -1,4 +1,4 @@
-"""The program around the XNNPACK graphs: embedding, RoPE tables, KV cache and attention.
+"""The program around the XNNPACK graphs: embedding, RoPE angles, KV cache and attention.
 
 `attention` has the forms of the cache and of the attention. While torch exports the program, each
 segment is one opaque operator. `delegate` then replaces it by a call of the delegate that holds its
@@ -16,12 +16,13 @@ from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes import _quant_patterns_and_replacements as _patterns  # noqa: F401
 from torch import Tensor, nn
 
-from exporter.backends.executorch import Target
+from exporter.backends.executorch import Target, longest_call
 from exporter.backends.executorch.attention import Last, Step, attention_form
+from exporter.backends.executorch.graph import stored_scales
 from exporter.backends.executorch.schemes import TABLE
 from exporter.backends.executorch.segments import Segment, Segments
 from exporter.model.config import EMBEDDING
-from exporter.model.rope import paired_rope_tables
+from exporter.model.rope import rope_frequencies
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 
@@ -60,7 +61,7 @@ def _segment(
 
 
 class Program(nn.Module):
-    """The part of the decoder outside XNNPACK: embedding, RoPE tables, KV cache, attention."""
+    """The part of the decoder outside XNNPACK: embedding, RoPE angles, KV cache, attention."""
 
     def __init__(
         self,
@@ -70,11 +71,10 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.context, self.segments = quantized.config, target.max_context, segments
-        self.attention, self.logits = attention_form(self.config, target), target.logits
+        self.longest_call, self.logits = longest_call(target), target.logits
+        self.attention = attention_form(self.config, target)
         self._add_embedding(quantized)
-        cos, sin = paired_rope_tables(self.config, self.context)
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
+        self.register_buffer("frequencies", rope_frequencies(self.config))
         for layer in range(self.config.num_hidden_layers):
             empty = self.attention.buffers()
             self.cached = tuple(empty)
@@ -86,14 +86,12 @@ class Program(nn.Module):
 
         If the target's `logits` is not 1: [1, min(seq, logits), vocab_size].
         """
-        config, length = self.config, tokens.shape[1]
+        length = tokens.shape[1]
         position = start[0].item()
         torch._check(position >= 0)
         torch._check(position + length <= self.context)
-        shape = (1, -1, 1, config.head_dim)
-        cos = self.get_buffer("cos").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
-        sin = self.get_buffer("sin").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
         positions = start + torch.arange(length)
+        rows = self._rope_rows(positions)
         step = Step(position, positions, self.attention.mask(positions))
         last = self._last_positions(length)
         values = {self.segments.embedded: self._embed(tokens)}
@@ -106,8 +104,9 @@ class Program(nn.Module):
             if segment.last_token:
                 carried = [last(x, 1) for x in carried]
                 attention = self.attention.last_token(attention, last)
-            rows = [cos, sin] if segment.rotates else []
-            kept, results = self._call(segment, [*carried, *attention, *rows])
+            kept, results = self._call(
+                segment, [*carried, *attention, *(rows if segment.rotates else [])]
+            )
             values.update(zip(segment.kept, kept, strict=True))
         [logits] = results
         return logits
@@ -140,6 +139,15 @@ class Program(nn.Module):
         )
         return outputs[:count], outputs[count:]
 
+    def _rope_rows(self, positions: Tensor) -> list[Tensor]:
+        """What `Segments` multiplies a head and its exchanged halves by, each [1, seq, 1, head_dim]
+        for positions [seq]. Angles are computed as in `rope_tables`, and take no bytes of the file.
+        """
+        angles = positions.to(torch.float32)[:, None] * self.get_buffer("frequencies")
+        cos, sin = angles.cos(), angles.sin()
+        rows = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
+        return [row[None, :, None] for row in rows]
+
     def _cache(self, layer: int) -> dict[str, Tensor]:
         """The buffers of a layer's cache by their names in `AttentionForm.buffers`."""
         return {name: self.get_buffer(f"{name}_{layer}") for name in self.cached}
@@ -154,24 +162,25 @@ class Program(nn.Module):
         packed = TABLE.pack(stored.codes, self.embedding_bits)
         # The operator for int8 tables needs int8 codes, the one for int4 packed uint8.
         self.register_buffer("embedding", packed.view(_TABLE_TYPES[self.embedding_bits]))
-        by_row = stored.scales.shape[1] == 1
-        self.register_buffer("embedding_scales", stored.scales[:, 0] if by_row else stored.scales)
+        scales = stored_scales(stored)
+        self.register_buffer("embedding_scales", scales[:, 0] if scales.shape[1] == 1 else scales)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         table, ops = self.get_buffer("embedding"), torch.ops.quantized_decomposed
         if self.embedding_bits is None:
             return nn.functional.embedding(tokens, table)
-        scales = self.get_buffer("embedding_scales")
+        scales, dtype = self.get_buffer("embedding_scales"), torch.float32
+        # The variant with a type of its own for the result takes scales of another type.
         if self.embedding_bits == 4:
-            x: Tensor = ops.embedding_4bit(table, scales, None, -8, 7, tokens)
+            x: Tensor = ops.embedding_4bit(table, scales, None, -8, 7, tokens, dtype=dtype)
         else:
-            x = ops.embedding_byte(table, scales, None, -128, 127, tokens)
+            x = ops.embedding_byte(table, scales, None, -128, 127, tokens, dtype=dtype)
         return x
 
 
 def export_program(program: Program) -> torch.export.ExportedProgram:
-    """Export the program for prompts of 1 to `program.context` tokens."""
-    length = torch.export.Dim("length", min=1, max=program.context)
+    """Export the program for calls with 1 to `program.longest_call` tokens."""
+    length = torch.export.Dim("length", min=1, max=program.longest_call)
     example = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
         return torch.export.export(

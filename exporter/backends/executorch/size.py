@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from exporter.backends import Prediction
 from exporter.backends._sizes import RUNTIME_BYTES, stored_bytes
-from exporter.backends.executorch import Target
+from exporter.backends.executorch import Target, longest_call
 from exporter.model.config import EMBEDDING, ModelConfig
 from exporter.quantization.schemes import FLOAT, Scheme
 
@@ -20,17 +20,10 @@ _INT8_CACHE_HEAD_BYTES = 5
 def predict(config: ModelConfig, schemes: Mapping[str, Scheme], target: Target) -> Prediction:
     shapes = config.parameter_shapes()
     weights = sum(stored_bytes(schemes[name], shape) for name, shape in shapes.items())
-    table = _table_bytes(config, schemes) + 2 * target.max_context * config.head_dim * 4
-    tied_codes = 0
-    if config.tie_word_embeddings:
-        bits = schemes[EMBEDDING].bits or 32
-        tied_codes = math.prod(shapes[EMBEDDING]) * bits // 8
-    untied_table = (
-        0 if config.tie_word_embeddings else stored_bytes(schemes[EMBEDDING], shapes[EMBEDDING])
-    )
+    table = stored_bytes(schemes[EMBEDDING], shapes[EMBEDDING])
     layer = _LAYER_BYTES + (_INT8_CACHE_LAYER_BYTES if target.kv_cache == "int8" else 0)
     overhead = _PROGRAM_BYTES + layer * config.num_hidden_layers
-    file = weights - untied_table + table - tied_codes + overhead
+    file = weights + overhead
     kv_cache = _cache_bytes(config, target)
     packed = sum(
         _packed_bytes(schemes[name], shape)
@@ -47,15 +40,6 @@ def _cache_bytes(config: ModelConfig, target: Target) -> int:
     return config.kv_cache_bytes(target.max_context, bytes_per_value=4)
 
 
-def _table_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
-    """Bytes of the embedding's lookup table, which has float32 scales."""
-    scheme, shape = schemes[EMBEDDING], config.parameter_shapes()[EMBEDDING]
-    if scheme == FLOAT:
-        return 4 * math.prod(shape)
-    codes = math.prod(shape) * (scheme.bits or 0) // 8
-    return codes + 4 * math.prod(scheme.scale_shape(shape))
-
-
 def _packed_bytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """Bytes of a weight repacked by XNNPACK: float32 scales, and two numbers per row."""
     if scheme == FLOAT:
@@ -68,4 +52,4 @@ def _activation_bytes(config: ModelConfig, target: Target) -> int:
     """Planned memory between two graphs: residual in and out, q and attention, k, v, RoPE."""
     heads = config.num_attention_heads + config.num_key_value_heads + 1
     width = 2 * config.hidden_size + 2 * heads * config.head_dim
-    return 4 * (target.max_context * width + target.logits * config.vocab_size)
+    return 4 * (longest_call(target) * width + target.logits * config.vocab_size)
