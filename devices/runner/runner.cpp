@@ -28,6 +28,7 @@
 #include <string>
 #include <vector>
 
+#include "huge_pages.h"
 #include "loader.h"
 #include "packed_cache.h"
 #include "speculative.h"
@@ -84,7 +85,7 @@ class Options {
     static const char* known[] = {
         "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
         "sustained-steps", "generate", "prompt-length", "logits", "trace", "load",
-        "packed-cache", "unfilled", "draft", "draft-tokens"};
+        "packed-cache", "unfilled", "draft", "draft-tokens", "huge-pages"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
       const bool named = key.rfind("--", 0) == 0 &&
@@ -469,6 +470,7 @@ int main(int argc, char** argv) {
   Model model(options.text("model"), mapped, packed.get(), std::move(tracer));
   if (packed) packed->publish();
   if (packed && !packed->problem().empty()) fail(kCannotLoad, packed->problem());
+  if (options.number("huge-pages", 1)) mobilellm::collapse_pages();
   const double took = now_ms() - started;
   const std::string packing =
       packed ? std::string("\"packed\":\"") + (packed->fits() ? "read" : "written") + "\"," : "";

@@ -79,7 +79,8 @@ def contenders(finished: FinishedArtifact, llama_bench: Sequence[Path]) -> Itera
     makers: dict[str, Callable[[], tuple[str, Callable[[Plan], list[Command]]]]] = {}
     if target.target == "executorch":
         makers["native runner"] = partial(_native, model)
-    if target.target != "executorch" or not model.portable:
+    # In ExecuTorch's own wheel too, whose kernels of attention are others.
+    if target.target != "executorch" or target.attention == "custom_sdpa":
         wheel = {"executorch": "official wheel", "gguf": "llama-cpp-python"}
         makers[wheel.get(target.target, "Python")] = partial(_python, model)
     if target.target == "gguf":
@@ -110,7 +111,7 @@ def _model(finished: FinishedArtifact) -> Model:
         main=module.main_file(artifact.files),
         files=tuple(f for f in artifact.files if is_of_model(f, artifact.files, name)),
         context=artifact.target.max_context,
-        portable=module.portable(artifact.target),
+        native=module.native(artifact.target),
         integers=True,
         tokens=tuple(100 + i % 400 for i in range(2048)),
     )
