@@ -158,6 +158,7 @@ def _engine(session: SessionState) -> dict[str, Any] | None:
         "threads": engine.threads or session.threads,
         "cores": show_cores(session.cores) if session.cores else None,
         "mmap": session.settings.mmap if "mmap" in engine.capabilities else None,
+        "packed_cache": session.settings.packed_cache,
         "note": engine.note,
     }
 

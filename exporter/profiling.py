@@ -54,6 +54,7 @@ class Request:
     baseline: Path | None = None
     cores: str = ""
     mmap: bool = True
+    packed_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _settings(bundle: Bundle, request: Request) -> Settings:
     cores = show_cores(parse_cores(request.cores)) if request.cores else ""
     return Settings(
         **chosen.model_dump(), threads=request.threads, cores=cores, mmap=request.mmap,
-        timeout=request.timeout,
+        packed_cache=request.packed_cache, timeout=request.timeout,
     )  # fmt: skip
 
 
@@ -208,7 +209,7 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
             name for name in artifact.files if is_of_model(name, artifact.files, target.target)
         ),
         context=context,
-        portable=module.portable(target),
+        native=module.native(target),
         integers=module.integers(quantized.config, quantized.schemes, target),
         tokens=tokens,
         tokenizer=tokenizer if tokenizer.is_file() else None,

@@ -150,6 +150,28 @@ def test_a_second_prefill_forgets_the_first_text(attention: str, lower: Lower) -
 
 
 @pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+def test_a_prompt_read_in_chunks_gives_the_logits_of_one_read_at_once(
+    attention: str, lower: Lower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter.backends.executorch import runtime
+
+    _, lowered = lower(attention=attention)
+    whole = executorch.load(lowered.artifact).prefill(tokens(41))
+    monkeypatch.setattr(runtime, "_CHUNK", 7)
+    runner, calls = executorch.load(lowered.artifact), list[int]()
+    run = runner.run  # type: ignore[attr-defined]
+
+    def counted(some: list[int], start: int) -> torch.Tensor:
+        calls.append(len(some))
+        logits: torch.Tensor = run(some, start)
+        return logits
+
+    monkeypatch.setattr(runner, "run", counted)
+    torch.testing.assert_close(runner.prefill(tokens(41)), whole, rtol=1e-4, atol=1e-4)
+    assert calls == [7, 7, 7, 7, 7, 6]
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
 def test_the_context_can_be_filled_to_the_last_position(attention: str, lower: Lower) -> None:
     quantized, lowered = lower(attention=attention)
     text = tokens(CONTEXT)
@@ -228,6 +250,18 @@ def test_between_two_attentions_there_is_one_delegate_call(attention: str, lower
     ]
     assert len(calls) == MODELS["llama4_text"]["num_hidden_layers"] + 1
     assert {delegate.id for delegate in plan.delegates} == {"XnnpackBackend"}
+
+
+def test_the_output_layer_is_loaded_before_all_others(lower: Lower) -> None:
+    """XNNPACK holds a weight twice while it packs it, and the output layer's is the largest."""
+    _, lowered = lower()
+    plan = next(p for p in program_of(lowered).execution_plan if p.name == "forward")
+    calls = [
+        i.instr_args.delegate_index
+        for i in plan.chains[0].instructions
+        if type(i.instr_args).__name__ == "DelegateCall"
+    ]
+    assert calls == [*range(1, len(calls)), 0]
 
 
 @pytest.mark.parametrize("embedding", ["int4-g32", "int4-g64", "int4", "int8"])

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 
 class Runtime:
-    """ExecuTorch's wheel with torch. No other runtime here has the kernels of `custom_sdpa`."""
+    """ExecuTorch's wheel with torch, for this machine where the native runner cannot be built or
+    lacks the delegate: a Mac."""
 
     #: The last two register their operators.
     MODULES: ClassVar[tuple[str, ...]] = (

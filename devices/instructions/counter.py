@@ -8,6 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,11 @@ def check_countable(model: Model) -> None:
             f"{model.folder}: {model.format}", "has no runner whose instructions can be counted",
             f"Give --target {_FORMAT}",
         )  # fmt: skip
-    if not model.portable:
+    if not model.native:
         raise BadDeviceError(
-            f"{model.folder}: custom_sdpa",
-            "needs ExecuTorch's official runner, and only the native runner can be counted",
-            "Export with targets.0.attention=portable",
+            f"{model.folder}: the Core ML delegate",
+            "is not in the native runner, the only one that can be counted",
+            "Export with targets.0.delegate=xnnpack",
         )  # fmt: skip
 
 
@@ -169,13 +170,18 @@ def _per_token(
 def figure(executed: Blocks, tokens: int, symbols: Mapping[Path, Symbols]) -> dict[str, Any]:
     """What was executed as `schema.json` has it, for each of so many tokens. `symbols` has those
     of the files whose functions are told apart."""
+
+    @cache  # a block has a number for each column
+    def function(file: str, offset: int) -> tuple[str, str, bool]:
+        path = Path(file)
+        name, near = symbols[path].function(offset) if path in symbols else _ELSEWHERE
+        return path.name, name, near
+
     columns, functions = Counter[str](), dict[tuple[str, str, bool], Counter[str]]()
     for (file, offset, column), number in executed.items():
         columns[column] += number
         if number:
-            path = Path(file)
-            name, near = symbols[path].function(offset) if path in symbols else _ELSEWHERE
-            functions.setdefault((path.name, name, near), Counter())[column] += number
+            functions.setdefault(function(file, offset), Counter())[column] += number
     listed = sorted(functions.items(), key=lambda row: (-row[1][INSTRUCTIONS], row[0]))
     return {
         "per_token": columns[INSTRUCTIONS] / tokens,

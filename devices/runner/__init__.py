@@ -49,8 +49,8 @@ SOURCES = Path(__file__).parent
 #: Linked into every program. The rest is compiled otherwise or included.
 _PARTS = ("attention.cpp", "packed_cache.cpp", "speculative.cpp")
 _SOURCES = (
-    "runner.cpp", *_PARTS, "argmax.h", "attention_kernel.cpp", "attention.h", "loader.h",
-    "packed_cache.h", "speculative.h",
+    "runner.cpp", *_PARTS, "argmax.h", "attention_kernel.cpp", "attention.h", "huge_pages.h",
+    "loader.h", "packed_cache.h", "speculative.h",
 )  # fmt: skip
 #: Architecture → name of the attention's vector code → the compiler's options for it. At run time
 #: attention.cpp chooses among those of an architecture.

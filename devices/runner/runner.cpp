@@ -4,8 +4,8 @@
 //
 // Linked against the libraries of the executorch wheel only; it knows no tokenizer and no torch.
 // The program's method is forward(tokens [1, n] int64, start [1] int64) -> logits [1, vocab],
-// as `attention: portable` of a recipe makes it. devices/runner/README.md lists the options and
-// the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
+// with core operators, delegates of the wheel and the operators of attention.cpp.
+// devices/runner/README.md lists the options and the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
 
 #include "argmax.h"
 
@@ -13,6 +13,7 @@
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 #include <executorch/runtime/backend/options.h>
+#include <executorch/runtime/platform/platform.h>
 
 #include <algorithm>
 #include <chrono>
@@ -27,6 +28,7 @@
 #include <string>
 #include <vector>
 
+#include "huge_pages.h"
 #include "loader.h"
 #include "packed_cache.h"
 #include "speculative.h"
@@ -54,6 +56,24 @@ constexpr int64_t kDefaultChunk = 128;
   std::exit(code);
 }
 
+// The operators that a program needs and that nothing here has. ExecuTorch tells their names only
+// in what it logs.
+std::string missing_operators;
+
+void log_message(et_timestamp_t, et_pal_log_level_t level, const char* file, const char*,
+                 size_t line, const char* message, size_t) {
+  static const std::string told = "Missing operator: ";
+  const std::string text = message;
+  if (text.rfind(told, 0) == 0) {
+    const size_t number = text.find("] ");
+    const std::string name = text.substr(number == std::string::npos ? told.size() : number + 2);
+    if (missing_operators.find(name) == std::string::npos) {  // told for each call of it
+      missing_operators += (missing_operators.empty() ? "" : ", ") + name;
+    }
+  }
+  std::fprintf(stderr, "%c executorch:%s:%zu] %s\n", level, file, line, message);
+}
+
 double now_ms() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration<double, std::milli>(now).count();
@@ -65,7 +85,7 @@ class Options {
     static const char* known[] = {
         "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
         "sustained-steps", "generate", "prompt-length", "logits", "trace", "load",
-        "packed-cache", "unfilled", "draft", "draft-tokens"};
+        "packed-cache", "unfilled", "draft", "draft-tokens", "huge-pages"};
     for (int i = 1; i < argc; i += 2) {
       const std::string key = argv[i];
       const bool named = key.rfind("--", 0) == 0 &&
@@ -248,6 +268,10 @@ class Model {
 
   static void check(Error error, const std::string& path) {
     if (error == Error::Ok) return;
+    if (error == Error::OperatorMissing) {
+      fail(kCannotLoad, path + ": needs operators that this runner does not have: " +
+               missing_operators);
+    }
     fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
              std::to_string(static_cast<int>(error)));
   }
@@ -308,7 +332,10 @@ void measure_decode(Model& model, const std::vector<int64_t>& tokens,
   int64_t filled = 0;
   for (const int64_t depth : depths) {
     const auto text = text_of(tokens, depth + 1);
-    if (filled < depth && !unfilled) model.read(text.data() + filled, depth - filled, filled, chunk);
+    const int64_t missing = unfilled ? 0 : depth - filled;
+    const double before = now_ms();
+    if (missing) model.read(text.data() + filled, missing, filled, chunk);
+    const double fill_ms = now_ms() - before;
     filled = depth;
     std::vector<double> ms;
     int64_t token = text[depth];
@@ -317,7 +344,10 @@ void measure_decode(Model& model, const std::vector<int64_t>& tokens,
       token = model.step(&token, 1, depth + i);
       ms.push_back(now_ms() - started);
     }
-    print_phase("decode", "\"depth\":" + std::to_string(depth) + ",", ms);
+    print_phase("decode",
+                "\"depth\":" + std::to_string(depth) + ",\"filled\":" + std::to_string(missing) +
+                    ",\"fill_ms\":" + std::to_string(fill_ms) + ",",
+                ms);
   }
 }
 
@@ -387,7 +417,7 @@ void generate_with_draft(Model& model, const std::vector<int64_t>& prompt, int64
     }
   }
   const auto made = mobilellm::speculate(
-      prompt, count, most, model.context(), reader_of(model, prompt.size()),
+      prompt, count, most, model.context(), reader_of(model, chunk),
       small ? mobilellm::draft_model(reader_of(*small, chunk), small->context())
             : mobilellm::draft_lookup());
   std::string list;
@@ -411,6 +441,8 @@ void write_etdump(executorch::etdump::ETDumpGen& tracer, const std::string& path
 } // namespace
 
 int main(int argc, char** argv) {
+  using executorch::runtime::PalImpl;
+  executorch::runtime::register_pal(PalImpl::create(log_message, __FILE__));
   const Options options(argc, argv);
   const int64_t threads = options.number("threads", 1);
   if (threads < 1) fail(kBadUsage, "--threads: give 1 or more");
@@ -438,6 +470,7 @@ int main(int argc, char** argv) {
   Model model(options.text("model"), mapped, packed.get(), std::move(tracer));
   if (packed) packed->publish();
   if (packed && !packed->problem().empty()) fail(kCannotLoad, packed->problem());
+  if (options.number("huge-pages", 1)) mobilellm::collapse_pages();
   const double took = now_ms() - started;
   const std::string packing =
       packed ? std::string("\"packed\":\"") + (packed->fits() ? "read" : "written") + "\"," : "";

@@ -322,6 +322,11 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
         help="read the model into memory instead of mapping it (native runner and llama.cpp)",
     )  # fmt: skip
     sub.add_argument(
+        "--packed-cache", action="store_true",
+        help="keep the weights as XNNPACK packs them in a file on the device, which all loads but "
+        "the first map (native runner)",
+    )  # fmt: skip
+    sub.add_argument(
         "--timeout", type=float, default=1800.0, metavar="S",
         help="limit of one run in seconds (default: 1800)",
     )  # fmt: skip

@@ -122,7 +122,9 @@ def _facts(session: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[
     if engine["note"]:
         yield "measures", engine["note"]
     if session["load"]:
-        yield "load", f"{session['load']['p50']:.1f} ms (first: {session['first_load_ms']:.1f} ms)"
+        how = ", which wrote the packed weights" if _wrote_packed(session) else ""
+        first = f"first: {session['first_load_ms']:.1f} ms{how}"
+        yield "load", f"{session['load']['p50']:.1f} ms ({first})"
     size = display.megabytes
     peaks = [f"file {size(memory['file_bytes'])}"]
     for phase, seen in memory["phases"].items():
@@ -163,7 +165,14 @@ def _placement(engine: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         parts.append(f"cores {engine['cores']}")
     if engine["mmap"] is not None:
         parts.append("mapped" if engine["mmap"] else "read into memory")
+    if engine.get("packed_cache"):
+        parts.append("packed weights in a file")
     return ", ".join(parts)
+
+
+def _wrote_packed(session: Mapping[str, Any]) -> bool:
+    """Whether the first load wrote the packed weights, which the others mapped."""
+    return any(record.get("packed") == "written" for record in session["samples"]["first"])
 
 
 def _print_speeds(session: Mapping[str, Any]) -> None:

@@ -166,6 +166,7 @@ def _conditions(session: Mapping[str, Any]) -> dict[str, str]:
         "threads": str(engine["threads"]),
         "cores": engine.get("cores") or "all",
         "mapped": str(engine.get("mmap")),
+        "packed weights": "kept" if engine.get("packed_cache") else "not kept",
         "decode steps": str(session["steps"]),
     }
 

@@ -178,6 +178,7 @@ def _profile(content: Mapping[str, Any]) -> str:
     words += ["--threads", str(settings["threads"])] if settings["threads"] else []
     words += ["--cores", settings["cores"]] if settings.get("cores") else []
     words += ["--no-mmap"] if settings.get("mmap") is False else []
+    words += ["--packed-cache"] if settings.get("packed_cache") else []
     for key in ("prompt_lengths", "depths", "decode_steps", "sustained_seconds",
                 "sustained_tokens", "cooldown_seconds", "precision", "max_repeats"):  # fmt: skip
         if key in settings:

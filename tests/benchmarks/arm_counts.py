@@ -231,11 +231,9 @@ def count_peer(engine: Engine, cpu: str, lengths: Lengths, work: Path) -> Figure
                 f"{engine.name}: exit code {done.code}\n{done.stderr.decode()[-2000:]}"
             )
         places = read_places(made)
-    symbols = {
-        path.resolve(): read_symbols(path.resolve())
-        for path in files
-        if any(Path(file) == path.resolve() for file, _, _ in places[-1])
-    }
+    executed = {file for file, _, _ in places[-1]}
+    real = {path.resolve() for path in files}
+    symbols = {path: read_symbols(path) for path in real if str(path) in executed}
     return figures(places, lengths, symbols)
 
 

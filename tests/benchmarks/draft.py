@@ -32,7 +32,7 @@ from exporter.text.tokenizer import load_tokenizer
 
 #: The last prompts of a file are never trained on: `speculative.py` measures with them.
 HELD_OUT = 400
-BATCH, LENGTH = 8, 256
+BATCH, LENGTH = 4, 256
 
 Text = tuple[list[int], int]  # tokens, and how many of them are the prompt
 
@@ -81,6 +81,19 @@ def written_texts(
             yield ids, len(prompt)
 
 
+def given_texts(
+    quantized: QuantizedCheckpoint, path: Path, question: str, answer: str
+) -> list[Text]:
+    """The questions and answers of a file, where writing own answers would take too long."""
+    tokenizer = load_tokenizer(quantized.path)
+    pairs = zip(read_prompts(path, question), read_prompts(path, answer), strict=True)
+    texts = list[Text]()
+    for asked, answered in list(pairs)[:-HELD_OUT][:1000]:
+        prompt = tokenizer.encode(tokenizer.prompt_text(asked, raw=False))
+        texts.append((prompt + tokenizer.encode(answered), len(prompt)))
+    return texts
+
+
 def batches(texts: list[Text], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Packed texts and what of them is an answer: both [BATCH, LENGTH]."""
     rng, ids, answered = random.Random(seed), list[int](), list[bool]()
@@ -108,7 +121,8 @@ def train(
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer,
+        lambda step: min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2,
     )
     for tokens, answered in itertools.islice(batches(texts, 0), steps):
         with torch.autocast("cpu", torch.bfloat16):
@@ -156,6 +170,7 @@ def main() -> None:
     parser.add_argument("quantized", type=Path)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--field", default="")
+    parser.add_argument("--answers", default="", help="the field of answers to train on")
     parser.add_argument("--layers", required=True, help="the layers that are kept, such as 0,1,29")
     parser.add_argument("--texts", type=int, default=512)
     parser.add_argument("--longest", type=int, default=320, help="tokens of a text")
@@ -167,12 +182,17 @@ def main() -> None:
     source = KeptLayers(quantized, [int(layer) for layer in args.layers.split(",")])
     prompts = read_prompts(args.prompts, args.field)[:-HELD_OUT]
     started, cached = time.monotonic(), args.output.with_suffix(".texts.json")
-    if not cached.is_file():
+    if args.answers:
+        texts = given_texts(quantized, args.prompts, args.field, args.answers)
+    elif not cached.is_file():
         texts = list(written_texts(quantized, prompts, args.texts, args.longest))
         cached.parent.mkdir(parents=True, exist_ok=True)
         cached.write_text(json.dumps(texts))
-    texts = json.loads(cached.read_text())
-    print(f"{sum(len(t) for t, _ in texts)} tokens written after {time.monotonic() - started:.0f} s")
+    if not args.answers:
+        texts = json.loads(cached.read_text())
+    print(
+        f"{sum(len(t) for t, _ in texts)} tokens written after {time.monotonic() - started:.0f} s"
+    )
     context = max(LENGTH, args.longest)
     student, teacher = load_decoder(source, context), load_decoder(quantized, context)
     for step, share in enumerate(train(student, teacher, texts, args.steps, args.rate), 1):

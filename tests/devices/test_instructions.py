@@ -498,9 +498,9 @@ def test_devices_lists_the_cpus_to_count_on(
     assert "Run: apt install qemu-user" in run(capsys, "devices").out
 
 
-def test_a_program_that_needs_the_official_runner_is_refused_with_the_remedy(model: Model) -> None:
-    with pytest.raises(BadDeviceError, match=r"Export with targets\.0\.attention=portable"):
-        count(replace(model, portable=False), DECODE, lambda *_: None)
+def test_a_program_with_another_delegate_is_refused_with_the_remedy(model: Model) -> None:
+    with pytest.raises(BadDeviceError, match=r"Export with targets\.0\.delegate=xnnpack"):
+        count(replace(model, native=False), DECODE, lambda *_: None)
 
 
 def test_a_missing_program_is_named_with_the_command_that_installs_it(

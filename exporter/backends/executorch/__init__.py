@@ -43,13 +43,14 @@ LONGEST_CALL = 512
 class Target(backends.Target):
     """A .pte for XNNPACK, or one with a Core ML package inside for iOS 18 and macOS 15.
 
-    XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners have;
-    ``portable`` runs in any runner. ``kv_cache: int8``, for ``custom_sdpa`` only, keeps keys and
-    values in int8, with a scale and a zero point per token and head. A call reads at most `prefill`
-    tokens, for which the program plans its memory; runners read longer prompts in several calls. It
-    gives the `logits` of its last so many positions: a speculative pair needs more than one. Core
-    ML: the delegate computes attention, the Neural Engine needs `activations: float16`, and prompts
-    are read token by token (the target `coreml` reads them in chunks).
+    XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners and
+    our native runner have; ``portable`` runs in any runner. ``kv_cache: int8``, for ``custom_sdpa``
+    only, keeps keys and values in int8, with a scale and a zero point per token and head. A call
+    reads at most `prefill` tokens, for which the program plans its memory; runners read longer
+    prompts in several calls. It gives the `logits` of its last so many positions: a speculative
+    pair needs more than one. Core ML: the delegate computes attention, the Neural Engine needs
+    `activations: float16`, and prompts are read token by token (the target `coreml` reads them in
+    chunks).
     """
 
     by_default: ClassVar[bool] = True
@@ -59,8 +60,8 @@ class Target(backends.Target):
     attention: Literal["custom_sdpa", "portable"] = "custom_sdpa"
     activations: Literal["float32", "float16"] = "float32"
     kv_cache: Literal["float", "int8"] = "float"
-    logits: int = 1
     prefill: Context = LONGEST_CALL
+    logits: int = 1
 
 
 def longest_call(target: Target) -> int:
@@ -184,9 +185,10 @@ def packages(target: Target) -> tuple[str, ...]:
     return own if target.delegate == "xnnpack" else (*own, "coremltools", "numpy")
 
 
-def portable(target: Target) -> bool:
-    """Whether attention uses core operators only; ``custom_sdpa`` is not one."""
-    return target.attention == "portable"
+def native(target: Target) -> bool:
+    """Yes, with either attention: it has kernels of its own for ``custom_sdpa``. It has no Core ML
+    delegate."""
+    return target.delegate == "xnnpack"
 
 
 def interpreted(target: Target) -> bool:

@@ -12,7 +12,7 @@ import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from torch import Tensor
 
-from exporter.backends.executorch import Target, longest_call
+from exporter.backends.executorch import Target
 from exporter.backends.executorch.graph import INFERRED, XnnpackGraph
 from exporter.model.config import EMBEDDING, ModelConfig
 from exporter.model.equivalent import Source, equivalent
@@ -67,7 +67,7 @@ class Segments:
 
     def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self.config, self.context = quantized, quantized.config, target.max_context
-        self.longest_call, self.orders = longest_call(target), row_orders(quantized.config)
+        self.orders = row_orders(quantized.config)
         self.portable, self.logits = target.attention == "portable", target.logits
         self.named_data = NamedDataStore()
         self.segments = [Segment(0)]
@@ -78,7 +78,7 @@ class Segments:
         """The graph of a segment. Its weights are added to `named_data`."""
         segment, config = self.segments[index], self.config
         g, ids = XnnpackGraph(self.named_data), dict[Value, int]()
-        length = min(self.logits, self.longest_call) if segment.last_token else self.longest_call
+        length = 1  # a call's may be greater: XNNPACK's memory grows with it, and never shrinks
         for value in segment.carried:
             ids[value] = g.input(1, length, config.hidden_size)
         attention = self._attention_inputs(g, length) if segment.attended else []
@@ -177,7 +177,7 @@ class Segments:
 
     def _output_layer(self, g: XnnpackGraph, x: int, weight: str) -> int:
         config, stored = self.config, self.quantized.read(weight)
-        rows = (1,) if self.logits == 1 else (1, INFERRED)
+        rows: tuple[int, ...] = (1,) if self.logits == 1 else (1, INFERRED)
         tied = weight == EMBEDDING
         if tied and isinstance(stored, QuantizedTensor) and stored.scheme.bits == 4:
             # The embedding kernel and XNNPACK read nibbles in opposite order. If adjacent columns
