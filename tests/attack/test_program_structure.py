@@ -131,9 +131,10 @@ def hold_a_copy(parts: Parts) -> None:
 
 
 def add_ten_thousand(graph: dict[str, Any]) -> None:
-    """Before the last node: the logits plus one of the constants, which is changed elsewhere."""
-    last = graph["xnodes"][-1]
-    union = last["xnode_union"]
+    """Before the output layer: its input plus one of the constants, which is changed elsewhere."""
+    nodes = graph["xnodes"]
+    (*_, last) = (i for i, n in enumerate(nodes) if n["xnode_union_type"] == "XNNStaticReshape")
+    union = nodes[last]["xnode_union"]
     value = {**graph["xvalues"][union["input_id"]]}
     number = len(graph["xvalues"])
     value["xvalue_union"] = {**value["xvalue_union"], "id_out": number}
@@ -146,7 +147,7 @@ def add_ten_thousand(graph: dict[str, Any]) -> None:
         "debug_handle": 0,
     }  # fmt: skip
     union["input_id"] = number
-    graph["xnodes"].insert(-1, added)
+    nodes.insert(last, added)
 
 
 def set_tensor(key: str, **fields: Any) -> ChangeGraph:

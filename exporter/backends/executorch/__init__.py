@@ -116,6 +116,12 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
         raise InputError(
             "logits", f"{target.logits} is not within 1..{MOST_LOGITS}", "1 is enough to generate"
         )
+    if target.logits > longest_call(target):
+        raise InputError(
+            "logits",
+            f"{target.logits} are more than the {longest_call(target)} tokens that a call reads",
+            "Lower it, or raise prefill",
+        )
     check_stored(config, schemes, partial(stores, config=config))
 
 
