@@ -1,13 +1,12 @@
 """Predict the size of a .pte for XNNPACK."""
 
-import math
 from collections.abc import Mapping
 
 from exporter.backends import Prediction
 from exporter.backends._sizes import RUNTIME_BYTES, stored_bytes
 from exporter.backends.executorch import Target, longest_call
 from exporter.model.config import EMBEDDING, ModelConfig
-from exporter.quantization.schemes import FLOAT, Scheme
+from exporter.quantization.schemes import Scheme
 
 #: Bytes of program, XNNPACK graphs and padding: per file, and per layer.
 _PROGRAM_BYTES, _LAYER_BYTES = 12_000, 10_500
