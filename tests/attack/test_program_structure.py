@@ -208,7 +208,7 @@ TAMPERINGS: dict[str, tuple[Change, str]] = {
         in_graph(set_tensor(Q_PROJ, datatype="xnn_datatype_qcint4"), FIRST),
         f"({Q_PROJ}).datatype: is 'xnn_datatype_qcint4', not 'xnn_datatype_qbint4'",
     ),
-    "another filter": (in_graph(rename_filter, FIRST), "named_key: is 'model.layers.0.self_attn.k_"),
+    "another filter": (in_graph(rename_filter, FIRST), "named_key: is 'model.layers.0.self_attn."),
     "added node": (in_graph(add_ten_thousand, OUTPUT), "forward.delegates[0].xnodes: has "),
     "order of outputs": (
         in_graph(lambda graph: graph["output_ids"].reverse()),

@@ -31,10 +31,12 @@ def store_embedding_once(data: memoryview) -> Iterator[bytes | memoryview]:
     names = {named.key: named.segment_index for named in program.named_data or []}
     inside = dict[int, int]()  # segment → its place in the constants
     for name in (EMBEDDING, scales_name(EMBEDDING)):
-        index = names.get(name)
-        for at in program.constant_segment.offsets if index is not None else ():
-            if constants[at : at + len(segments[index])] == segments[index]:
-                inside[index] = at
+        if name not in names:
+            continue
+        segment = segments[names[name]]
+        for at in program.constant_segment.offsets:
+            if constants[at : at + len(segment)] == segment:
+                inside[names[name]] = at
                 break
     kept = [i for i in range(len(segments)) if i not in inside]
     place, offset = dict[int, int](), 0
