@@ -59,9 +59,12 @@ def prepare_engine(session: SessionState, transport: ModuleType) -> Engine:
 
 def memory_probe(identity: Identity) -> Path | None:
     """The memory probe for a device, or None where none can be built for it."""
-    if identity.machine not in runner.COMPILERS or identity.system.startswith("macOS"):
-        return None
-    return runner.build_probe(identity.machine)
+    return runner.build_probe(identity.machine) if has_native(identity) else None
+
+
+def has_native(identity: Identity) -> bool:
+    """Whether the native runner and the memory probe can be built for a device."""
+    return identity.machine in runner.COMPILERS and not identity.system.startswith("macOS")
 
 
 def _choose_engine(
@@ -73,7 +76,8 @@ def _choose_engine(
     if session.job.program is not None:
         plan = plan_of(session)
         return official.engine(session.job.program, model, workspace, folder, plan, android)
-    if model.format == "executorch" and (model.portable or device.transport != "host"):
+    here = device.transport == "host"
+    if model.format == "executorch" and (not here or (model.native and has_native(identity))):
         return native.engine(model, identity, workspace, folder)
     if model.format == "coreml" and device.transport != "mac":
         raise BadDeviceError("coreml", "runs on a Mac only", "Give --device mac there")

@@ -10,7 +10,6 @@ from devices.files import replacing
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Write the plot to `path`, in the format of its suffix. Incomplete sessions are left out."""
-    import numpy as np
     from matplotlib.figure import Figure
 
     sessions = [session for session in report["sessions"] if session["status"] == "complete"]
@@ -21,9 +20,9 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     elif not sessions:
         _draw_counts(figure, counts)
     else:
-        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=[2, 1]))
-        _draw_sessions(above, sessions)
-        _draw_counts(below, counts)
+        parts: Any = figure.subfigures(2, 1, height_ratios=[2, 1])
+        _draw_sessions(parts[0], sessions)
+        _draw_counts(parts[1], counts)
     with replacing(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix("."), metadata={})
 

@@ -209,11 +209,12 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
             name for name in artifact.files if is_of_model(name, artifact.files, target.target)
         ),
         context=context,
-        portable=module.portable(target),
+        native=module.native(target),
         integers=module.integers(quantized.config, quantized.schemes, target),
         tokens=tokens,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         texts=_texts(quantized, tokens, lengths),
+        longest_call=getattr(target, "prefill", None),
     )
     return Job(model, workload(quantized.config, quantized.schemes, target), request.runner)
 

@@ -465,7 +465,7 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
         ("cross_checks", ["artifact"]),
         ("predict", ["config", "schemes", "target"]),
         ("integers", ["config", "schemes", "target"]),
-        ("portable", ["target"]),
+        ("native", ["target"]),
         ("interpreted", ["target"]),
         ("packages", ["target"]),
         ("main_file", ["files"]),

@@ -20,7 +20,7 @@ from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import Bundle
 from exporter.evaluation.agreement import compare_logits
 from exporter.inference.reference import ReferenceRunner, score
-from exporter.pipeline import no_progress
+from exporter.progress import no_progress
 from exporter.quantization.activations import round_heads_to_int8, round_rows_to_int8
 from exporter.recipe import load_recipe
 from exporter.verification.runs import run_teacher_forced, verification_text

@@ -187,7 +187,13 @@ def test_a_prompt_read_in_chunks_gives_the_logits_of_one_read_at_once(
     monkeypatch.setattr(lowering, "CHUNK", 7)
     runner, calls = backend.load(lowered.artifact), list[int]()
     step = runner._step  # type: ignore[attr-defined]
-    monkeypatch.setattr(runner, "_step", lambda some: calls.append(len(some)) or step(some))
+
+    def counted(some: list[int]) -> torch.Tensor:
+        calls.append(len(some))
+        logits: torch.Tensor = step(some)
+        return logits
+
+    monkeypatch.setattr(runner, "_step", counted)
     torch.testing.assert_close(runner.prefill(tokens(41)), whole, rtol=1e-4, atol=1e-4)
     assert calls == [7, 7, 7, 7, 7, 6]
 

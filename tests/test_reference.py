@@ -10,7 +10,9 @@ from conftest import FAMILIES, MakeCheckpoint
 from torch import Tensor
 
 from exporter.bundle.bundle import Bundle
+from exporter.inference import reference
 from exporter.inference.reference import ReferenceRunner, score
+from exporter.model import decoder
 from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import EMBEDDING
 from exporter.model.decoder import load_decoder
@@ -92,6 +94,38 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_prompt_at_once(nano: Path) -
     runner.prefill(tokens[:1])
     pieces = [runner.decode(token) for token in tokens[1:]]
     assert torch.allclose(pieces[-1], at_once, atol=1e-4, rtol=0)
+
+
+def test_attention_in_parts_gives_the_logits_of_attention_at_once(
+    nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, tokens = ReferenceRunner(open_checkpoint(nano), 21), tokens_of(20)
+    at_once, next_one = runner.prefill(tokens), runner.decode(3)
+    monkeypatch.setattr(decoder, "_CHUNK", 7)
+    assert torch.allclose(runner.prefill(tokens), at_once, atol=1e-4, rtol=0)
+    assert torch.allclose(runner.decode(3), next_one, atol=1e-4, rtol=0)
+
+
+def test_scores_are_shown_in_parts_and_none_is_left_out(
+    nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown() -> dict[str, Tensor]:
+        found = dict[str, list[Tensor]]()
+
+        def observe(name: str, kind: str, values: Tensor) -> None:
+            if kind == "scores":
+                found.setdefault(name, []).append(values)
+
+        score(open_checkpoint(nano), tokens_of(20), [19], None, observe)
+        counts.update(len(parts) for parts in found.values())
+        return {name: torch.cat(parts, 2) for name, parts in found.items()}
+
+    counts = set[int]()
+    whole = shown()
+    monkeypatch.setattr(reference, "_CHUNK", 7)
+    parts = shown()
+    assert counts == {1, 3}
+    assert all(torch.allclose(parts[name], whole[name], atol=1e-4) for name in whole)
 
 
 def test_logits_are_one_float32_vector_of_the_vocabulary(nano: Path) -> None:

@@ -20,6 +20,7 @@ from exporter.bundle.artifact import FinishedArtifact, open_artifact
 from exporter.bundle.bundle import CHECKSUMS, Bundle, file_problems
 from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import EMBEDDING, parse_config
+from exporter.model.rope import rope_frequencies
 from exporter.pipeline import no_progress
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 from exporter.quantization.schemes import QuantizedTensor
@@ -212,16 +213,15 @@ def test_a_flip_with_updated_checksums_is_found_by_its_integers(
     ]
 
 
-def test_a_program_with_a_wrong_rope_table_is_found_by_its_logits(
+def test_a_program_with_wrong_rope_frequencies_is_found_by_its_logits(
     executorch_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Tables are no weights: without deriving again, only running the program shows it."""
+    """They are no weights: without deriving again, only running the program shows it."""
     data = (executorch_copy / PTE).read_bytes()
-    ones = torch.ones(64).numpy().tobytes()  # the cosines of position 0
-    start = data.find(ones)
-    assert start > 0
-    size = 1024 * 64 * 4
-    (executorch_copy / PTE).write_bytes(data[:start] + bytes(size) + data[start + size :])
+    config = open_quantized(executorch_copy / "quantized").config
+    frequencies = rope_frequencies(config).numpy().tobytes()
+    assert data.count(frequencies) == 1
+    (executorch_copy / PTE).write_bytes(data.replace(frequencies, bytes(len(frequencies))))
     reseal(executorch_copy)
     outcome = run(capsys, "verify", executorch_copy, "--quick", "--json")
     assert outcome.code == 1

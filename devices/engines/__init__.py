@@ -23,9 +23,10 @@ class Model:
     """An artifact, with what an engine must know of it.
 
     `files` are relative to `folder`; the runtime opens `main`, one of them or a folder of them.
-    `context` is in tokens. `portable` says that core operators and delegates suffice, `integers`
-    that products with weights are meant to work on integers. Prompts are the first of `tokens`;
+    `context` is in tokens. `native` says that the native runner has what it needs, `integers` that
+    products with weights are meant to work on integers. Prompts are the first of `tokens`;
     `texts` has prompts as text, by their number of tokens, for programs that need `tokenizer`.
+    A call of the program takes at most `longest_call` tokens, or the whole context if it is None.
     """
 
     format: Format
@@ -33,11 +34,12 @@ class Model:
     main: str
     files: tuple[str, ...]
     context: int
-    portable: bool
+    native: bool
     integers: bool
     tokens: tuple[int, ...]
     tokenizer: Path | None = None
     texts: Mapping[int, str] = field(default_factory=dict)
+    longest_call: int | None = None
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,11 @@ def check_countable(model: Model) -> None:
             f"{model.folder}: {model.format}", "has no runner whose instructions can be counted",
             f"Give --target {_FORMAT}",
         )  # fmt: skip
-    if not model.portable:
+    if not model.native:
         raise BadDeviceError(
-            f"{model.folder}: custom_sdpa",
-            "needs ExecuTorch's official runner, and only the native runner can be counted",
-            "Export with targets.0.attention=portable",
+            f"{model.folder}: the Core ML delegate",
+            "is not in the native runner, the only one that can be counted",
+            "Export with targets.0.delegate=xnnpack",
         )  # fmt: skip
 
 

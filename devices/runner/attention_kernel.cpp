@@ -11,6 +11,8 @@
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__AVX__)
+#include <immintrin.h>
 #endif
 
 // GCC warns that vectors wider than the baseline's are passed differently; none leaves this file.
@@ -51,7 +53,6 @@ constexpr int64_t kScoreRows = 48;
 
 typedef float Vector __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(W), aligned(1), may_alias));
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -74,7 +75,7 @@ template <int Offset>
 INLINE void load_pair(const float* from, Vector& a, Vector& b) {
   asm("ldp %q0, %q1, [%2, %3]"
       : "=w"(a), "=w"(b)
-      : "r"(from), "i"(16 * Offset), "m"(*reinterpret_cast<const float(*)[]>(from)));
+      : "r"(from), "i"(16 * Offset), "m"(*reinterpret_cast<const float(*)[(Offset + 2) * W]>(from)));
 }
 #endif
 
@@ -148,27 +149,51 @@ INLINE float exp2_of(float x) { return exp2_of(all(x))[0]; }
 
 INLINE const float* floats(const Rows& rows) { return static_cast<const float*>(rows.data); }
 
+// Codes as floats. Compilers convert int8 to float element by element, hence the intrinsics.
+INLINE void read_codes(const int8_t* from, int64_t count, int8_t zero, float scale, float* to) {
+  int64_t i = 0;
+#if defined(__aarch64__)
+  const int8x16_t zeros = vdupq_n_s8(zero);
+  for (; i + 16 <= count; i += 16) {
+    const int8x16_t codes = vld1q_s8(from + i);
+    const int16x8_t low = vsubl_s8(vget_low_s8(codes), vget_low_s8(zeros));
+    const int16x8_t high = vsubl_high_s8(codes, zeros);
+    store(to + i, vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))) * scale);
+    store(to + i + 4, vcvtq_f32_s32(vmovl_high_s16(low)) * scale);
+    store(to + i + 8, vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))) * scale);
+    store(to + i + 12, vcvtq_f32_s32(vmovl_high_s16(high)) * scale);
+  }
+#elif defined(__AVX512F__)
+  for (; i + W <= count; i += W) {
+    const auto codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    const Vector x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+    store(to + i, (x - static_cast<float>(zero)) * scale);
+  }
+#elif defined(__AVX2__)
+  for (; i + W <= count; i += W) {
+    const auto codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i));
+    const Vector x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+    store(to + i, (x - static_cast<float>(zero)) * scale);
+  }
+#endif
+  for (; i < count; ++i) to[i] = static_cast<float>(from[i] - zero) * scale;
+}
+
 // One row as floats, with zeros up to `padded`.
 INLINE void read_row(const Rows& rows, int64_t token, int64_t head, int64_t width, int64_t padded,
                      float* to) {
   const int64_t at = token * rows.token + head * rows.head;
-  int64_t i = 0;
   if (rows.scales == nullptr) {
     const float* from = floats(rows) + at;
+    int64_t i = 0;
     for (; i + W <= width; i += W) store(to + i, load(from + i));
     for (; i < width; ++i) to[i] = from[i];
   } else {
     const int8_t* from = static_cast<const int8_t*>(rows.data) + at;
     const int64_t place = token * rows.scale_token + head * rows.scale_head;
-    const float scale = rows.scales[place];
-    const float zero = rows.zero_points[place];
-    for (; i + W <= width; i += W) {
-      const Bytes codes = *reinterpret_cast<const Bytes*>(from + i);
-      store(to + i, (__builtin_convertvector(codes, Vector) - zero) * scale);
-    }
-    for (; i < width; ++i) to[i] = (from[i] - zero) * scale;
+    read_codes(from, width, rows.zero_points[place], rows.scales[place], to);
   }
-  for (; i < padded; ++i) to[i] = 0;
+  for (int64_t i = width; i < padded; ++i) to[i] = 0;
 }
 
 // ---- Products. ----
@@ -417,18 +442,19 @@ INLINE void soften(float* scores, int64_t seen, int64_t until, float factor, flo
   const int64_t end = round_up(seen, W);
   Vector largest = load(scores);
   for (int64_t i = W; i < end; i += W) largest = greater(largest, load(scores + i));
-  const float here = greatest_of(largest) * factor;
+  const float here = greatest_of(largest);
   const float now = here > greatest ? here : greatest;
   // Without a score but minus infinity, every weight is 0.
   const float base = now == low ? 0 : now;
   Vector total{};
   for (int64_t i = 0; i < end; i += W) {
-    const Vector weight = exp2_of(load(scores + i) * factor - base);
+    // Subtracted first: the product with a large score is rounded by more than 1.
+    const Vector weight = exp2_of((load(scores + i) - base) * factor);
     total += weight;
     store(scores + i, weight);
   }
   for (int64_t i = end; i < until; ++i) scores[i] = 0;
-  keep = exp2_of(greatest - base);
+  keep = exp2_of((greatest - base) * factor);
   sum = sum * keep + sum_of(total);
   greatest = now;
 }

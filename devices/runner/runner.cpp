@@ -4,8 +4,8 @@
 //
 // Linked against the libraries of the executorch wheel only; it knows no tokenizer and no torch.
 // The program's method is forward(tokens [1, n] int64, start [1] int64) -> logits [1, vocab],
-// as `attention: portable` of a recipe makes it. devices/runner/README.md lists the options and
-// the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
+// with core operators, delegates of the wheel and the operators of attention.cpp.
+// devices/runner/README.md lists the options and the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
 
 #include "argmax.h"
 
@@ -13,6 +13,7 @@
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 #include <executorch/runtime/backend/options.h>
+#include <executorch/runtime/platform/platform.h>
 
 #include <algorithm>
 #include <chrono>
@@ -53,6 +54,24 @@ constexpr int64_t kDefaultChunk = 128;
 [[noreturn]] void fail(int code, const std::string& reason) {
   std::fprintf(stderr, "mobilellm_runner: %s\n", reason.c_str());
   std::exit(code);
+}
+
+// The operators that a program needs and that nothing here has. ExecuTorch tells their names only
+// in what it logs.
+std::string missing_operators;
+
+void log_message(et_timestamp_t, et_pal_log_level_t level, const char* file, const char*,
+                 size_t line, const char* message, size_t) {
+  static const std::string told = "Missing operator: ";
+  const std::string text = message;
+  if (text.rfind(told, 0) == 0) {
+    const size_t number = text.find("] ");
+    const std::string name = text.substr(number == std::string::npos ? told.size() : number + 2);
+    if (missing_operators.find(name) == std::string::npos) {  // told for each call of it
+      missing_operators += (missing_operators.empty() ? "" : ", ") + name;
+    }
+  }
+  std::fprintf(stderr, "%c executorch:%s:%zu] %s\n", level, file, line, message);
 }
 
 double now_ms() {
@@ -191,6 +210,7 @@ class Model {
     if (file_) file_->cut_constants();
     context_ = constant("get_max_context_len");
     vocab_ = constant("get_vocab_size");
+    longest_ = std::max<int64_t>(1, constant("get_max_seq_len"));
   }
 
   int64_t context() const { return context_; }
@@ -226,8 +246,9 @@ class Model {
     return mobilellm::argmax(logits_ - before * vocab_, vocab_);
   }
 
-  // The same in pieces of at most `chunk` tokens.
+  // The same in pieces of at most `chunk` tokens, and of no more than the program takes.
   int64_t read(const int64_t* tokens, int64_t count, int64_t start, int64_t chunk) {
+    chunk = std::min(chunk, longest_);
     int64_t token = 0;
     for (int64_t done = 0; done < count; done += chunk) {
       token = step(tokens + done, std::min(chunk, count - done), start + done);
@@ -247,6 +268,10 @@ class Model {
 
   static void check(Error error, const std::string& path) {
     if (error == Error::Ok) return;
+    if (error == Error::OperatorMissing) {
+      fail(kCannotLoad, path + ": needs operators that this runner does not have: " +
+               missing_operators);
+    }
     fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
              std::to_string(static_cast<int>(error)));
   }
@@ -262,7 +287,7 @@ class Model {
   std::unique_ptr<Module> module_;
   // The module's own, null where the program is read.
   const mobilellm::MappedFile* file_ = nullptr;
-  int64_t context_ = 0, vocab_ = 0, rows_ = 1, looked_up_ = 0;
+  int64_t context_ = 0, vocab_ = 0, longest_ = 0, rows_ = 1, looked_up_ = 0;
   const float* logits_ = nullptr;
 };
 
@@ -350,7 +375,7 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   int64_t position = 0, token = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double started = now_ms();
-    token = i ? model.step(&token, 1, position) : model.step(prompt.data(), prompt.size(), 0);
+    token = i ? model.step(&token, 1, position) : model.read(prompt.data(), prompt.size(), 0, prompt.size());
     ms.push_back(now_ms() - started);
     position += i ? 1 : prompt.size();
     list += (i ? "," : "") + std::to_string(token);
@@ -416,6 +441,8 @@ void write_etdump(executorch::etdump::ETDumpGen& tracer, const std::string& path
 } // namespace
 
 int main(int argc, char** argv) {
+  using executorch::runtime::PalImpl;
+  executorch::runtime::register_pal(PalImpl::create(log_message, __FILE__));
   const Options options(argc, argv);
   const int64_t threads = options.number("threads", 1);
   if (threads < 1) fail(kBadUsage, "--threads: give 1 or more");

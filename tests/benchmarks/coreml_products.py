@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from exporter.backends.coreml import interpreter, running
+from exporter.backends.coreml import running
+from exporter.backends.coreml.operators import OPERATORS
 from exporter.backends.coreml.program import DECODE, PREFILL
 from exporter.bundle.artifact import open_artifact
 
@@ -29,7 +30,7 @@ _COUNTED: dict[str, Callable[..., int]] = {
 @contextmanager
 def counting() -> Iterator[Counter[str]]:
     """Count the calls of the interpreter's operators while the context is open."""
-    counts, before = Counter[str](), dict(interpreter.OPERATORS)
+    counts, before = Counter[str](), dict(OPERATORS)
 
     def counted(name: str) -> Callable[..., Any]:
         def compute(**arguments: Any) -> Any:
@@ -38,11 +39,11 @@ def counting() -> Iterator[Counter[str]]:
 
         return compute
 
-    interpreter.OPERATORS.update({name: counted(name) for name in _COUNTED})
+    OPERATORS.update({name: counted(name) for name in _COUNTED})
     try:
         yield counts
     finally:
-        interpreter.OPERATORS.update(before)
+        OPERATORS.update(before)
 
 
 def main() -> None:

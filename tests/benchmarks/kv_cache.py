@@ -21,6 +21,7 @@ rounded, or all of them.
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import platform
 import resource
@@ -41,7 +42,8 @@ from exporter.backends.executorch import runtime
 from exporter.backends.executorch.runtime import ExecuTorchRunner
 from exporter.evaluation.agreement import divergence, log_probabilities, same_choice
 from exporter.inference.reference import score_each
-from exporter.pipeline import lower, no_progress
+from exporter.pipeline import lower
+from exporter.progress import no_progress
 from exporter.quantization.activations import CacheRounding, Roundings, round_rows_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 from exporter.text.documents import read_documents
@@ -56,7 +58,9 @@ FLOAT, INT8 = "the .pte, float cache", "the .pte, int8 cache"
 def use_native_kernels() -> None:
     """Load the native runner's attention kernels. ExecuTorch's are then not loaded: an operator has
     one kernel in a process."""
-    package = Path(runtime._C.__file__).parents[2]
+    spec = importlib.util.find_spec("executorch")
+    assert spec is not None and spec.submodule_search_locations
+    package = Path(spec.submodule_search_locations[0])
     portable = package / "include" / "executorch" / "runtime" / "core" / "portable_type" / "c10"
     architecture = platform.machine()
     with tempfile.TemporaryDirectory() as scratch:
@@ -183,10 +187,10 @@ def main() -> None:
     args = parser.parse_args()
     quantized = open_quantized(args.quantized)
     context, artifacts = max(args.depths), dict[str, Path]()
-    for cache, name in (("float", FLOAT), ("int8", INT8)):
-        folder = args.output / f"{cache}-{context}"
+    floats = executorch.Target(max_context=context)
+    for name, target in ((FLOAT, floats), (INT8, floats.model_copy(update={"kv_cache": "int8"}))):
+        folder = args.output / f"{target.kv_cache}-{context}"
         if not (folder / executorch.FILE_NAME).is_file():
-            target = executorch.Target(max_context=context, kv_cache=cache)
             lower(quantized, target, folder, no_progress)
         artifacts[name] = folder / executorch.FILE_NAME
     texts = [text for text in read_documents(args.text) if isinstance(text, str)]

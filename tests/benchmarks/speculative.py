@@ -7,7 +7,9 @@ Both folders are artifacts of the target `executorch`, the first with `logits=9`
 
 - acceptance: for each draft, also the lookup in the text, and for each number of proposals K, the
   proposals, those that were the model's own tokens, the tokens per call of the model, and the time
-  of the tokens alone over that with the draft, on this computer. The tokens are compared.
+  of the tokens alone over that with the draft, on this computer. `other texts` are those in which
+  a token differs: attention that reads many rows at once adds in another order, and so a call with
+  many proposals may decide a near tie otherwise than single steps (docs/speculative.md).
 - cost of a call with n tokens over one with 1: time here and, with ``--cpu``, instructions and
   bytes loaded on that CPU.
 - by each cost: the acceptance at which the pair is as fast as the model alone, and the gain at
@@ -62,7 +64,17 @@ def acceptance(
     most: Sequence[int],
 ) -> Table:
     """How often each draft was right, and what that did to the time of these tokens."""
-    table = Table("draft", "K", "proposed", "right", "share", "tokens a call", "speed", box=None)
+    table = Table(
+        "draft",
+        "K",
+        "proposed",
+        "right",
+        "share",
+        "tokens a call",
+        "speed",
+        "other texts",
+        box=None,
+    )
     alone = [generated(model, prompt, "--generate", count) for prompt in prompts]
     # The first sample is the prompt, which both read in the same way.
     seconds = sum(sum(one["ms"][1:]) for one in alone)
@@ -71,8 +83,8 @@ def acceptance(
         for k in most:
             options = ("--generate", count, "--draft", given, "--draft-tokens", k)
             pairs = [generated(model, prompt, *options) for prompt in prompts]
-            for one, pair in zip(alone, pairs, strict=True):
-                assert one["tokens"] == pair["tokens"], "the draft changed a token"
+            texts = zip(alone, pairs, strict=True)
+            other = sum(one["tokens"] != pair["tokens"] for one, pair in texts)
             drafted, right, calls = (
                 sum(pair[key] for pair in pairs) for key in ("drafted", "accepted", "calls")
             )
@@ -81,6 +93,7 @@ def acceptance(
             table.add_row(
                 Path(draft).name, str(k), str(drafted), str(right),
                 f"{right / max(1, drafted):.1%}", f"{per_call:.2f}", f"{seconds / took:.2f}",
+                str(other),
             )  # fmt: skip
     return table
 

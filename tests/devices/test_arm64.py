@@ -83,6 +83,7 @@ def generated(device: Device, model: Model, out: Path) -> tuple[list[int], np.nd
     [
         ("exact_bundle", "executorch", "adb_arm"),
         ("exact_bundle", "onnx", "ssh_arm"),
+        ("exact_bundle", "executorch", "ssh_arm"),
         ("portable_bundle", "executorch", "ssh_arm"),
     ],
 )

@@ -1,18 +1,30 @@
 """The kernels of the native runner for ExecuTorch's custom attention: against float64 arithmetic,
 against the official kernels, and whole programs in every runner."""
 
+import json
 import platform
+import shutil
 import struct
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from executorch.extension.llm.custom_ops import custom_ops as _custom_ops  # noqa: F401
+from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
 from devices import runner
+from devices.errors import BadDeviceError
+from exporter.bundle.bundle import Bundle
+from exporter.text.tokenizer import load_tokenizer
 
+QUESTION = "Ada has 12 eggs. Ada finds 7 more. Ada sells 5. How many eggs does Ada have now?"
+STEPS = 24
+EMULATOR = "qemu-aarch64"
 DRIVER = Path(__file__).with_name("attention_driver.cpp")
 #: Against float64, in the worst element of an output that is 1 at most.
 TOLERANCE = 1e-5
@@ -54,9 +66,7 @@ class Driver:
         for arguments, result in calls:
             given += [struct.pack("<q", len(arguments) + 1), *map(encoded, arguments)]
             given.append(encoded(result)[: (3 + result.ndim) * 8])
-        done = subprocess.run(
-            self.command, input=b"".join(given), capture_output=True, check=False
-        )
+        done = subprocess.run(self.command, input=b"".join(given), capture_output=True, check=False)
         assert done.returncode == 0, done.stderr.decode()
         answers, at = [], 0
         for arguments, result in calls:
@@ -70,14 +80,50 @@ class Driver:
         return answers
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    machine = platform.machine()
-    built = runner.build(machine)
-    out = tmp_path_factory.mktemp("driver")
+def compiled(built: runner.Build, machine: str, out: Path) -> Path:
+    """The driver, in a folder `out` with the runner's libraries."""
     (out / "lib").symlink_to(built.folder / "lib")
     runner.compile_program(machine, DRIVER, out, out / "driver")
     return out / "driver"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    machine = platform.machine()
+    return compiled(runner.build(machine), machine, tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="module")
+def arm() -> runner.Build:
+    if shutil.which(EMULATOR) is None:
+        pytest.skip(f"{EMULATOR} is not installed")
+    try:
+        return runner.build("aarch64")
+    except BadDeviceError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def arm_program(arm: runner.Build, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return emulated(arm, compiled(arm, "aarch64", tmp_path_factory.mktemp("arm")))
+
+
+def emulated(built: runner.Build, program: Path) -> list[str]:
+    """A command line that runs a program for Arm here, with the runner's libraries."""
+    libraries = built.folder / "lib"
+    loader = [str(libraries / built.loader), "--library-path", str(libraries), str(program)]
+    return [EMULATOR, "-cpu", "cortex-a76", *loader]
+
+
+def generated(command: Sequence[object], options: Sequence[object]) -> list[int]:
+    """The tokens that the native runner writes."""
+    done = subprocess.run(
+        [*map(str, command), *map(str, options)], capture_output=True, text=True, check=True
+    )
+    phases = {line["phase"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert "end" in phases
+    found: list[int] = phases["generate"]["tokens"]
+    return found
 
 
 @dataclass(frozen=True)
@@ -171,6 +217,175 @@ def test_attention_is_that_of_float64_for_ten_thousand_random_shapes(
     program: Path, threads: str
 ) -> None:
     driver = Driver((str(program), threads))
-    worst = max(worst_of(driver, cases) for cases in batches(CASES // 2, seed=int(threads)))
-    print(threads, worst)
-    assert worst < TOLERANCE
+    assert max(worst_of(driver, cases) for cases in batches(CASES // 2, int(threads))) < TOLERANCE
+
+
+@pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_of_this_machine_computes_it(program: Path, kernels: str) -> None:
+    driver = Driver((str(program), "1", kernels))
+    if subprocess.run(driver.command, input=b"", check=False).returncode == 2:
+        pytest.skip(f"this CPU has no {kernels}")
+    assert max(worst_of(driver, cases) for cases in batches(500, seed=3)) < TOLERANCE
+
+
+def test_arm_computes_it(arm_program: list[str]) -> None:
+    driver = Driver((*arm_program, "1"))
+    assert max(worst_of(driver, cases) for cases in batches(250, seed=4)) < TOLERANCE
+
+
+def test_the_comparison_sees_one_key_too_many(program: Path) -> None:
+    random = np.random.default_rng(5)
+    cases = [case for case in (random_case(random) for _ in range(60)) if case.causal]
+    driver = Driver((str(program), "1"))
+    filled = [replace(case, k=np.nan_to_num(case.k), v=np.nan_to_num(case.v)) for case in cases]
+    for case in filled:
+        if case.start + case.q.shape[1] == case.k.shape[1] or (case.scale or 1) == 0:
+            continue
+        later = replace(case, start=case.start + 1)
+        [(_, found)] = driver.run([later.call()])
+        assert np.abs(found - case.expected()).max() > 10 * TOLERANCE
+
+
+def test_the_official_kernel_agrees(program: Path) -> None:
+    random = np.random.default_rng(6)
+    # With a negative scale theirs turns masked scores into infinite ones.
+    drawn = (random_case(random) for _ in range(100))
+    cases = [case for case in drawn if case.scale is None or case.scale > 0]
+    answers = Driver((str(program), "1")).run([case.call() for case in cases])
+    for case, (_, found) in zip(cases, answers, strict=True):
+        tensors = [torch.from_numpy(x) for x in (case.q, case.k, case.v)]
+        mask = None if case.mask is None else torch.from_numpy(case.mask)
+        official = torch.ops.llama.custom_sdpa(
+            *tensors, case.start, mask, 0.0, case.causal, case.scale
+        )
+        assert np.abs(found - official.numpy()).max() < 2 * TOLERANCE
+
+
+def quantized(x: Array) -> tuple[Array, Array, Array]:
+    """int8 codes, scales and zero points [..., 1] of each row, and not symmetric."""
+    low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
+    scales = np.maximum((high - low) / 255, 1e-6).astype(np.float32)
+    zero_points = np.clip(np.round(-128 - low / scales), -128, 127).astype(np.int8)
+    codes = np.clip(np.round(x / scales) + zero_points, -128, 127).astype(np.int8)
+    return codes, scales, zero_points
+
+
+@pytest.mark.parametrize("tokens_at_2", [False, True])
+def test_attention_over_an_int8_cache_is_that_of_its_floats(
+    program: Path, arm_program: list[str], tokens_at_2: bool
+) -> None:
+    random = np.random.default_rng(7)
+    calls, expected, official = list[tuple[list[Argument], Array]](), [], []
+    while len(calls) < 60:
+        case = random_case(random)
+        if case.mask is not None or (case.scale or 1) < 0:
+            continue
+        parts = [quantized(np.nan_to_num(x)) for x in (case.q, case.k, case.v)]
+        floats = [
+            (codes.astype(np.float32) - zero_points) * scales
+            for codes, scales, zero_points in parts
+        ]
+        wanted = replace(case, q=floats[0], k=floats[1], v=floats[2]).expected()
+        order = (0, 2, 1, 3) if tokens_at_2 else (0, 1, 2, 3)
+        (q, *of_q), (k, *of_k), (v, *of_v) = (
+            [np.ascontiguousarray(x.transpose(order)) for x in part] for part in parts
+        )
+        rest = [of_q[1], of_q[0], of_k[1], of_k[0], of_v[1], of_v[0], tokens_at_2]
+        call = [q, k, v, case.start, None, 0.0, case.causal, case.scale, *rest]
+        name = "llama::custom_quantized_sdpa.out"
+        calls.append(([name, *call], np.empty(q.shape, np.float32)))
+        expected.append(wanted.transpose(order))
+        given = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in call]
+        official.append(torch.ops.llama.custom_quantized_sdpa(*given).numpy())
+    for command in ([str(program)], arm_program):
+        answers = Driver((*command, "1")).run(calls)
+        for (code, found), wanted, theirs in zip(answers, expected, official, strict=True):
+            assert code == 0
+            assert np.abs(found - wanted).max() < TOLERANCE
+            assert np.abs(found - theirs).max() < 2 * TOLERANCE
+
+
+def test_large_scores_give_finite_weights_and_a_row_without_keys_zeros(program: Path) -> None:
+    random = np.random.default_rng(8)
+    q, k, v = (random.standard_normal((1, n, h, 64)).astype(np.float32)
+               for n, h in ((40, 6), (300, 2), (300, 2)))  # fmt: skip
+    mask = np.zeros((40, 300), np.float32)
+    mask[7] = -np.inf
+    driver = Driver((str(program), "1"))
+    large = Case(q * 1e15, k * 1e15, v, 260, None, True, None)
+    hidden = Case(q, k, v, 0, mask, False, None)
+    [(_, first), (_, second)] = driver.run([large.call(), hidden.call()])
+    assert np.isfinite(first).all() and np.abs(first).max() <= np.abs(v).max() * (1 + TOLERANCE)
+    assert (second[0, 7] == 0).all()
+    others = np.delete(np.arange(40), 7)
+    wanted = replace(hidden, q=q[:, others], mask=mask[others]).expected()
+    assert np.abs(second[:, others] - wanted).max() < TOLERANCE
+
+
+def test_a_cache_changes_at_its_new_positions_alone(program: Path) -> None:
+    random = np.random.default_rng(9)
+    calls, expected = list[tuple[list[Argument], Array]](), []
+    for dtype in (np.float32, np.int8):
+        cache = random.integers(-99, 99, (2, 30, 3, 5)).astype(dtype)
+        value = random.integers(-99, 99, (2, 4, 3, 5)).astype(dtype)
+        calls.append((["llama::update_cache.out", value, cache, 7], np.empty(1, np.float32)))
+        after = cache.copy()
+        after[:, 7:11] = value
+        expected.append(after)
+    for (code, found), after in zip(Driver((str(program), "1")).run(calls), expected, strict=True):
+        assert code == 0
+        assert (found == after).all()
+
+
+INVALID = 0x12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start": 100},
+        {"start": -1},
+        {"k": np.zeros((1, 20, 4, 32), np.float32)},
+        {"k": np.zeros((1, 20, 2, 16), np.float32), "v": np.zeros((1, 20, 2, 16), np.float32)},
+        {"v": np.zeros((1, 19, 2, 32), np.float32)},
+        {"mask": np.zeros((4, 20), np.float32)},
+        {"mask": np.zeros((4, 19), np.float32), "causal": False},
+        {"q": np.zeros((1, 4, 6, 32), np.int8)},
+        {"q": np.zeros((4, 6, 32), np.float32)},
+    ],
+    ids=["the start", "no position", "the keys' heads", "the width", "the values' length",
+         "a mask and causal", "the mask's width", "the type", "the dimensions"],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], program: Path) -> None:
+    random = np.random.default_rng(10)
+    q, k, v = (random.standard_normal((1, n, h, 32)).astype(np.float32)
+               for n, h in ((4, 6), (20, 2), (20, 2)))  # fmt: skip
+    case = Case(q, k, v, 3, None, True, None)
+    driver = Driver((str(program), "1"))
+    [(good, _), (bad, found)] = driver.run([case.call(), replace(case, **change).call()])
+    assert (good, bad) == (0, INVALID)
+    assert (found == 0).all()
+
+
+def test_one_program_writes_the_same_text_in_the_official_runner_here_and_on_arm(
+    finished_bundle: Bundle, arm: runner.Build, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The default artifact, as it is."""
+    finished = finished_bundle.artifacts["executorch"]
+    assert finished.artifact.target.attention == "custom_sdpa"
+    model, words = finished.artifact.path / "model.pte", finished.artifact.path / "tokenizer.json"
+    tokenizer = load_tokenizer(finished.artifact.path)
+    text = tokenizer.prompt_text(QUESTION, raw=False)
+    prompt = tokenizer.encode(text)
+    pieces = list[str]()
+    official = TextLLMRunner(str(model), str(words))
+    official.generate(text, GenerationConfig(echo=False, max_new_tokens=STEPS, temperature=0.0),
+                      pieces.append)  # fmt: skip
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text(" ".join(map(str, prompt)))
+    options = ["--model", model, "--tokens", tokens, "--generate", STEPS]
+    here = [runner.build(platform.machine()).runner]
+    found = [generated(command, options) for command in (here, emulated(arm, arm.runner))]
+    assert found[0] == found[1]
+    assert len(pieces) > STEPS // 2
+    assert tokenizer.decode_whole(found[0]).startswith("".join(pieces))

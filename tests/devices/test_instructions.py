@@ -28,6 +28,7 @@ from devices.instructions.emulation import (
     read_places,
 )
 from devices.instructions.symbols import read_symbols
+from devices.plots import draw
 from devices.transports.client import run_client
 from exporter import profiling
 from exporter.backends import backend
@@ -418,7 +419,7 @@ def test_a_profile_counts_what_the_counter_does(
 
 
 def test_counts_and_times_of_one_profile_stay_apart(
-    portable_bundle: Bundle, built: tools.Tools
+    portable_bundle: Bundle, built: tools.Tools, tmp_path: Path
 ) -> None:
     overrides = [*SHORT, "max_repeats=1", "sustained_seconds=0", "decode_steps=2"]
     request = profiling.Request(
@@ -428,6 +429,10 @@ def test_counts_and_times_of_one_profile_stay_apart(
     assert [session["device"] for session in made["sessions"]] == ["host"]
     assert [one["cpu"] for one in made["counts"][0]["counts"]] == ["cortex-a76"]
     assert not any("cortex-a76" in str(session["samples"]) for session in made["sessions"])
+    draw(made, tmp_path / "both.svg")
+    draw({**made, "counts": []}, tmp_path / "times.svg")
+    drawn = {name: (tmp_path / name).stat().st_size for name in ("both.svg", "times.svg")}
+    assert drawn["both.svg"] > 1.2 * drawn["times.svg"]  # axes of their own
 
 
 def test_an_unfilled_cache_takes_as_many_instructions_as_a_filled_one(
@@ -498,9 +503,9 @@ def test_devices_lists_the_cpus_to_count_on(
     assert "Run: apt install qemu-user" in run(capsys, "devices").out
 
 
-def test_a_program_that_needs_the_official_runner_is_refused_with_the_remedy(model: Model) -> None:
-    with pytest.raises(BadDeviceError, match=r"Export with targets\.0\.attention=portable"):
-        count(replace(model, portable=False), DECODE, lambda *_: None)
+def test_a_program_with_another_delegate_is_refused_with_the_remedy(model: Model) -> None:
+    with pytest.raises(BadDeviceError, match=r"Export with targets\.0\.delegate=xnnpack"):
+        count(replace(model, native=False), DECODE, lambda *_: None)
 
 
 def test_a_missing_program_is_named_with_the_command_that_installs_it(

@@ -18,7 +18,7 @@ from exporter.backends.executorch import Target
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.evaluation.agreement import compare_logits
 from exporter.model.checkpoint import open_checkpoint
-from exporter.pipeline import no_progress
+from exporter.progress import no_progress
 from exporter.quantization.quantized_checkpoint import open_quantized
 from exporter.recipe import load_recipe
 

@@ -104,6 +104,18 @@ def test_what_is_no_token_of_the_model_is_refused(
     assert run(built, program, "--prompts", 2).returncode == 2
 
 
+def test_a_program_with_an_unknown_operator_is_refused_with_its_name(
+    built: runner.Build, program: dict[str, Path], finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed.pte"
+    known = (finished_bundle.artifacts["executorch"].artifact.path / "model.pte").read_bytes()
+    changed.write_bytes(known.replace(b"llama::custom_sdpa", b"llama::unknown_one"))
+    done = run(built, {**program, "--model": changed})
+    assert done.returncode == 3
+    reason = done.stderr.splitlines()[-1]
+    assert reason.endswith("needs operators that this runner does not have: llama::unknown_one.out")
+
+
 def test_a_cut_off_program_is_refused(
     built: runner.Build, program: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -17,25 +17,27 @@ from conftest import LLAMA4, random_weights, write_checkpoint
 
 from devices import runner
 from exporter import pipeline
+from exporter.backends import executorch
 from exporter.bundle.bundle import Bundle
 from exporter.model.checkpoint import open_checkpoint
 from exporter.pipeline import no_progress
 from exporter.recipe import parse_recipe
 
 Capture = pytest.CaptureFixture[str]
+DEPTH, STEPS = 2048, 4
 TOKENS = "7 11 300 2 45 99 101 12"
-#: The width, vocabulary and heads of MobileLLM-R1-140M, and two of its fifteen layers.
+#: The width, vocabulary and heads of MobileLLM-R1-140M, and ten of its fifteen layers.
 SHALLOW: dict[str, Any] = {
     **LLAMA4,
     "vocab_size": 128256,
     "hidden_size": 576,
     "intermediate_size": 2048,
     "intermediate_size_mlp": 2048,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 10,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "head_dim": 64,
-    "no_rope_layers": [1, 1],
+    "no_rope_layers": [1] * 10,
     "max_position_embeddings": 4096,
     "attention_chunk_size": 4096,
 }
@@ -204,40 +206,38 @@ def test_a_profile_reports_loads_from_packed_weights(
 
 
 @pytest.fixture(scope="module")
-def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program with the table and output layer of MobileLLM-R1-140M, of random weights."""
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A program with the table and output layer of MobileLLM-R1-140M, of random weights, and the
+    predicted memory in bytes."""
     folder = tmp_path_factory.mktemp("shallow")
     weights = random_weights(SHALLOW, torch.bfloat16)
     checkpoint = open_checkpoint(write_checkpoint(folder / "model", SHALLOW, weights))
     quantization = {"linear": "int4-g32", "embedding": "int4-g32", "method": "absmax"}
-    target = {"target": "executorch", "max_context": 4096}
+    target = {"target": "executorch", "max_context": DEPTH + STEPS}
     raw = {"name": "t", "quantization": quantization, "targets": [target]}
     recipe = parse_recipe(raw, "t")
     quantized = pipeline.quantize(recipe, checkpoint, folder / "quantized", no_progress)
     pipeline.lower(quantized, recipe.targets[0], folder / "artifact", no_progress)
-    return folder / "artifact" / "model.pte"
+    predicted = executorch.predict(checkpoint.config, quantized.schemes, recipe.targets[0])
+    return folder / "artifact" / "model.pte", predicted.memory
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["packed in memory", "packed in a file"])
 def test_a_process_needs_its_file_its_cache_and_little_more(
-    kept: bool, built: runner.Build, shallow: Path, tmp_path: Path
+    kept: bool, built: runner.Build, shallow: tuple[Path, int], tmp_path: Path
 ) -> None:
-    """On tokens from everywhere in the table, the worst case."""
-    tokens = " ".join(str(i * 7919 % 128256) for i in range(3000))
-    words = ["--packed-cache", tmp_path / "packed"] if kept else []
+    """Also on tokens from everywhere in the table, the worst case. The prediction holds too."""
+    program, predicted = shallow
+    tokens = " ".join(str(i * 7919 % 128256) for i in range(DEPTH))
+    words = ["--depths", f"0,{DEPTH}", "--steps", STEPS]
+    words += ["--packed-cache", tmp_path / "packed"] if kept else []
+    position = 2 * 10 * 3 * 64 * 4  # keys and values
     for _ in range(1 + kept):
-        done = start(
-            built, shallow, "--prompts", "512", "--depths", "0,2048", "--steps", "4", *words,
-            tokens=tokens,
-        )  # fmt: skip
-        found = [json.loads(line) for line in done.stdout.splitlines()]
+        done = start(built, program, *words, tokens=tokens)
         assert done.returncode == 0, done.stderr
-        peak = max(line["memory"]["peak_rss"] for line in found[:-1])
-        cache = 2052 * 2 * 2 * 3 * 64 * 4  # two layers' keys and values
-        assert peak < shallow.stat().st_size + cache + 40e6
-
-
-def test_a_load_does_not_hold_all_weights_twice(built: runner.Build, shallow: Path) -> None:
-    """The output layer, four fifths of them here, is packed before the others."""
-    memory = phases(start(built, shallow))["load"]["memory"]
-    assert memory["peak_rss"] < memory["rss"] + 0.6 * shallow.stat().st_size
+        start_, load, shallow_, deep = map(json.loads, done.stdout.splitlines()[:-1])
+        peaks = [one["memory"]["peak_rss"] for one in (start_, load, shallow_, deep)]
+        bound = program.stat().st_size + 40e6
+        assert max(peaks[:3]) < bound + STEPS * position
+        assert peaks[3] < bound + (DEPTH + STEPS) * position
+        assert abs(predicted / peaks[3] - 1) < 0.1

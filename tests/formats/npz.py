@@ -145,7 +145,7 @@ def largest_activation(target: Target, which: str) -> None:
     return None
 
 
-def portable(target: Target) -> bool:
+def native(target: Target) -> bool:
     return True
 
 

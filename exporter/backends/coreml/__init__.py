@@ -206,8 +206,8 @@ def packages(target: Target) -> tuple[str, ...]:
     return "coremltools", "numpy"
 
 
-def portable(target: Target) -> bool:
-    """No: Core ML has no runner with a subset of its operators."""
+def native(target: Target) -> bool:
+    """No: it runs ExecuTorch programs alone."""
     return False
 
 

@@ -43,13 +43,14 @@ LONGEST_CALL = 512
 class Target(backends.Target):
     """A .pte for XNNPACK, or one with a Core ML package inside for iOS 18 and macOS 15.
 
-    XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners have;
-    ``portable`` runs in any runner. ``kv_cache: int8``, for ``custom_sdpa`` only, keeps keys and
-    values in int8, with a scale and a zero point per token and head. A call reads at most `prefill`
-    tokens, for which the program plans its memory; runners read longer prompts in several calls. It
-    gives the `logits` of its last so many positions: a speculative pair needs more than one. Core
-    ML: the delegate computes attention, the Neural Engine needs `activations: float16`, and prompts
-    are read token by token (the target `coreml` reads them in chunks).
+    XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners and
+    our native runner have; ``portable`` runs in any runner. ``kv_cache: int8``, for ``custom_sdpa``
+    only, keeps keys and values in int8, with a scale and a zero point per token and head. A call
+    reads at most `prefill` tokens, for which the program plans its memory; runners read longer
+    prompts in several calls. It gives the `logits` of its last so many positions: a speculative
+    pair needs more than one. Core ML: the delegate computes attention, the Neural Engine needs
+    `activations: float16`, and prompts are read token by token (the target `coreml` reads them in
+    chunks).
     """
 
     by_default: ClassVar[bool] = True
@@ -115,6 +116,12 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
         raise InputError(
             "logits", f"{target.logits} is not within 1..{MOST_LOGITS}", "1 is enough to generate"
         )
+    if target.logits > longest_call(target):
+        raise InputError(
+            "logits",
+            f"{target.logits} are more than the {longest_call(target)} tokens that a call reads",
+            "Lower it, or raise prefill",
+        )
     check_stored(config, schemes, partial(stores, config=config))
 
 
@@ -178,9 +185,10 @@ def packages(target: Target) -> tuple[str, ...]:
     return own if target.delegate == "xnnpack" else (*own, "coremltools", "numpy")
 
 
-def portable(target: Target) -> bool:
-    """Whether attention uses core operators only; ``custom_sdpa`` is not one."""
-    return target.attention == "portable"
+def native(target: Target) -> bool:
+    """Yes, with either attention: it has kernels of its own for ``custom_sdpa``. It has no Core ML
+    delegate."""
+    return target.delegate == "xnnpack"
 
 
 def interpreted(target: Target) -> bool:

@@ -163,7 +163,8 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class PortableAttention:
     """Core operators update a float32 cache [kv_heads, context, head_dim], XNNPACK attends.
 
-    The next XNNPACK call receives queries, keys, values and mask.
+    The next XNNPACK call receives queries, and keys, values and a mask of the filled positions: a
+    step costs what the text costs, not what the context could hold.
     """
 
     config: ModelConfig
@@ -174,20 +175,33 @@ class PortableAttention:
         return {"keys": torch.zeros(size), "values": torch.zeros(size)}
 
     def mask(self, positions: Tensor) -> Tensor:
-        """The causal mask [1, 1, seq, context]: 0, or a large negative number where masked."""
-        later = torch.arange(self.context)[None] > positions[:, None]
-        return (later.to(torch.float32) * _MASKED_SCORE)[None, None]
+        """The causal mask [1, group * seq, filled]: 0, or a large negative number where masked.
+
+        Its rows are those of the queries that share a k/v head, one query head after the other.
+        """
+        # A number of its own, so that the largest memory it can need is that of the context.
+        filled = (positions[-1] + 1).item()
+        torch._check(filled >= 1)
+        torch._check(filled <= self.context)
+        later = torch.arange(filled)[None] > positions[:, None]
+        return (later.to(torch.float32) * _MASKED_SCORE).repeat(self._group, 1)[None]
 
     def attend(
         self, cache: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor, step: Step
     ) -> list[Tensor]:
         assert step.mask is not None
+        filled = step.mask.shape[2]
         # Not `keys[:, positions] = ...`, which drops a leading dimension of one: the runtime's
         # index_put_ needs values of the cache's rank.
         for name, new in (("keys", k), ("values", v)):
             torch.ops.aten.index_put_(cache[name], (None, step.positions), new[0].transpose(0, 1))
-        return [q, cache["keys"], cache["values"], step.mask]
+        return [q, *(cache[name].narrow(1, 0, filled) for name in ("keys", "values")), step.mask]
 
     def last_token(self, attended: list[Tensor], last: Last) -> list[Tensor]:
         q, keys, values, mask = attended
-        return [last(q, 1), keys, values, last(mask, 2)]
+        rows = last(mask.unflatten(1, (self._group, -1)), 2)
+        return [last(q, 1), keys, values, rows.flatten(1, 2)]
+
+    @property
+    def _group(self) -> int:
+        return self.config.num_attention_heads // self.config.num_key_value_heads

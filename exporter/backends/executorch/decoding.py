@@ -84,7 +84,11 @@ def read_weights(
 
 
 def _as_in_checkpoint(name: str, weight: Weight, order: Source | None) -> Weight:
-    """The weight with its rows and columns in their original order."""
+    """The weight with its rows and columns in their original order. Weights of another shape than
+    the checkpoint's stay as they are."""
+    rows = weight.codes if isinstance(weight, QuantizedTensor) else weight
+    if order is not None and (order.rows is None or len(rows) != len(order.rows)):
+        order = None
     if not isinstance(weight, QuantizedTensor):
         return weight if order is None else order.restore(weight)
     codes, scales = weight.codes, weight.scales

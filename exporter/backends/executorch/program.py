@@ -60,6 +60,16 @@ def _segment(
     ]
 
 
+def rope_rows(positions: Tensor, frequencies: Tensor) -> list[Tensor]:
+    """What `Segments` multiplies a head and its exchanged halves by, each [1, seq, 1, head_dim] for
+    positions [seq]. Angles are computed as in `rope_tables`; a table would be 8 bytes for each
+    number of a head and each position of the context.
+    """
+    angles = positions.to(torch.float32).reshape(1, -1, 1, 1) * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return [torch.cat((cos, cos), 3), torch.cat((-sin, sin), 3)]
+
+
 class Program(nn.Module):
     """The part of the decoder outside XNNPACK: embedding, RoPE angles, KV cache, attention."""
 
@@ -91,7 +101,7 @@ class Program(nn.Module):
         torch._check(position >= 0)
         torch._check(position + length <= self.context)
         positions = start + torch.arange(length)
-        rows = self._rope_rows(positions)
+        rows = rope_rows(positions, self.get_buffer("frequencies"))
         step = Step(position, positions, self.attention.mask(positions))
         last = self._last_positions(length)
         values = {self.segments.embedded: self._embed(tokens)}
@@ -138,15 +148,6 @@ class Program(nn.Module):
             segment.index,
         )
         return outputs[:count], outputs[count:]
-
-    def _rope_rows(self, positions: Tensor) -> list[Tensor]:
-        """What `Segments` multiplies a head and its exchanged halves by, each [1, seq, 1, head_dim]
-        for positions [seq]. Angles are computed as in `rope_tables`, and take no bytes of the file.
-        """
-        angles = positions.to(torch.float32)[:, None] * self.get_buffer("frequencies")
-        cos, sin = angles.cos(), angles.sin()
-        rows = torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
-        return [row[None, :, None] for row in rows]
 
     def _cache(self, layer: int) -> dict[str, Tensor]:
         """The buffers of a layer's cache by their names in `AttentionForm.buffers`."""

@@ -12,7 +12,7 @@ import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from torch import Tensor
 
-from exporter.backends.executorch import Target, longest_call
+from exporter.backends.executorch import Target
 from exporter.backends.executorch.graph import INFERRED, XnnpackGraph
 from exporter.model.config import EMBEDDING, ModelConfig
 from exporter.model.equivalent import Source, equivalent
@@ -47,7 +47,8 @@ class Segment:
     Inputs are the hidden states `carried` over from earlier segments [1, seq, hidden_size], the
     result of the attention before it (`attended`), and the rows of RoPE if it `rotates`. With
     `last_token`, they have only the positions whose logits a call gives. Outputs are the hidden
-    states `kept` for later segments, and then the `queries_keys_values` of the next attention or the `logits`.
+    states `kept` for later segments, and then the `queries_keys_values` of the next attention or
+    the `logits`.
     """
 
     index: int
@@ -66,7 +67,7 @@ class Segments:
 
     def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self.config, self.context = quantized, quantized.config, target.max_context
-        self.longest_call, self.orders = longest_call(target), row_orders(quantized.config)
+        self.orders = row_orders(quantized.config)
         self.portable, self.logits = target.attention == "portable", target.logits
         self.named_data = NamedDataStore()
         self.segments = [Segment(0)]
@@ -77,7 +78,7 @@ class Segments:
         """The graph of a segment. Its weights are added to `named_data`."""
         segment, config = self.segments[index], self.config
         g, ids = XnnpackGraph(self.named_data), dict[Value, int]()
-        length = min(self.logits, self.longest_call) if segment.last_token else self.longest_call
+        length = 1  # a call's may be greater: XNNPACK's memory grows with it, and never shrinks
         for value in segment.carried:
             ids[value] = g.input(1, length, config.hidden_size)
         attention = self._attention_inputs(g, length) if segment.attended else []
@@ -233,22 +234,22 @@ class Segments:
         if not self.portable:
             return [q]
         kv_heads = config.num_key_value_heads
+        group = config.num_attention_heads // kv_heads
         keys = g.input(kv_heads, context, config.head_dim)
         values = g.input(kv_heads, context, config.head_dim)
-        return [q, keys, values, g.input(1, 1, length, context)]
+        return [q, keys, values, g.input(1, group * length, context)]
 
     def _portable_attention(
         self, g: XnnpackGraph, q: int, keys: int, values: int, mask: int
     ) -> int:
-        """Attention over the whole cache. Query heads that share a k/v head are stacked as rows."""
+        """Attention over these keys. Query heads that share a k/v head are stacked as rows."""
         config = self.config
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         group = config.num_attention_heads // kv_heads
         scale = g.constant("attention.scale", torch.tensor([head_dim**-0.5]))
         q = g.reshape(g.multiply(q, scale), INFERRED, kv_heads, group, head_dim)
         q = g.reshape(g.transpose(q, 1, 2, 0, 3), kv_heads, INFERRED, head_dim)
-        scores = g.reshape(g.matmul_transposed(q, keys), kv_heads, group, INFERRED, self.context)
-        probabilities = g.reshape(g.softmax(g.add(scores, mask)), kv_heads, INFERRED, self.context)
+        probabilities = g.softmax(g.add(g.matmul_transposed(q, keys), mask))
         mixed = g.reshape(g.matmul(probabilities, values), kv_heads, group, INFERRED, head_dim)
         return g.transpose(mixed, 2, 0, 1, 3)
 

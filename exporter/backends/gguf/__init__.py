@@ -122,8 +122,8 @@ def packages(target: Target) -> tuple[str, ...]:
     return ("gguf",)
 
 
-def portable(target: Target) -> bool:
-    """No: llama.cpp has no runner with a subset of its operators."""
+def native(target: Target) -> bool:
+    """No: it runs ExecuTorch programs alone."""
     return False
 
 

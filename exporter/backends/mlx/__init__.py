@@ -106,8 +106,8 @@ def usage(target: Target) -> str:
     return f"{_USAGE}\n\n{_SLOW.format(kind=target.activations)}"
 
 
-def portable(target: Target) -> bool:
-    """No: MLX has no runner with fewer operators."""
+def native(target: Target) -> bool:
+    """No: it runs ExecuTorch programs alone."""
     return False
 
 

@@ -145,8 +145,8 @@ def packages(target: Target) -> tuple[str, ...]:
     return "onnx", "onnxruntime"
 
 
-def portable(target: Target) -> bool:
-    """No: ONNX Runtime has the operators of both forms, and no runner with fewer operators."""
+def native(target: Target) -> bool:
+    """No: it runs ExecuTorch programs alone."""
     return False
 
 
