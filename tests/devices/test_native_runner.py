@@ -173,3 +173,24 @@ def test_an_architecture_without_compiler_or_runner_is_told(
     with pytest.raises(BadDeviceError, match="Run: apt install g"):
         runner.build(platform.machine())
     assert list(tmp_path.rglob("mobilellm_*")) == []
+
+
+def test_pages_of_two_megabytes_change_no_logit(
+    built: runner.Build, program: dict[str, Path], tmp_path: Path
+) -> None:
+    for choice in (0, 1):
+        words = ["--generate", 4, "--logits", tmp_path / str(choice), "--huge-pages", choice]
+        phases(run(built, program, *words))
+    without, with_them = ((tmp_path / str(choice)).read_bytes() for choice in (0, 1))
+    assert without == with_them and len(without) > 0
+
+
+def test_the_reading_of_the_text_before_a_depth_is_timed(
+    built: runner.Build, program: dict[str, Path]
+) -> None:
+    done = run(built, program, "--depths", "0,8,24", "--steps", 2)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    filled = [(line["depth"], line["filled"]) for line in lines if line["phase"] == "decode"]
+    assert filled == [(0, 0), (8, 8), (24, 16)]
+    took = [line["fill_ms"] for line in lines if line["phase"] == "decode"]
+    assert took[0] < 0.1 < min(took[1:])
