@@ -31,8 +31,9 @@ def store_embedding_once(data: memoryview) -> Iterator[bytes | memoryview]:
     names = {named.key: named.segment_index for named in program.named_data or []}
     inside = dict[int, int]()  # segment → its place in the constants
     for name in (EMBEDDING, scales_name(EMBEDDING)):
-        index = names.get(name)
-        for at in program.constant_segment.offsets if index is not None else ():
+        if (index := names.get(name)) is None:
+            continue
+        for at in program.constant_segment.offsets:
             if constants[at : at + len(segments[index])] == segments[index]:
                 inside[index] = at
                 break
