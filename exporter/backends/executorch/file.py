@@ -31,12 +31,11 @@ def store_embedding_once(data: memoryview) -> Iterator[bytes | memoryview]:
     names = {named.key: named.segment_index for named in program.named_data or []}
     inside = dict[int, int]()  # segment → its place in the constants
     for name in (EMBEDDING, scales_name(EMBEDDING)):
-        if name not in names:
+        if (index := names.get(name)) is None:
             continue
-        segment = segments[names[name]]
         for at in program.constant_segment.offsets:
-            if constants[at : at + len(segment)] == segment:
-                inside[names[name]] = at
+            if constants[at : at + len(segments[index])] == segments[index]:
+                inside[index] = at
                 break
     kept = [i for i in range(len(segments)) if i not in inside]
     place, offset = dict[int, int](), 0
