@@ -48,10 +48,6 @@ _GLIBC = ("_2_17", "_2_28", "_2_34", "2014")
 SOURCES = Path(__file__).parent
 #: Linked into every program. The rest is compiled otherwise or included.
 _PARTS = ("attention.cpp", "packed_cache.cpp", "speculative.cpp")
-_SOURCES = (
-    "runner.cpp", *_PARTS, "argmax.h", "attention_kernel.cpp", "attention.h", "huge_pages.h",
-    "loader.h", "packed_cache.h", "speculative.h",
-)  # fmt: skip
 #: Architecture → name of the attention's vector code → the compiler's options for it. At run time
 #: attention.cpp chooses among those of an architecture.
 KERNELS = {
@@ -101,8 +97,8 @@ def build(architecture: str) -> Build:
         )
     version = _executorch_version()
     digest = hashlib.sha256(version.encode())
-    for name in (*_SOURCES, "probe.c", "__init__.py"):
-        digest.update((SOURCES / name).read_bytes())
+    for path in sorted([Path(__file__), *SOURCES.glob("*.[ch]"), *SOURCES.glob("*.cpp")]):
+        digest.update(path.read_bytes())
     folder = cache_folder() / "runner" / f"{architecture}-{digest.hexdigest()[:16]}"
     if not folder.is_dir():
         _build(architecture, version, folder)

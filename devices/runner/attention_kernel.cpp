@@ -49,7 +49,7 @@ constexpr int64_t kBlock = 128, kPanel = kTileVectors * W;
 // From so many rows on, packing a block costs less than it saves.
 constexpr int64_t kPackedRows = 20;
 // Rows whose scores of a block are in scratch at a time.
-constexpr int64_t kScoreRows = 48;
+constexpr int64_t kScoreRows = 30;
 
 typedef float Vector __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * W), aligned(4), may_alias));

@@ -5,15 +5,10 @@
 // Linked against the libraries of the executorch wheel only; it knows no tokenizer and no torch.
 // The program's method is forward(tokens [1, n] int64, start [1] int64) -> logits [1, vocab],
 // with core operators, delegates of the wheel and the operators of attention.cpp.
-// devices/runner/README.md lists the options and the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
-
-#include "argmax.h"
+// devices/runner/README.md lists the options and the lines. Exit codes: 0 fine, 2 wrong usage, 3 the
+// program cannot be loaded, 4 it failed.
 
 #include <executorch/devtools/etdump/etdump_flatcc.h>
-#include <executorch/extension/module/module.h>
-#include <executorch/extension/tensor/tensor.h>
-#include <executorch/runtime/backend/options.h>
-#include <executorch/runtime/platform/platform.h>
 
 #include <algorithm>
 #include <chrono>
@@ -22,14 +17,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <map>
 #include <memory>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "huge_pages.h"
-#include "loader.h"
+#include "model.h"
+#include "options.h"
 #include "packed_cache.h"
 #include "speculative.h"
 
@@ -42,92 +36,17 @@ class ThreadPool {
 ThreadPool* get_threadpool();
 } // namespace executorch::extension::threadpool
 
-using executorch::extension::Module;
-using executorch::runtime::Error;
-
 namespace {
 
-constexpr int kBadUsage = 2, kCannotLoad = 3, kFailed = 4;
+using namespace mobilellm;  // the parts of this runner
+
 // Longer prompts are read in pieces, so that what a delegate needs for one stays bounded.
 constexpr int64_t kDefaultChunk = 128;
-
-[[noreturn]] void fail(int code, const std::string& reason) {
-  std::fprintf(stderr, "mobilellm_runner: %s\n", reason.c_str());
-  std::exit(code);
-}
-
-// The operators that a program needs and that nothing here has. ExecuTorch tells their names only
-// in what it logs.
-std::string missing_operators;
-
-void log_message(et_timestamp_t, et_pal_log_level_t level, const char* file, const char*,
-                 size_t line, const char* message, size_t) {
-  static const std::string told = "Missing operator: ";
-  const std::string text = message;
-  if (text.rfind(told, 0) == 0) {
-    const size_t number = text.find("] ");
-    const std::string name = text.substr(number == std::string::npos ? told.size() : number + 2);
-    if (missing_operators.find(name) == std::string::npos) {  // told for each call of it
-      missing_operators += (missing_operators.empty() ? "" : ", ") + name;
-    }
-  }
-  std::fprintf(stderr, "%c executorch:%s:%zu] %s\n", level, file, line, message);
-}
 
 double now_ms() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration<double, std::milli>(now).count();
 }
-
-class Options {
- public:
-  Options(int argc, char** argv) {
-    static const char* known[] = {
-        "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
-        "sustained-steps", "generate", "prompt-length", "logits", "trace", "load",
-        "packed-cache", "unfilled", "draft", "draft-tokens", "huge-pages"};
-    for (int i = 1; i < argc; i += 2) {
-      const std::string key = argv[i];
-      const bool named = key.rfind("--", 0) == 0 &&
-          std::any_of(std::begin(known), std::end(known), [&](const char* k) {
-                           return key.substr(2) == k;
-                         });
-      if (!named) fail(kBadUsage, "unknown option " + key);
-      if (i + 1 == argc) fail(kBadUsage, key + " wants a value");
-      values_[key.substr(2)] = argv[i + 1];
-    }
-  }
-
-  bool has(const std::string& key) const { return values_.count(key) != 0; }
-
-  std::string text(const std::string& key) const {
-    if (!has(key)) fail(kBadUsage, "--" + key + " is missing");
-    return values_.at(key);
-  }
-
-  int64_t number(const std::string& key, int64_t otherwise) const {
-    return has(key) ? parse(key, values_.at(key)) : otherwise;
-  }
-
-  std::vector<int64_t> numbers(const std::string& key) const {
-    std::vector<int64_t> found;
-    std::stringstream list(has(key) ? values_.at(key) : "");
-    for (std::string item; std::getline(list, item, ',');) found.push_back(parse(key, item));
-    return found;
-  }
-
- private:
-  static int64_t parse(const std::string& key, const std::string& text) {
-    char* end = nullptr;
-    const long long value = std::strtoll(text.c_str(), &end, 10);
-    if (text.empty() || *end != '\0' || value < 0) {
-      fail(kBadUsage, "--" + key + ": " + text + " is not a whole number");
-    }
-    return value;
-  }
-
-  std::map<std::string, std::string> values_;
-};
 
 // ---- Memory of this process, in bytes; -1 where the system does not tell. ----
 
@@ -173,123 +92,6 @@ void print_phase(const char* name, const std::string& keys, const std::vector<do
   std::fflush(stdout);
   reset_peak();
 }
-
-// ---- The model. ----
-
-// The steps after which the rows that they looked up are given back. Each costs two page faults
-// when it is read again; all of them together would be the whole table.
-constexpr int64_t kTokensPerRelease = 64;
-
-class Model {
- public:
-  // `mapped` or read. `packed` is the file for XNNPACK's packed weights, null for none.
-  Model(const std::string& path, bool mapped, mobilellm::PackedCache* packed,
-        std::unique_ptr<executorch::runtime::EventTracer> tracer) {
-    if (mapped) {
-      auto file = mobilellm::MappedFile::open(path);
-      if (!file) fail(kCannotLoad, path + ": ExecuTorch cannot load it, it cannot be mapped");
-      file_ = file.get();
-      module_ = std::make_unique<Module>(std::move(file), nullptr, nullptr, std::move(tracer));
-    } else {
-      module_ = std::make_unique<Module>(path, Module::LoadMode::File, std::move(tracer));
-    }
-    executorch::runtime::BackendOptions<2> options;
-    executorch::runtime::LoadBackendOptionsMap backends;
-    if (packed) {
-      check(options.set_option("packed_cache_path", packed->path().c_str()), path);
-      check(options.set_option("weight_cache_enabled", true), path);
-      check(backends.set_options("XnnpackBackend", options.view()), path);
-    }
-    check(module_->load(backends), path);
-    auto meta = module_->method_meta("forward");
-    check(meta.error(), path);
-    memory_ = std::make_unique<mobilellm::PlannedMemory>(meta.get());
-    if (!memory_->allocator()) fail(kCannotLoad, "no memory for the program's plan");
-    rows_ = rows_of(meta.get());
-    check(module_->load_method("forward", memory_->allocator()), path);
-    if (file_) file_->cut_constants();
-    context_ = constant("get_max_context_len");
-    vocab_ = constant("get_vocab_size");
-    longest_ = std::max<int64_t>(1, constant("get_max_seq_len"));
-  }
-
-  int64_t context() const { return context_; }
-  int64_t vocab() const { return vocab_; }
-  // The most rows of logits that a step gives: those of its last positions.
-  int64_t rows() const { return rows_; }
-
-  // Reads tokens[0, count) at position `start`; the likeliest next token. The logits stay valid
-  // until the next step.
-  int64_t step(const int64_t* tokens, int64_t count, int64_t start) {
-    using executorch::extension::from_blob;
-    if (start + count > context_) fail(kFailed, "the context is full");
-    auto ids = from_blob(const_cast<int64_t*>(tokens),
-                         {1, static_cast<executorch::aten::SizesType>(count)},
-                         executorch::aten::ScalarType::Long);
-    auto place = from_blob(&start, {1}, executorch::aten::ScalarType::Long);
-    auto outputs = module_->execute("forward", {ids, place});
-    if (!outputs.ok()) {
-      fail(kFailed, "ExecuTorch: error " + std::to_string(static_cast<int>(outputs.error())));
-    }
-    const auto& logits = outputs->at(0).toTensor();
-    logits_ = logits.const_data_ptr<float>() + logits.numel() - vocab_;
-    looked_up_ += count;
-    if (file_ && looked_up_ >= kTokensPerRelease) {
-      file_->release_constants();
-      looked_up_ = 0;
-    }
-    return likeliest(0);
-  }
-
-  // The likeliest token after the last position of the last step, or so many positions `before` it.
-  int64_t likeliest(int64_t before) const {
-    return mobilellm::argmax(logits_ - before * vocab_, vocab_);
-  }
-
-  // The same in pieces of at most `chunk` tokens, and of no more than the program takes.
-  int64_t read(const int64_t* tokens, int64_t count, int64_t start, int64_t chunk) {
-    chunk = std::min(chunk, longest_);
-    int64_t token = 0;
-    for (int64_t done = 0; done < count; done += chunk) {
-      token = step(tokens + done, std::min(chunk, count - done), start + done);
-    }
-    return token;
-  }
-
-  // Of the last position.
-  const float* logits() const { return logits_; }
-
- private:
-  // Logits are [1, vocab] or [1, rows, vocab].
-  static int64_t rows_of(const executorch::runtime::MethodMeta& meta) {
-    const auto output = meta.output_tensor_meta(0);
-    return output.ok() && output->sizes().size() == 3 ? output->sizes()[1] : 1;
-  }
-
-  static void check(Error error, const std::string& path) {
-    if (error == Error::Ok) return;
-    if (error == Error::OperatorMissing) {
-      fail(kCannotLoad, path + ": needs operators that this runner does not have: " +
-               missing_operators);
-    }
-    fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
-             std::to_string(static_cast<int>(error)));
-  }
-
-  int64_t constant(const std::string& method) {
-    auto value = module_->execute(method);
-    if (!value.ok()) fail(kCannotLoad, "the program has no " + method);
-    return value->at(0).toInt();
-  }
-
-  // Released after the module that uses it.
-  std::unique_ptr<mobilellm::PlannedMemory> memory_;
-  std::unique_ptr<Module> module_;
-  // The module's own, null where the program is read.
-  const mobilellm::MappedFile* file_ = nullptr;
-  int64_t context_ = 0, vocab_ = 0, longest_ = 0, rows_ = 1, looked_up_ = 0;
-  const float* logits_ = nullptr;
-};
 
 // ---- The phases. ----
 
@@ -375,7 +177,8 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   int64_t position = 0, token = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double started = now_ms();
-    token = i ? model.step(&token, 1, position) : model.read(prompt.data(), prompt.size(), 0, prompt.size());
+    token = i ? model.step(&token, 1, position)
+              : model.read(prompt.data(), prompt.size(), 0, prompt.size());
     ms.push_back(now_ms() - started);
     position += i ? 1 : prompt.size();
     list += (i ? "," : "") + std::to_string(token);
@@ -388,9 +191,9 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   print_phase("generate", "\"tokens\":[" + list + "],", ms);
 }
 
-mobilellm::Reader reader_of(Model& model, int64_t chunk) {
+Reader reader_of(Model& model, int64_t chunk) {
   return [&model, chunk](const int64_t* tokens, int64_t count, int64_t start, int64_t rows) {
-    mobilellm::Tokens likeliest(rows);
+    Tokens likeliest(rows);
     likeliest[rows - 1] = model.read(tokens, count, start, std::max(chunk, rows));
     for (int64_t i = 0; i + 1 < rows; ++i) likeliest[i] = model.likeliest(rows - 1 - i);
     return likeliest;
@@ -416,10 +219,10 @@ void generate_with_draft(Model& model, const std::vector<int64_t>& prompt, int64
                std::to_string(model.vocab()));
     }
   }
-  const auto made = mobilellm::speculate(
+  const auto made = speculate(
       prompt, count, most, model.context(), reader_of(model, chunk),
-      small ? mobilellm::draft_model(reader_of(*small, chunk), small->context())
-            : mobilellm::draft_lookup());
+      small ? draft_model(reader_of(*small, chunk), small->context())
+            : draft_lookup());
   std::string list;
   for (const int64_t token : made.tokens) list += (list.empty() ? "" : ",") + std::to_string(token);
   print_phase("generate",
@@ -460,9 +263,9 @@ int main(int argc, char** argv) {
   reset_peak();
   print_phase("start", "", {});
   const double started = now_ms();
-  std::unique_ptr<mobilellm::PackedCache> packed;
+  std::unique_ptr<PackedCache> packed;
   if (packs) {
-    packed = std::make_unique<mobilellm::PackedCache>(options.text("packed-cache"),
+    packed = std::make_unique<PackedCache>(options.text("packed-cache"),
                                                       options.text("model"));
     if (!packed->problem().empty()) fail(kCannotLoad, packed->problem());
   }
@@ -470,7 +273,7 @@ int main(int argc, char** argv) {
   Model model(options.text("model"), mapped, packed.get(), std::move(tracer));
   if (packed) packed->publish();
   if (packed && !packed->problem().empty()) fail(kCannotLoad, packed->problem());
-  if (options.number("huge-pages", 1)) mobilellm::collapse_pages();
+  if (options.number("huge-pages", 1)) collapse_pages();
   const double took = now_ms() - started;
   const std::string packing =
       packed ? std::string("\"packed\":\"") + (packed->fits() ? "read" : "written") + "\"," : "";

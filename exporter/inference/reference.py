@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from exporter.model.decoder import (
+    QUERIES_AT_ONCE,
     Attend,
     FloatWeights,
     RMSNorm,
@@ -27,8 +28,6 @@ from exporter.model.decoder import (
 from exporter.model.rope import rope_tables
 from exporter.quantization.activations import CacheRounding, Rounding, Roundings
 
-#: The most positions whose attention scores are in memory at once.
-_CHUNK = 512
 #: ``observe(module, which, values)``: called with values that a module reads or computes.
 Observe = Callable[[str, str, Tensor], None]
 
@@ -179,7 +178,7 @@ def _show_attention(observe: Observe) -> Attend:
         keys = k.repeat_interleave(group, 2)
         observe(name, "keys", k)
         observe(name, "values", v)
-        for some in q.split(_CHUNK, 1):
+        for some in q.split(QUERIES_AT_ONCE, 1):
             scores = torch.einsum("bqhd,bkhd->bhqk", some, keys) / q.shape[-1] ** 0.5
             observe(name, "scores", scores)
         return attend_causal(layer, q, k, v)

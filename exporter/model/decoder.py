@@ -21,7 +21,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 #: The most queries whose attention scores are in memory at once.
-_CHUNK = 512
+QUERIES_AT_ONCE = 512
 
 
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
@@ -229,7 +229,9 @@ class StaticCache:
         self.values[layer, :, :, self.start : end] = v.transpose(1, 2)
         out = [
             self._attend_part(layer, part, start)
-            for start, part in zip(range(self.start, end, _CHUNK), q.split(_CHUNK, 1), strict=True)
+            for start, part in zip(
+                range(self.start, end, QUERIES_AT_ONCE), q.split(QUERIES_AT_ONCE, 1), strict=True
+            )
         ]
         return torch.cat(out, 1)
 
