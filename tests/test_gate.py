@@ -82,8 +82,8 @@ def on_data(key: str, value: object, data: str = "text.txt") -> dict[str, Any]:
             {"quantized": {"size": 1_000_000}},
             "quantized checkpoint",
         ),
-        (on_target("file", "1.9 MB"), on_target("file", "1.8 MB"), "file"),
-        (on_target("folder", "1.9 MB"), on_target("folder", "1800 kB"), "folder"),
+        (on_target("file", "1.8 MB"), on_target("file", "1.7 MB"), "file"),
+        (on_target("folder", "1.8 MB"), on_target("folder", "1700 kB"), "folder"),
         (on_data("perplexity", 1.54), on_data("perplexity", 1.5), "perplexity on text.txt"),
         (on_data("kl", 0.009), on_data("kl", 0.008), "kl on text.txt"),
         (

@@ -175,7 +175,7 @@ class PortableAttention:
         return {"keys": torch.zeros(size), "values": torch.zeros(size)}
 
     def mask(self, positions: Tensor) -> Tensor:
-        """The causal mask [1, group * seq, filled]: 0, or a large negative number where masked.
+        """The causal mask [group * seq, filled]: 0, or a large negative number where masked.
 
         Its rows are those of the queries that share a k/v head, one query head after the other.
         """
@@ -184,13 +184,13 @@ class PortableAttention:
         torch._check(filled >= 1)
         torch._check(filled <= self.context)
         later = torch.arange(filled)[None] > positions[:, None]
-        return (later.to(torch.float32) * _MASKED_SCORE).repeat(self._group, 1)[None]
+        return (later.to(torch.float32) * _MASKED_SCORE).repeat(self._group, 1)
 
     def attend(
         self, cache: Mapping[str, Tensor], q: Tensor, k: Tensor, v: Tensor, step: Step
     ) -> list[Tensor]:
         assert step.mask is not None
-        filled = step.mask.shape[2]
+        filled = step.mask.shape[1]
         # Not `keys[:, positions] = ...`, which drops a leading dimension of one: the runtime's
         # index_put_ needs values of the cache's rank.
         for name, new in (("keys", k), ("values", v)):
@@ -199,8 +199,8 @@ class PortableAttention:
 
     def last_token(self, attended: list[Tensor], last: Last) -> list[Tensor]:
         q, keys, values, mask = attended
-        rows = last(mask.unflatten(1, (self._group, -1)), 2)
-        return [last(q, 1), keys, values, rows.flatten(1, 2)]
+        of_one_head = last(mask.narrow(0, 0, q.shape[1]), 0)
+        return [last(q, 1), keys, values, of_one_head.repeat(self._group, 1)]
 
     @property
     def _group(self) -> int:

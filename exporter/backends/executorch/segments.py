@@ -237,7 +237,7 @@ class Segments:
         group = config.num_attention_heads // kv_heads
         keys = g.input(kv_heads, context, config.head_dim)
         values = g.input(kv_heads, context, config.head_dim)
-        return [q, keys, values, g.input(1, group * length, context)]
+        return [q, keys, values, g.input(group * length, context)]
 
     def _portable_attention(
         self, g: XnnpackGraph, q: int, keys: int, values: int, mask: int
