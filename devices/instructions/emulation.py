@@ -69,6 +69,7 @@ def emulated(
             f"runner/lib/{built.loader}", "--preload", f"./tools/{CLOCK}",
             "--library-path", "runner/lib", f"runner/{runner.RUNNER}",
             "--model", f"model/{model.main}", "--tokens", "tokens.txt", "--unfilled", "1",
+            "--huge-pages", "0",  # it reads the addresses of this process, which vary
         ]  # fmt: skip
 
         def run(plan: Plan) -> Blocks:

@@ -101,8 +101,12 @@ def built() -> tools.Tools:
 
 @pytest.fixture(scope="module")
 def model(portable_bundle: Bundle, built: tools.Tools) -> Model:
-    finished = portable_bundle.artifacts["executorch"]
-    return profiling.job(portable_bundle, finished, profiling.Request(devices=())).model
+    return model_of(portable_bundle)
+
+
+def model_of(bundle: Bundle) -> Model:
+    finished = bundle.artifacts["executorch"]
+    return profiling.job(bundle, finished, profiling.Request(devices=())).model
 
 
 @pytest.fixture(scope="module")
@@ -435,10 +439,17 @@ def test_counts_and_times_of_one_profile_stay_apart(
     assert drawn["both.svg"] > 1.2 * drawn["times.svg"]  # axes of their own
 
 
+@pytest.mark.parametrize(
+    ("bundle", "tolerance"),
+    # In the portable form, XNNPACK's memory grows with the cache at each step, unless a prompt has
+    # made it grow before.
+    [("exact_bundle", 1e-3), ("portable_bundle", 0.02)],
+)
 def test_an_unfilled_cache_takes_as_many_instructions_as_a_filled_one(
-    model: Model, built: tools.Tools
+    bundle: str, tolerance: float, built: tools.Tools, request: pytest.FixtureRequest
 ) -> None:
     """Counting at a depth does not decode up to it first."""
+    model = model_of(request.getfixturevalue(bundle))
     made = runner.build(tools.ARCHITECTURE)
     with machine(built, "cortex-a76", {"runner": made.folder, "model": model.folder}) as cpu:
         (cpu.folder / "tokens.txt").write_text(" ".join(map(str, model.tokens)))
@@ -450,7 +461,7 @@ def test_an_unfilled_cache_takes_as_many_instructions_as_a_filled_one(
                     f"runner/lib/{made.loader}", "--preload", f"./tools/{tools.CLOCK}",
                     "--library-path", "runner/lib", f"runner/{runner.RUNNER}", "--model",
                     f"model/{model.main}", "--tokens", "tokens.txt", "--depths", "100", "--steps",
-                    steps, "--unfilled", str(unfilled),
+                    steps, "--unfilled", str(unfilled), "--huge-pages", "0",
                 ]  # fmt: skip
                 assert execute(cpu, command, 600.0).code == 0
                 found.append(sums(read_places(cpu)[-1]))
@@ -459,7 +470,7 @@ def test_an_unfilled_cache_takes_as_many_instructions_as_a_filled_one(
 
         filled, unfilled = step(0), step(1)
     for column in ("instructions", "loaded", "stored"):
-        assert unfilled[column] == pytest.approx(filled[column], rel=1e-3)
+        assert unfilled[column] == pytest.approx(filled[column], rel=tolerance)
 
 
 @pytest.mark.parametrize(
