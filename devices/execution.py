@@ -38,6 +38,11 @@ def prepare_engine(session: SessionState, transport: ModuleType) -> Engine:
     if not session.settings.mmap and "mmap" not in engine.capabilities:
         problem = "has no choice between mapping and reading a model"
         raise BadDeviceError(engine.name, problem, "Leave --no-mmap out")
+    if session.settings.packed_cache and "packed_cache" not in engine.capabilities:
+        raise BadDeviceError(engine.name, "keeps no packed weights", "Leave --packed-cache out")
+    if session.settings.packed_cache and not session.settings.mmap:
+        problem = "needs a model that is mapped"
+        raise BadDeviceError("--packed-cache", problem, "Leave --no-mmap out")
     files = {f"{folder}/{name}": model.folder / name for name in model.files}
     tokens = cache_folder() / "tokens" / f"{hash_of(model.tokens)}.txt"
     if not tokens.is_file():
@@ -54,9 +59,12 @@ def prepare_engine(session: SessionState, transport: ModuleType) -> Engine:
 
 def memory_probe(identity: Identity) -> Path | None:
     """The memory probe for a device, or None where none can be built for it."""
-    if identity.machine not in runner.COMPILERS or identity.system.startswith("macOS"):
-        return None
-    return runner.build_probe(identity.machine)
+    return runner.build_probe(identity.machine) if has_native(identity) else None
+
+
+def has_native(identity: Identity) -> bool:
+    """Whether the native runner and the memory probe can be built for a device."""
+    return identity.machine in runner.COMPILERS and not identity.system.startswith("macOS")
 
 
 def _choose_engine(
@@ -68,7 +76,8 @@ def _choose_engine(
     if session.job.program is not None:
         plan = plan_of(session)
         return official.engine(session.job.program, model, workspace, folder, plan, android)
-    if model.format == "executorch" and (model.portable or device.transport != "host"):
+    here = device.transport == "host"
+    if model.format == "executorch" and (not here or (model.native and has_native(identity))):
         return native.engine(model, identity, workspace, folder)
     if model.format == "coreml" and device.transport != "mac":
         raise BadDeviceError("coreml", "runs on a Mac only", "Give --device mac there")

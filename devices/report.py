@@ -14,8 +14,10 @@ from devices.answers import contained
 from devices.catalogue import find
 from devices.cores import show_cores
 from devices.engines.records import Record
-from devices.errors import BadDeviceError, DeviceError
+from devices.errors import DeviceError
 from devices.files import sha256
+from devices.instructions import validate as validate_counts
+from devices.json_schema import check_schema
 from devices.operators import audit
 from devices.prediction import Speed, predict_on, predict_speed
 from devices.progress import Progress
@@ -92,17 +94,8 @@ def schema() -> dict[str, Any]:
 def validate(report: Mapping[str, Any]) -> None:
     """Raise BadDeviceError, with the path in the report, where it does not follow the schema."""
     check_schema(report, schema())
-
-
-def check_schema(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise BadDeviceError, with the path in it, where JSON content does not follow a schema."""
-    import jsonschema
-
-    try:
-        jsonschema.validate(content, wanted, format_checker=jsonschema.FormatChecker())
-    except jsonschema.ValidationError as error:
-        place = ".".join(map(str, error.absolute_path)) or "the report"
-        raise BadDeviceError(place, f"does not follow the schema ({error.message})") from error
+    for counts in report.get("counts", []):
+        validate_counts(counts)
 
 
 def describe(session: SessionState) -> dict[str, Any]:
@@ -165,6 +158,7 @@ def _engine(session: SessionState) -> dict[str, Any] | None:
         "threads": engine.threads or session.threads,
         "cores": show_cores(session.cores) if session.cores else None,
         "mmap": session.settings.mmap if "mmap" in engine.capabilities else None,
+        "packed_cache": session.settings.packed_cache,
         "note": engine.note,
     }
 

@@ -166,7 +166,7 @@ def _trace_operators(session: SessionState, transport: ModuleType, progress: Pro
     depth = min(session.settings.depths, default=0)
     plan = Plan(
         depths=[depth], steps=_TRACE_STEPS, threads=session.threads, trace=remote,
-        mmap=session.settings.mmap,
+        mmap=session.settings.mmap, packed_cache=session.settings.packed_cache,
     )  # fmt: skip
     run_plan(session, transport, plan)
     name = f"trace-{hash_of([str(session.device), _key(session)])}"

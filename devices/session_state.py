@@ -29,7 +29,8 @@ class Settings:
     seconds are over and its tokens are decoded, `cooldown_seconds` after everything else.
     `threads` 0 stands for the number that the catalogue recommends, or else the number of fast
     cores; in any case it is at most the number of cores that may be used. `cores` lists those to
-    use (``4-7``, '' for all). `mmap` says whether the model is mapped or read.
+    use (``4-7``, '' for all). `mmap` says whether the model is mapped or read. With `packed_cache`,
+    the first load packs the weights into a file, and the others map it.
     """
 
     prompt_lengths: tuple[int, ...] = (64, 512)
@@ -43,6 +44,7 @@ class Settings:
     threads: int = 0
     cores: str = ""
     mmap: bool = True
+    packed_cache: bool = False
     timeout: float = 1800.0
 
 
@@ -106,7 +108,7 @@ def plan_of(session: SessionState) -> Plan:
             session.not_measured[PHASE_NAMES["decode"].format(depth)] = f"the context is {context}"
     return Plan(
         prompts, depths, settings.decode_steps, warmup=3, threads=session.threads,
-        mmap=settings.mmap,
+        mmap=settings.mmap, packed_cache=settings.packed_cache,
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def measure_sustained(
         plan = Plan(
             threads=session.threads, warmup=3, sustained=settings.sustained_seconds,
             sustained_steps=settings.sustained_tokens, mmap=settings.mmap,
+            packed_cache=settings.packed_cache,
         )  # fmt: skip
         before = _counters(session, transport)
         records, _ = run_plan(session, transport, plan)

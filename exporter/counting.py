@@ -1,86 +1,101 @@
-"""Instructions that an Arm CPU executes for each token of a bundle's artifact.
+"""Counts of a bundle's artifacts on emulated Arm CPUs: the devices ``count:CPU`` of a profile.
 
-mobilellm count BUNDLE --cpu cortex-a76 -o a76.json
+mobilellm profile BUNDLE --device count:cortex-a76
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from devices.engines import Model
-from devices.errors import DeviceError
-from devices.files import check_replaceable, write_json
-from devices.instructions import validate
-from devices.instructions.counter import Settings, check_countable
-from devices.instructions.counter import count as count_model
-from exporter import profiling
-from exporter.bundle.archive import opened
-from exporter.bundle.bundle import Bundle, open_bundle
-from exporter.errors import InputError
+from devices.errors import BadDeviceError, DeviceError
+from devices.instructions import counter, parse_cpu
+from devices.session_state import PHASE_NAMES
+from devices.session_state import Settings as ProfileSettings
 from exporter.progress import Progress
 
 
 @dataclass(frozen=True)
-class Request:
-    """The options of the command line.
+class Counts:
+    """What was counted (`devices/instructions/schema.json`), and what was not, as
+    `devices/schema.json` has both."""
 
-    `target` is None for the first artifact that can be counted; `prompts` are pairs of lengths such
-    as ``64:128``. What is empty has the default of `Settings`.
-    """
-
-    target: str | None = None
-    cpus: Sequence[str] = ()
-    depths: Sequence[int] = ()
-    prompts: Sequence[str] = ()
-    output: Path | None = None
+    counted: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)
 
 
-def count(path: Path, request: Request, progress: Progress) -> dict[str, Any]:
-    """Count for one artifact of a bundle. Returns the content of a measurement, which
-    `devices/instructions/schema.json` describes. Raises InputError."""
-    default = Settings()
-    settings = Settings(
-        tuple(dict.fromkeys(request.cpus or default.cpus)),
-        tuple(dict.fromkeys(request.depths or default.depths)),
-        tuple(dict.fromkeys(map(_lengths, request.prompts))) or default.prompts,
-    )
-    if request.output is not None:
-        check_replaceable(request.output)
-    with opened(path) as folder:
+def split_devices(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The CPUs of the devices ``count:CPU``, and the names of the others. Raises DeviceError."""
+    cpus, others = list[str](), list[str]()
+    for name in dict.fromkeys(names):
+        cpu = parse_cpu(name)
+        others.append(name) if cpu is None else cpus.append(cpu)
+    return cpus, others
+
+
+def check(cpus: Sequence[str], models: Sequence[Model], *, alone: bool) -> None:
+    """Raise DeviceError where a program that counting needs is missing, for an unknown CPU, and if
+    nothing else is measured (`alone`), where no model can be counted."""
+    if not cpus:
+        return
+    counter.check_cpus(cpus)
+    refusals = [refusal for refusal in map(_refusal, models) if refusal is not None]
+    if alone and len(refusals) == len(models):
+        raise refusals[0]
+
+
+def count(
+    cpus: Sequence[str], models: Sequence[Model], settings: ProfileSettings, progress: Progress
+) -> Counts:
+    """Count every model that can be on every CPU. A model that fails does not affect the others."""
+    found = Counts()
+    for model in models if cpus else ():
+        status = "skipped"
         try:
-            made = count_model(_model(open_bundle(folder), request.target), settings, progress)
-            validate(made)
+            if (refusal := _refusal(model)) is not None:
+                raise refusal
+            wanted, not_counted = _lengths(model, cpus, settings)
+            status = "failed"
+            made = counter.count(model, wanted, progress)
         except DeviceError as error:
-            raise InputError(error.subject, error.problem, error.remedy) from error
-    if request.output is not None:
-        write_json(request.output, made)
-    return made
-
-
-def _model(bundle: Bundle, target: str | None) -> Model:
-    """The first artifact that can be counted, or that of the target. Raises InputError, and
-    DeviceError where there is none."""
-    refused: DeviceError | None = None
-    for finished in profiling.chosen(bundle, [] if target is None else [target]):
-        model = profiling.job(bundle, finished, profiling.Request(devices=())).model
-        try:
-            check_countable(model)
-        except DeviceError as error:
-            refused = refused or error
+            found.left_out.append(
+                {"target": model.format, "status": status, "problem": str(error)[:2000]}
+            )
         else:
-            return model
-    assert refused is not None  # a bundle has an artifact
-    raise refused
+            found.counted.append({**made, "not_counted": not_counted})
+    return found
 
 
-def _lengths(text: str) -> tuple[int, int]:
-    """The two lengths of ``64:128``; `Settings` says which there may be. Raises InputError."""
-    shorter, _, longer = text.partition(":")
-    if not (_is_length(shorter) and _is_length(longer)):
-        raise InputError(f"--prompt {text}", "is not two lengths in tokens", "Give such as 64:128")
-    return int(shorter), int(longer)
+def _refusal(model: Model) -> DeviceError | None:
+    try:
+        counter.check_countable(model)
+    except DeviceError as error:
+        return error
+    return None
 
 
-def _is_length(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 10
+def _lengths(
+    model: Model, cpus: Sequence[str], settings: ProfileSettings
+) -> tuple[counter.Settings, dict[str, str]]:
+    """What is counted in the model's context, and why the rest is not. A prompt is counted against
+    one of half its length. Raises BadDeviceError where nothing is left."""
+    context, not_counted = model.context, dict[str, str]()
+    prompts, depths = list[tuple[int, int]](), list[int]()
+    for length in dict.fromkeys(settings.prompt_lengths):
+        if 1 < length <= context:
+            prompts.append((length // 2, length))
+        else:
+            not_counted[PHASE_NAMES["prefill"].format(length)] = (
+                f"the context is {context}" if length > 1 else "no prompt is shorter"
+            )
+    for depth in dict.fromkeys(settings.depths):
+        if depth <= counter.deepest(context):
+            depths.append(depth)
+        else:
+            not_counted[PHASE_NAMES["decode"].format(depth)] = f"the context is {context}"
+    if not prompts and not depths:
+        raise BadDeviceError(
+            f"{model.folder}: context {context}", "has room for none of the prompts and depths",
+            "Give shorter ones, such as depths=[16]",
+        )  # fmt: skip
+    return counter.Settings(cpus, depths, prompts, settings.timeout), not_counted

@@ -1,6 +1,8 @@
 """Profiling of a bundle on devices: each artifact becomes a job for a session of `devices`.
 
 mobilellm profile BUNDLE --device DEVICE
+
+A device ``count:CPU`` has no session: what is counted on it stands beside them (`counting`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from devices.errors import DeviceError
 from devices.files import check_replaceable, write_json
 from devices.session_state import Job, Settings
 from devices.transports import connected_devices, parse_device, transport_of
+from exporter import counting
 from exporter.backends import front
 from exporter.bundle.archive import opened
 from exporter.bundle.artifact import FinishedArtifact, is_of_model
@@ -51,6 +54,7 @@ class Request:
     baseline: Path | None = None
     cores: str = ""
     mmap: bool = True
+    packed_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,11 @@ class Profiled:
 
     @property
     def passed(self) -> bool:
-        """Whether no session failed and every matrix product ran in its delegate."""
-        sessions = self.report["sessions"]
-        return all(s["status"] != "failed" and not s["undelegated"] for s in sessions)
+        """Whether no session and no count failed and every product ran in its delegate."""
+        sessions, left_out = self.report["sessions"], self.report.get("not_counted", [])
+        return all(s["status"] != "failed" and not s["undelegated"] for s in sessions) and all(
+            one["status"] != "failed" for one in left_out
+        )
 
 
 def profile(path: Path, request: Request, progress: Progress) -> Profiled:
@@ -77,8 +83,12 @@ def profile(path: Path, request: Request, progress: Progress) -> Profiled:
 def _profile(path: Path, bundle: Bundle, request: Request, progress: Progress) -> Profiled:
     try:
         settings = _settings(bundle, request)
-        devices = [parse_device(text) for text in dict.fromkeys(request.devices)]
+        cpus, others = counting.split_devices(request.devices)
+        devices = [parse_device(text) for text in others]
+        _check_countable(request, cpus, alone=not devices)
         jobs = [job(bundle, finished, request) for finished in chosen(bundle, request.targets)]
+        models = [one.model for one in jobs]
+        counting.check(cpus, models, alone=not devices)
         baseline = None
         if request.baseline is not None:
             baseline = read_json(request.baseline)
@@ -89,15 +99,31 @@ def _profile(path: Path, bundle: Bundle, request: Request, progress: Progress) -
             resume_log = request.output.with_name(f"{request.output.name}.rounds")
         versions = package_versions("mobilellm-exporter")
         made = report.profile(devices, jobs, settings, progress, resume_log, versions)
+        if cpus:  # afterwards: it would keep this machine busy
+            counts = counting.count(cpus, models, settings, progress)
+            made |= {"counts": counts.counted, "not_counted": counts.left_out}
         report.validate(made)
-        if all(session["status"] == "skipped" for session in made["sessions"]):
-            raise InputError(path, f"runs on none of the devices: {made['sessions'][0]['problem']}")
+        refused = [*made["sessions"], *made.get("not_counted", [])]
+        if not made.get("counts") and all(one["status"] == "skipped" for one in refused):
+            raise InputError(path, f"runs on none of the devices: {refused[0]['problem']}")
         if request.output is not None:
             write_json(request.output, made)
             report.finish(made, resume_log)
         return Profiled(made, [] if baseline is None else compare(made, baseline))
     except DeviceError as error:
         raise InputError(error.subject, error.problem, error.remedy) from error
+
+
+def _check_countable(request: Request, cpus: Sequence[str], *, alone: bool) -> None:
+    """Raise InputError for options that do not go together with the devices ``count:CPU``."""
+    if cpus and request.runner is not None:
+        problem = f"is not for --device count:{cpus[0]}, which counts the native runner"
+        raise InputError(f"--runner {request.runner}", problem, "Leave one of them out")
+    if cpus and alone and request.baseline is not None:
+        problem = "compares times, and a count has none"
+        raise InputError(
+            f"--baseline {request.baseline}", problem, "mobilellm gate compares counts"
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +172,7 @@ def _settings(bundle: Bundle, request: Request) -> Settings:
     cores = show_cores(parse_cores(request.cores)) if request.cores else ""
     return Settings(
         **chosen.model_dump(), threads=request.threads, cores=cores, mmap=request.mmap,
-        timeout=request.timeout,
+        packed_cache=request.packed_cache, timeout=request.timeout,
     )  # fmt: skip
 
 
@@ -183,11 +209,12 @@ def job(bundle: Bundle, finished: FinishedArtifact, request: Request) -> Job:
             name for name in artifact.files if is_of_model(name, artifact.files, target.target)
         ),
         context=context,
-        portable=module.portable(target),
+        native=module.native(target),
         integers=module.integers(quantized.config, quantized.schemes, target),
         tokens=tokens,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         texts=_texts(quantized, tokens, lengths),
+        longest_call=getattr(target, "prefill", None),
     )
     return Job(model, workload(quantized.config, quantized.schemes, target), request.runner)
 

@@ -41,7 +41,7 @@ CONDITIONS = {
 }
 #: Small settings, as variables of the workflow.
 SMALL = {
-    "OVERRIDES": "targets=[{'target':'executorch','attention':'portable','max_context':512},"
+    "OVERRIDES": "targets=[{'target':'executorch','max_context':512},"
     "{'target':'onnx','max_context':512}]",
     "PROFILE": "prompt_lengths=[64] depths=[0] sustained_seconds=0 max_repeats=3",
     "PROBLEMS": "20",

@@ -65,7 +65,7 @@ def test_inspect_shows_parameters_and_predicted_sizes(nano: Path, capsys: Captur
     outcome = run(capsys, "inspect", nano)
     assert outcome.code == 0
     assert "2,460,096 (bfloat16)" in outcome.out
-    assert re.search(r"mobilellm-r1-nano-int4 +executorch +2\.0 MB", outcome.out)
+    assert re.search(r"mobilellm-r1-nano-int4 +executorch +1\.5 MB", outcome.out)
 
 
 def test_inspect_says_why_a_recipe_does_not_fit(

@@ -296,7 +296,7 @@ def test_an_artifact_is_as_far_from_its_quantized_checkpoint_as_its_rounding_say
     found = score_text(backend(target).load(artifact), parts, no_step, quantized, prefill)
     assert found.kl is not None and expected.kl is not None
     assert 0.1 * expected.kl < found.kl < 2 * expected.kl + 1e-4
-    assert found.perplexity == pytest.approx(expected.perplexity, rel=0.05)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=0.1)
 
 
 def paths(bundle: Bundle) -> dict[str, tuple[list[str], str]]:

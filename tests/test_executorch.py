@@ -6,19 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from executorch import exir
 from executorch.exir._serialize import _program as pte
 from executorch.extension.pybindings import portable_lib
 from lowering import MODELS, SHAPES, Lower, Lowered, tokens
+from torch import nn
 
 from exporter import pipeline
 from exporter.backends import executorch
-from exporter.backends.executorch.graph import filter_bytes
+from exporter.backends.executorch.graph import filter_bytes, scale_bytes
+from exporter.backends.executorch.program import rope_rows
 from exporter.backends.executorch.segments import exchange_columns
 from exporter.bundle.artifact import FinishedArtifact
 from exporter.bundle.bundle import Bundle
 from exporter.evaluation.agreement import compare_logits
 from exporter.inference.reference import score
-from exporter.model.config import EMBEDDING
+from exporter.model.config import EMBEDDING, parse_config
+from exporter.model.rope import rope_frequencies, rope_tables
 from exporter.pipeline import no_progress
 from exporter.quantization.activations import round_rows_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
@@ -37,9 +41,15 @@ def lower(lower_once: Lower) -> Lower:
         embedding: str = "int4-g32",
         attention: str = "custom_sdpa",
         overrides: dict[str, str] | None = None,
+        options: dict[str, int] | None = None,
         **changes: Any,
     ) -> Lowered:
-        target = {"target": "executorch", "max_context": CONTEXT, "attention": attention}
+        target = {
+            "target": "executorch",
+            "max_context": CONTEXT,
+            "attention": attention,
+            **(options or {}),
+        }
         schemes = {"linear": linear, "embedding": embedding, "overrides": overrides or {}}
         return lower_once({**MODELS[model], **changes}, target, schemes)
 
@@ -140,6 +150,28 @@ def test_a_second_prefill_forgets_the_first_text(attention: str, lower: Lower) -
 
 
 @pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+def test_a_prompt_read_in_chunks_gives_the_logits_of_one_read_at_once(
+    attention: str, lower: Lower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter.backends.executorch import runtime
+
+    _, lowered = lower(attention=attention)
+    whole = executorch.load(lowered.artifact).prefill(tokens(41))
+    monkeypatch.setattr(runtime, "_CHUNK", 7)
+    runner, calls = executorch.load(lowered.artifact), list[int]()
+    run = runner.run  # type: ignore[attr-defined]
+
+    def counted(some: list[int], start: int) -> torch.Tensor:
+        calls.append(len(some))
+        logits: torch.Tensor = run(some, start)
+        return logits
+
+    monkeypatch.setattr(runner, "run", counted)
+    torch.testing.assert_close(runner.prefill(tokens(41)), whole, rtol=1e-4, atol=1e-4)
+    assert calls == [7, 7, 7, 7, 7, 6]
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
 def test_the_context_can_be_filled_to_the_last_position(attention: str, lower: Lower) -> None:
     quantized, lowered = lower(attention=attention)
     text = tokens(CONTEXT)
@@ -220,7 +252,19 @@ def test_between_two_attentions_there_is_one_delegate_call(attention: str, lower
     assert {delegate.id for delegate in plan.delegates} == {"XnnpackBackend"}
 
 
-@pytest.mark.parametrize("embedding", ["int4-g32", "int4-g64", "int8"])
+def test_the_output_layer_is_loaded_before_all_others(lower: Lower) -> None:
+    """XNNPACK holds a weight twice while it packs it, and the output layer's is the largest."""
+    _, lowered = lower()
+    plan = next(p for p in program_of(lowered).execution_plan if p.name == "forward")
+    calls = [
+        i.instr_args.delegate_index
+        for i in plan.chains[0].instructions
+        if type(i.instr_args).__name__ == "DelegateCall"
+    ]
+    assert calls == [*range(1, len(calls)), 0]
+
+
+@pytest.mark.parametrize("embedding", ["int4-g32", "int4-g64", "int4", "int8"])
 def test_the_tied_embedding_is_in_the_file_once(embedding: str, lower: Lower) -> None:
     quantized, lowered = lower(embedding=embedding)
     stored = quantized.read(EMBEDDING)
@@ -230,6 +274,68 @@ def test_the_tied_embedding_is_in_the_file_once(embedding: str, lower: Lower) ->
     data = (lowered.artifact.path / "model.pte").read_bytes()
     first_row = wanted[: len(wanted) // 96]
     assert data.count(wanted) == data.count(first_row) == 1
+    scales = scale_bytes(stored)
+    assert len(scales) == stored.scales.numel() * (4 if embedding in ("int4", "int8") else 2)
+    assert data.count(scales) == data.count(scales[: len(scales) // 8]) == 1
+    assert data.count(stored.scales.numpy().tobytes()) == (embedding in ("int4", "int8"))
+
+
+def test_angles_are_those_of_the_table_at_every_position() -> None:
+    """Computed by the operators of ExecuTorch, up to the last position of a context of 32k."""
+    config = parse_config({**MODELS["llama4_text"], "head_dim": 64}, Path("config.json"))
+    frequencies, context = rope_frequencies(config), 32_768
+
+    class Rows(nn.Module):
+        def forward(self, positions: torch.Tensor) -> list[torch.Tensor]:
+            return rope_rows(positions, frequencies)
+
+    positions = torch.cat((torch.arange(64), torch.arange(context - 512, context)))
+    program = exir.to_edge(torch.export.export(Rows(), (positions,))).to_executorch()
+    cos, sin = portable_lib._load_for_executorch_from_buffer(program.buffer).forward((positions,))
+    for found, table in zip((cos, sin), rope_tables(config, context), strict=True):
+        rows = found[0, :, 0, 32:]
+        assert rows.shape == (576, 32)
+        assert (rows - table[positions]).abs().max() < 1.5e-7
+    assert torch.equal(cos[..., :32], cos[..., 32:])
+    assert torch.equal(sin[..., :32], -sin[..., 32:])
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+def test_a_call_reads_no_more_tokens_than_the_target_says(attention: str, lower: Lower) -> None:
+    _, lowered = lower(attention=attention, options={"prefill": 16})
+    path = str(lowered.artifact.path / "model.pte")
+    module = portable_lib._load_for_executorch(path)
+    assert module.run_method("get_max_seq_len", ()) == [16]
+    assert module.run_method("get_max_context_len", ()) == [CONTEXT]
+    start = torch.tensor([0])
+    module.run_method("forward", (torch.tensor([tokens(16)]), start))
+    with pytest.raises(RuntimeError):
+        module.run_method("forward", (torch.tensor([tokens(17)]), start))
+
+
+@pytest.mark.parametrize("attention", ["custom_sdpa", "portable"])
+def test_a_prompt_in_several_calls_gives_the_logits_of_one(attention: str, lower: Lower) -> None:
+    text = tokens(50)
+    runs = [
+        executorch.load(lower(attention=attention, options={"prefill": most})[1].artifact)
+        for most in (512, 16)
+    ]
+    whole, parts = (runner.prefill(text) for runner in runs)
+    assert compare_logits(whole[None], parts[None]).kl < 1e-3
+    assert torch.equal(*(runner.decode(7).argmax() for runner in runs))
+
+
+def planned(lowered: FinishedArtifact) -> int:
+    plan = next(p for p in program_of(lowered).execution_plan if p.name == "forward")
+    return sum(plan.non_const_buffer_sizes)
+
+
+def test_planned_memory_is_that_of_a_call_and_of_the_cache(lower: Lower) -> None:
+    sizes = []
+    for context in (64, 256):
+        quantized, lowered = lower(options={"max_context": context, "prefill": 16})
+        sizes.append(planned(lowered) - quantized.config.kv_cache_bytes(context, 4))
+    assert sizes[0] == sizes[1] > 0
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -82,8 +82,8 @@ def on_data(key: str, value: object, data: str = "text.txt") -> dict[str, Any]:
             {"quantized": {"size": 1_000_000}},
             "quantized checkpoint",
         ),
-        (on_target("file", "1.9 MB"), on_target("file", "1.8 MB"), "file"),
-        (on_target("folder", "1.9 MB"), on_target("folder", "1800 kB"), "folder"),
+        (on_target("file", "1.8 MB"), on_target("file", "1.7 MB"), "file"),
+        (on_target("folder", "1.8 MB"), on_target("folder", "1700 kB"), "folder"),
         (on_data("perplexity", 1.54), on_data("perplexity", 1.5), "perplexity on text.txt"),
         (on_data("kl", 0.009), on_data("kl", 0.008), "kl on text.txt"),
         (
@@ -219,7 +219,11 @@ def test_a_limit_near_the_median_says_that_another_profile_may_decide_otherwise(
             "mobilellm profile BUNDLE --target onnx --device Pixel 8 prompt_lengths=[64]",
         ),
         (on_device("undelegated", 0), "mobilellm profile BUNDLE --target onnx --device Pixel 8"),
-        (on_cpu("decode", {16: "1 M"}), "mobilellm count BUNDLE --target executorch --cpu cortex"),
+        (
+            on_cpu("decode", {16: "1 M"}),
+            "mobilellm profile BUNDLE --target executorch --device count:cortex-a76 "
+            "prompt_lengths=[] depths=[16]",
+        ),
         (
             {"quantized": {"quality": {"a.txt": {"perplexity": 1}}}},
             "mobilellm evaluate BUNDLE/quantized --data a.txt",

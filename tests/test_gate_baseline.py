@@ -104,6 +104,23 @@ def test_a_count_that_grew_names_the_function(against: Compare, manifest: Bundle
     assert "most in xnn_f32_gemm in runner: +2 M instructions, which the baseline does not" in note
 
 
+@pytest.mark.parametrize(("grown", "alarm"), [(1.0, False), (1.02, True)])
+def test_counts_of_an_earlier_version_are_compared_with_those_in_a_profile(
+    grown: float, alarm: bool, against: Compare, manifest: BundleManifest
+) -> None:
+    """The earlier ones have no bytes, and a file of their own."""
+    before = [profile(manifest, noisy(1)), counts(manifest, FUNCTIONS)]
+    found = counts(manifest, {name: grown * count for name, count in FUNCTIONS.items()})
+    (cpu,) = found["counts"]
+    for entry in (*cpu["prefill"], *cpu["decode"]):
+        entry["bytes"] = {"loaded": 1e8, "stored": 1e7, "unsized": 0}
+    counted = {"counts": [{**found, "schema_version": 2}], "not_counted": []}
+    verdict = against(before, [{**profile(manifest, noisy(2)), **counted}])
+    names = ["instructions, prefill 128", "instructions, decode after 16"]
+    assert broken(verdict) == (names if alarm else [])
+    assert named(verdict, names[0]).device == "cortex-a76"
+
+
 def test_a_count_on_another_cpu_is_not_a_counterpart(
     against: Compare, manifest: BundleManifest
 ) -> None:

@@ -64,14 +64,14 @@ def test_two_counts_of_a_model_are_equal(model: Model, figures: Count, before: F
     assert found.note.endswith(": +0.00 %")
 
 
-def test_an_attention_over_a_longer_cache_breaks_the_gate(
+def test_a_longer_cache_that_is_not_filled_passes_the_gate(
     model: Model, figures: Count, before: Figures, portable_bundle: Bundle, tmp_path: Path
 ) -> None:
     target = portable_bundle.artifacts["executorch"].artifact.target
     longer = target.model_copy(update={"max_context": target.max_context * 5 // 4})
     backend("executorch").lower(portable_bundle.quantized, longer, tmp_path)
     changed = replace(model, folder=tmp_path, files=(model.main,), context=longer.max_context)
-    assert not judged(figures(changed), before).passed
+    assert judged(figures(changed), before).passed
 
 
 def test_a_product_out_of_its_delegate_breaks_the_gate_and_its_library_is_named(

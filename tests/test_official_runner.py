@@ -121,3 +121,15 @@ def test_the_official_runner_starts_anew_after_a_reset(
     first = demo.pieces(demo.chat(PROMPTS[0]), 40)
     demo.pieces(demo.chat(PROMPTS[1]), 40)
     assert demo.pieces(demo.chat(PROMPTS[0]), 40) == first
+
+
+def test_the_official_runner_gives_our_greedy_tokens_with_an_int8_cache(
+    demo: Official, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    quantized = open_quantized(demo.artifact.artifact.path.parent / "quantized")
+    target = demo.artifact.artifact.target.model_copy(update={"kv_cache": "int8"})
+    lowered = pipeline.lower(quantized, target, tmp_path / "artifact", no_progress)
+    rounded = official(lowered, tmp_path)
+    for prompt in PROMPTS[:3]:
+        tokens = rounded.own_tokens(rounded.chat(prompt), 300, lowered.eos_token_ids)
+        assert "".join(rounded.pieces(rounded.chat(prompt), 300)) == rounded.text(tokens)

@@ -148,6 +148,56 @@ def test_the_tied_embedding_is_in_the_files_once(
     assert list(places.values()) == [2]  # two tensors, one place
 
 
+@pytest.mark.parametrize("form", ["contrib", "portable"])
+def test_scales_are_stored_in_half_precision_and_widened_when_the_model_is_loaded(
+    form: str, finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    lowered = lower_nano(finished_bundle, tmp_path / "onnx", form=form, products="float")
+    path = lowered.artifact.path / GRAPH
+    model = onnx.load(str(path), load_external_data=False)
+    kinds = {
+        tensor.data_type for tensor in model.graph.initializer if tensor.name.endswith(".scales")
+    }
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+    constants = {tensor.name for tensor in optimized.initializer}
+    assert any(".scales" in name for name in constants)
+    casts = [node for node in optimized.node if node.op_type == "Cast"]
+    assert not constants & {name for node in casts for name in node.input}
+
+
+@pytest.mark.parametrize(
+    ("target", "linear"),
+    [(one, "int4-g32") for one in FLOAT_FORMS],
+    ids=["contrib", "portable"],
+)
+def test_a_prompt_read_in_chunks_gives_the_logits_of_one_read_at_once(
+    target: dict[str, Any], linear: str, lower: Lower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from exporter.backends.onnx import lowering
+
+    _, lowered = lower(linear=linear, **target)
+    whole = backend.load(lowered.artifact).prefill(tokens(41))
+    monkeypatch.setattr(lowering, "CHUNK", 7)
+    runner, calls = backend.load(lowered.artifact), list[int]()
+    step = runner._step  # type: ignore[attr-defined]
+
+    def counted(some: list[int]) -> torch.Tensor:
+        calls.append(len(some))
+        logits: torch.Tensor = step(some)
+        return logits
+
+    monkeypatch.setattr(runner, "_step", counted)
+    torch.testing.assert_close(runner.prefill(tokens(41)), whole, rtol=1e-4, atol=1e-4)
+    assert calls == [7, 7, 7, 7, 7, 6]
+
+
 def test_mapped_tensors_begin_at_pages(finished_bundle: Bundle, tmp_path: Path) -> None:
     lowered = lower_nano(finished_bundle, tmp_path / "onnx")
     model = onnx.load(str(lowered.artifact.path / GRAPH), load_external_data=False)

@@ -17,7 +17,7 @@ from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import EMBEDDING
 from exporter.pipeline import no_progress
 from exporter.quantization import quantized_checkpoint
-from exporter.quantization.activations import round_rows_to_int8
+from exporter.quantization.activations import Roundings, round_rows_to_int8
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import parse_scheme
 from exporter.recipe import parse_recipe
@@ -84,7 +84,7 @@ def test_one_pass_gives_the_logits_of_each_rounding_and_shows_the_first(
     alone = [score(checkpoint, tokens, positions, each) for each in (None, round_rows_to_int8)]
     shown, shown_alone = list[tuple[str, str, float]](), list[tuple[str, str, float]]()
     together = score_each(
-        checkpoint, tokens, positions, [None, round_rows_to_int8],
+        checkpoint, tokens, positions, [Roundings(), Roundings(round_rows_to_int8)],
         lambda name, which, values: shown.append((name, which, values.sum().item())),
     )  # fmt: skip
     score(

@@ -200,7 +200,8 @@ def test_what_is_stored_of_a_recipe_has_every_key_in_the_order_of_its_bundles() 
     targets = {target["target"]: target for target in data["targets"]}
     assert targets.keys() == {"executorch", "onnx", "coreml"}
     assert list(targets["executorch"]) == [
-        "target", "max_context", "delegate", "attention", "activations",
+        "target", "max_context", "delegate", "attention", "activations", "kv_cache", "prefill",
+        "logits",
     ]  # fmt: skip
 
 

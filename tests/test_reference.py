@@ -10,7 +10,9 @@ from conftest import FAMILIES, MakeCheckpoint
 from torch import Tensor
 
 from exporter.bundle.bundle import Bundle
+from exporter.inference import reference
 from exporter.inference.reference import ReferenceRunner, score
+from exporter.model import decoder
 from exporter.model.checkpoint import open_checkpoint
 from exporter.model.config import EMBEDDING
 from exporter.model.decoder import load_decoder
@@ -94,6 +96,38 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_prompt_at_once(nano: Path) -
     assert torch.allclose(pieces[-1], at_once, atol=1e-4, rtol=0)
 
 
+def test_attention_in_parts_gives_the_logits_of_attention_at_once(
+    nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, tokens = ReferenceRunner(open_checkpoint(nano), 21), tokens_of(20)
+    at_once, next_one = runner.prefill(tokens), runner.decode(3)
+    monkeypatch.setattr(decoder, "_CHUNK", 7)
+    assert torch.allclose(runner.prefill(tokens), at_once, atol=1e-4, rtol=0)
+    assert torch.allclose(runner.decode(3), next_one, atol=1e-4, rtol=0)
+
+
+def test_scores_are_shown_in_parts_and_none_is_left_out(
+    nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown() -> dict[str, Tensor]:
+        found = dict[str, list[Tensor]]()
+
+        def observe(name: str, kind: str, values: Tensor) -> None:
+            if kind == "scores":
+                found.setdefault(name, []).append(values)
+
+        score(open_checkpoint(nano), tokens_of(20), [19], None, observe)
+        counts.update(len(parts) for parts in found.values())
+        return {name: torch.cat(parts, 2) for name, parts in found.items()}
+
+    counts = set[int]()
+    whole = shown()
+    monkeypatch.setattr(reference, "_CHUNK", 7)
+    parts = shown()
+    assert counts == {1, 3}
+    assert all(torch.allclose(parts[name], whole[name], atol=1e-4) for name in whole)
+
+
 def test_logits_are_one_float32_vector_of_the_vocabulary(nano: Path) -> None:
     runner = ReferenceRunner(open_checkpoint(nano), 8)
     logits = runner.prefill([1, 2, 3])
@@ -156,7 +190,7 @@ def _block_step(x: Tensor) -> Tensor:
 #: Each rounding, with the step between two codes that its definition gives.
 ROUNDINGS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], int]] = {
     "rows": (round_rows_to_int8, _row_step, 256),
-    "prompt": (lambda x: round_prompt_to_int8(x, 4), _prompt_step, 256),
+    "prompt": (lambda x: round_prompt_to_int8(x, 4, 8), _prompt_step, 256),
     "blocks": (lambda x: round_blocks_to_int8(x, 32), _block_step, 255),
 }
 each_rounding = pytest.mark.parametrize(
@@ -232,16 +266,24 @@ def test_a_width_that_the_block_does_not_divide_is_one_block() -> None:
 def test_the_prompt_shares_one_range_and_later_rows_have_their_own() -> None:
     x = normal(1, 6, 64)
     x[:, 2, 0], x[:, 5, 0] = 1000, 1000
-    rounded = round_prompt_to_int8(x, 4)
+    rounded = round_prompt_to_int8(x, 4, 8)
     assert (rounded[:, 0] - x[:, 0]).abs().max() > 0.1, "row 0 suffers from row 2"
     assert (rounded[:, 4] - x[:, 4]).abs().max() < 0.1, "row 4 does not suffer from row 5"
+
+
+def test_each_chunk_of_a_prompt_has_a_range_of_its_own() -> None:
+    x = normal(1, 6, 64)
+    chunks = [round_prompt_to_int8(part, 4, 8) for part in (x[:, :2], x[:, 2:4])]
+    whole = round_prompt_to_int8(x, 4, 2)
+    assert torch.equal(whole[:, :4], torch.cat(chunks, 1))
+    assert not torch.equal(whole, round_prompt_to_int8(x, 4, 8))
 
 
 @pytest.mark.parametrize("prompt", [0, 6, 9])
 def test_a_text_of_prompt_or_of_later_rows_only_is_rounded(prompt: int) -> None:
     x = normal(1, 6, 64)
     rows = round_rows_to_int8(x) if prompt == 0 else round_rows_to_int8(x.flatten(1)).view_as(x)
-    assert torch.equal(round_prompt_to_int8(x, prompt), rows)
+    assert torch.equal(round_prompt_to_int8(x, prompt, 8), rows)
 
 
 def test_score_rounds_the_input_of_every_matrix_product(nano: Path) -> None:

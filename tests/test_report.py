@@ -177,7 +177,10 @@ def test_each_headline_says_how_it_was_got(html: str) -> None:
 
 def test_counts_are_marked_as_counts(html: str) -> None:
     for one in re.findall(r"<figure>.*?</figure>", html, re.DOTALL):
-        if "kai_matmul_int4" in one or "Instructions per token" in one:
+        if "bytes loaded per token" in one:
+            assert "(counts)" in one
+            assert "MB a token (no time)" in one
+        elif "kai_matmul_int4" in one or "Instructions per token" in one:
             assert "(counts)" in one
             assert "million instructions a token (no time)" in one
             assert "near xnn_f32_gemm" in one or "kai_matmul_int4" not in one
@@ -225,7 +228,7 @@ def test_a_topic_without_data_names_the_command_that_measures_it(finished_bundle
         ("memory", "mobilellm profile BUNDLE --device DEVICE"),
         ("operators", "mobilellm profile BUNDLE --device DEVICE"),
         ("delegation", "mobilellm profile BUNDLE --device DEVICE"),
-        ("instructions", "mobilellm count BUNDLE --cpu cortex-a76"),
+        ("instructions", "mobilellm profile BUNDLE --device count:cortex-a76"),
     ):
         assert "Missing." in sections[topic]
         assert wanted in sections[topic]

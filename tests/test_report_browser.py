@@ -110,7 +110,7 @@ def test_a_page_fits_and_stays_silent(
     page.screenshot(path=SCREENSHOTS / f"{name}-{size}-{scheme}.png", full_page=True)
     assert page.evaluate(OVERFLOW) == []
     assert page.evaluate(PLOTS) == []
-    assert page.locator("svg.plot").count() == {"bundle": 31, "empty": 1}[name]
+    assert page.locator("svg.plot").count() == {"bundle": 32, "empty": 1}[name]
     page.evaluate("() => document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate(OVERFLOW) == []
     assert problems == []

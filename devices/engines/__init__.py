@@ -23,9 +23,10 @@ class Model:
     """An artifact, with what an engine must know of it.
 
     `files` are relative to `folder`; the runtime opens `main`, one of them or a folder of them.
-    `context` is in tokens. `portable` says that core operators and delegates suffice, `integers`
-    that products with weights are meant to work on integers. Prompts are the first of `tokens`;
+    `context` is in tokens. `native` says that the native runner has what it needs, `integers` that
+    products with weights are meant to work on integers. Prompts are the first of `tokens`;
     `texts` has prompts as text, by their number of tokens, for programs that need `tokenizer`.
+    A call of the program takes at most `longest_call` tokens, or the whole context if it is None.
     """
 
     format: Format
@@ -33,11 +34,12 @@ class Model:
     main: str
     files: tuple[str, ...]
     context: int
-    portable: bool
+    native: bool
     integers: bool
     tokens: tuple[int, ...]
     tokenizer: Path | None = None
     texts: Mapping[int, str] = field(default_factory=dict)
+    longest_call: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Plan:
     `prompts` are lengths in tokens; at each of `depths` tokens in the cache, `steps` are decoded.
     `sustained` is in seconds, and goes on until `sustained_steps` tokens are decoded. `generate` is
     a number of tokens after a prompt of `prompt_length`. `mmap` says whether the program is mapped
-    or read. `trace` and `logits` are paths on the device, '' for none.
+    or read. `trace` and `logits` are paths on the device, '' for none. With `packed_cache`, the
+    engine keeps the weights as the runtime packs them in a file, which later loads map.
     """
 
     prompts: Sequence[int] = ()
@@ -58,6 +61,7 @@ class Plan:
     sustained: int = 0
     sustained_steps: int = 0
     mmap: bool = True
+    packed_cache: bool = False
     generate: int = 0
     prompt_length: int = 0
     trace: str = ""
@@ -77,10 +81,10 @@ class Engine:
     """A program for one model on one device.
 
     `files` maps paths on the device to files here. The `commands` of a plan run one after the
-    other. `capabilities` has those of "sustained", "trace", "generate" and "mmap" (the choice
-    between mapping and reading the model) that it has besides prefill and decode. With `threads`,
-    it runs with so many, whatever the plan says. `note` says what its figures are, where they are
-    not those of a prompt and of decode steps after a real text.
+    other. `capabilities` has those of "sustained", "trace", "generate", "mmap" (the choice
+    between mapping and reading the model) and "packed_cache" that it has besides prefill and
+    decode. With `threads`, it runs with so many, whatever the plan says. `note` says what its
+    figures are, where they are not those of a prompt and of decode steps after a real text.
     """
 
     name: str

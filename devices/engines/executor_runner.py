@@ -1,8 +1,8 @@
 """ExecuTorch's ``executor_runner``: it executes a program with inputs from files.
 
-It gives a program inputs of their full size only, which for ours is a prompt as long as the
-context: tokens int64 [1, context] and the position int64 [1] of the first one. Without ``--inputs``
-it fills both with ones, and a prompt of the whole context does not fit behind position 1.
+It gives a program inputs of their full size only, which for ours is the longest prompt of a call:
+tokens int64 [1, length] and the position int64 [1] of the first one. Without ``--inputs`` it fills
+both with ones, and a prompt of the whole context does not fit behind position 1.
 """
 
 import re
@@ -39,9 +39,8 @@ _MARK = "mobilellm executor log"
 
 
 def executor_files(placed: Placed, plan: Plan) -> dict[str, Path]:
-    """The tensors of a prompt of the whole context, as raw little-endian bytes."""
-    model = placed.model
-    tokens = repeated(model.tokens, model.context)
+    """The tensors of the longest prompt of a call, as raw little-endian bytes."""
+    tokens = repeated(placed.model.tokens, _longest(placed))
     tensors = (struct.pack(f"<{len(tokens)}q", *tokens), struct.pack("<q", 0))
     files = [input_file(content, ".bin") for content in tensors]
     return {placed.remote(file): file for file in files}
@@ -49,12 +48,17 @@ def executor_files(placed: Placed, plan: Plan) -> dict[str, Path]:
 
 def executor_commands(placed: Placed, plan: Plan) -> list[Command]:
     """One process that executes the program some times."""
-    inputs, context = ",".join(executor_files(placed, plan)), placed.model.context
+    inputs, longest = ",".join(executor_files(placed, plan)), _longest(placed)
     command = [
         placed.program, f"--model_path={placed.path}", f"--inputs={inputs}",
         f"--num_executions={_EXECUTIONS}", f"--cpu_threads={plan.threads}",
     ]  # fmt: skip
-    return [Command(command, lambda done: read_executor(done.all_text, context))]
+    return [Command(command, lambda done: read_executor(done.all_text, longest))]
+
+
+def _longest(placed: Placed) -> int:
+    context, longest = placed.model.context, placed.model.longest_call
+    return context if longest is None else min(longest, context)
 
 
 @contained("executor_runner", "its output")

@@ -1,4 +1,4 @@
-"""ExecuTorch with our own C++ runner, for programs of core operators and delegates."""
+"""ExecuTorch with our own C++ runner, for programs with the XNNPACK delegate."""
 
 from devices import runner
 from devices.engines import Command, Engine, Model, Plan, options
@@ -10,12 +10,12 @@ from devices.identity import Identity
 def engine(model: Model, identity: Identity, workspace: str, folder: str) -> Engine:
     """The engine for a model that lies in `folder` on the device.
 
-    Raises BadDeviceError where the program needs custom operators, or the runner cannot be built.
+    Raises BadDeviceError where the program has another delegate, or the runner cannot be built.
     """
-    if not model.portable:
+    if not model.native:
         raise BadDeviceError(
-            f"{model.folder}: custom_sdpa", "needs ExecuTorch's official runner on this device",
-            "Export with targets.0.attention=portable, or give --runner llama_main",
+            f"{model.folder}: the Core ML delegate", "is not in the native runner",
+            "Export with targets.0.delegate=xnnpack",
         )  # fmt: skip
     built = runner.build(identity.machine)
     home = f"{workspace}/{built.folder.name}"
@@ -24,7 +24,8 @@ def engine(model: Model, identity: Identity, workspace: str, folder: str) -> Eng
 
     def commands(plan: Plan) -> list[Command]:
         files = ["--model", f"{folder}/{model.main}", "--tokens", f"{folder}/tokens.txt"]
-        command = [*loader, f"{home}/{runner.RUNNER}", *files, *options(plan)]
+        packed = ["--packed-cache", f"{folder}/packed"] if plan.packed_cache else []
+        command = [*loader, f"{home}/{runner.RUNNER}", *files, *packed, *options(plan)]
         return [Command(command, read_records)]
 
     return Engine(
@@ -32,5 +33,5 @@ def engine(model: Model, identity: Identity, workspace: str, folder: str) -> Eng
         versions={"executorch": built.executorch},
         files={f"{home}/{runner.RUNNER}": built.runner, **libraries},
         commands=commands,
-        capabilities=frozenset({"sustained", "trace", "generate", "mmap"}),
+        capabilities=frozenset({"sustained", "trace", "generate", "mmap", "packed_cache"}),
     )

@@ -157,7 +157,7 @@ PROGRAMS = {
     "llama_main": _Program("executorch", _llama_commands, _llama_files, logs=True),
     "executor_runner": _Program(
         "executorch", executor_commands, executor_files, logs=True,
-        note="one prompt of the whole context: the program takes inputs of their full size only",
+        note="the longest prompt of a call: the program takes inputs of their full size only",
     ),
     "onnxruntime_perf_test": _Program(
         "onnx", perf_commands, perf_files,

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 
 class Runtime:
-    """ExecuTorch's wheel with torch. No other runtime here has the kernels of `custom_sdpa`."""
+    """ExecuTorch's wheel with torch, for this machine where the native runner cannot be built or
+    lacks the delegate: a Mac."""
 
     #: The last two register their operators.
     MODULES: ClassVar[tuple[str, ...]] = (
@@ -24,9 +25,13 @@ class Runtime:
         self.module = portable_lib._load_for_executorch(path, enable_etdump=bool(options.trace))
         self.context = int(self.module.run_method("get_max_context_len", ())[0])
         self.vocab_size: int | None = int(self.module.run_method("get_vocab_size", ())[0])
+        self.longest = int(self.module.run_method("get_max_seq_len", ())[0])
         self.step([0], 0)  # the first step loads the method
 
     def step(self, tokens: list[int], start: int) -> Any:
+        while len(tokens) > self.longest:  # a call takes no more
+            self.step(tokens[: self.longest], start)
+            tokens, start = tokens[self.longest :], start + self.longest
         inputs = self.torch.tensor([tokens]), self.torch.tensor([start])
         return self.module.run_method("forward", inputs)[0][0].numpy()
 

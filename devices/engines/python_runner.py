@@ -165,9 +165,9 @@ def measure_decode(
     """Time `steps` greedy steps after each number of tokens in the cache."""
     filled = 0
     for depth in sorted(depths):
-        text = repeat_to(tokens, depth + 1)
-        if filled < depth:
-            model.prefill(text[filled:depth], filled, chunk)
+        text, missing, fill_ms = repeat_to(tokens, depth + 1), max(0, depth - filled), 0.0
+        if missing:
+            _, fill_ms = model.prefill(text[filled:depth], filled, chunk)
         filled = depth
         token, ms = text[depth], list[float]()
         for i in range(steps):
@@ -175,7 +175,7 @@ def measure_decode(
             ms.append(took)
         if not model.engine.whole_cache:
             filled = depth + steps
-        print_phase("decode", ms, depth=depth)
+        print_phase("decode", ms, depth=depth, filled=missing, fill_ms=round(fill_ms, 4))
 
 
 def measure_sustained(model: "Model", tokens: list[int], seconds: int, steps: int) -> None:

@@ -18,8 +18,10 @@ Record = dict[str, Any]
 PHASES = (
     "start", "load", "warmup", "prefill", "decode", "sustained", "generate", "execute", "end",
 )  # fmt: skip
-_WHOLE = ("depth", "steps", "context", "vocab_size")
-_TIMES = ("within_ms", "first_token_ms", "first_ms", "p95_ms")
+_WHOLE = ("depth", "filled", "steps", "context", "vocab_size")
+#: What a load did with the file of packed weights.
+_PACKED = ("written", "read")
+_TIMES = ("within_ms", "first_token_ms", "first_ms", "p95_ms", "fill_ms")
 #: In bytes; -1 where the system does not tell.
 _MEMORY = ("peak_rss", "rss", "anonymous", "file", "pss")
 
@@ -64,6 +66,8 @@ def check_record(said: object) -> Record:
             fine = is_whole(value) or value is None
         elif key in _TIMES:
             fine = is_number(value)
+        elif key == "packed":
+            fine = value in _PACKED
         elif key == "memory":
             fine = isinstance(value, dict) and all(is_whole(size, -1) for size in value.values())
         else:

@@ -1,4 +1,4 @@
-"""One run of the native runner on an emulated CPU, with the executions of each block of code.
+"""Runs of a program on an emulated CPU, with the executions of each block of its code.
 
 Nothing of this machine but the model reaches the program: no variable of the environment, no clock
 (`clock.c`), and of the files in which Linux describes a machine and a process, those that are made
@@ -8,8 +8,9 @@ Cortex-A76 that the runtime does not recognize it is 3 to 5 % higher.
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from devices import runner
@@ -20,64 +21,100 @@ from devices.instructions.tools import CLOCK, EMULATOR, PLUGIN, PROCESSOR, SHORT
 from devices.transports.client import run_client
 from devices.transports.supervised import Completed
 
-#: The columns that `blocks.c` writes for a block: all instructions, then those of each class.
+#: The columns that `blocks.c` writes for a block: all instructions, those of each class, the bytes
+#: that it loads and stores, and the accesses among its instructions whose bytes are not known.
 INSTRUCTIONS, CLASSES = "instructions", ("simd", "dot_product", "i8mm")
-#: (file, offset of a block of code in it, INSTRUCTIONS or a class) → how many were executed.
+LOADED, STORED, UNSIZED = "loaded", "stored", "unsized"
+_COLUMNS = (INSTRUCTIONS, *CLASSES, LOADED, STORED, UNSIZED)
+#: The line after what was executed until a program marked a place.
+_MARK = "mark"
+#: (file, offset of a block of code in it, column) → instructions or bytes of all its executions.
 Blocks = Counter[tuple[str, int, str]]
 Run = Callable[[Plan], Blocks]
-#: Seconds of one run.
-_LONGEST = 3600.0
 _OUTPUT, _ROOT = "blocks.txt", "root"
 
 
+@dataclass(frozen=True)
+class Machine:
+    """An emulated CPU. Programs run in `folder`; DC ZVA sets `zeroed` bytes to zero."""
+
+    tools: Tools
+    folder: Path
+    cpu: str
+    zeroed: int = 0
+
+
 @contextmanager
-def emulated(tools: Tools, built: runner.Build, model: Model, cpu: str) -> Iterator[Run]:
-    """A machine with this CPU, which runs the plans of a model. Raises DeviceError."""
+def machine(tools: Tools, cpu: str, links: Mapping[str, Path]) -> Iterator[Machine]:
+    """A machine with this CPU, with links to folders by their name. Raises DeviceError."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for link, goal in (("tools", tools), ("runner", built), ("model", model)):
-            (folder / link).symlink_to(goal.folder.absolute())
-        (folder / "tokens.txt").write_text(" ".join(map(str, model.tokens)))
-        describe_machine(folder / _ROOT, _processor_id(tools, folder, cpu))
+        for link, goal in {"tools": tools.folder, **links}.items():
+            (folder / link).symlink_to(goal.absolute())
+        identity, zeroing = _registers(Machine(tools, folder, cpu))
+        describe_machine(folder / _ROOT, identity)
+        # Bit 4 of DCZID_EL0 prohibits DC ZVA; the others are the logarithm of its words.
+        yield Machine(tools, folder, cpu, 0 if zeroing & 16 else 4 << (zeroing & 15))
+
+
+@contextmanager
+def emulated(
+    tools: Tools, built: runner.Build, model: Model, cpu: str, timeout: float
+) -> Iterator[Run]:
+    """A machine with this CPU, which runs the plans of a model, each in `timeout` seconds. Decoding
+    begins in an unfilled cache, whatever its depth. Raises DeviceError."""
+    with machine(tools, cpu, {"runner": built.folder, "model": model.folder}) as made:
+        (made.folder / "tokens.txt").write_text(" ".join(map(str, model.tokens)))
         program = [
             f"runner/lib/{built.loader}", "--preload", f"./tools/{CLOCK}",
             "--library-path", "runner/lib", f"runner/{runner.RUNNER}",
-            "--model", f"model/{model.main}", "--tokens", "tokens.txt",
+            "--model", f"model/{model.main}", "--tokens", "tokens.txt", "--unfilled", "1",
+            "--huge-pages", "0",  # it reads the addresses of this process, which vary
         ]  # fmt: skip
 
         def run(plan: Plan) -> Blocks:
-            read_records(_emulate(tools, folder, cpu, [*program, *options(plan)], _LONGEST))
-            return _read_blocks(folder / _OUTPUT)
+            read_records(execute(made, [*program, *options(plan)], timeout))
+            return read_places(made)[-1]
 
         yield run
 
 
-def _emulate(
-    tools: Tools, folder: Path, cpu: str, program: Sequence[str], timeout: float
+def execute(
+    machine: Machine,
+    program: Sequence[str],
+    timeout: float,
+    variables: Mapping[str, str] | None = None,
 ) -> Completed:
-    """Run a program in the folder. Its paths are relative, since QEMU and the loader split some
-    options at commas, colons and spaces."""
+    """Run a program in the machine's folder, with these variables as its whole environment. Paths
+    are relative, since QEMU and the loader split some options at commas, colons and spaces. Raises
+    DeviceError."""
+    tools = machine.tools
+    environment = [
+        word for key, value in (variables or {}).items() for word in ("-E", f"{key}={value}")
+    ]
     command = [
-        tools.program, "-cpu", cpu, "-seed", "0", "-L", _ROOT,
-        "-plugin", f"./tools/{PLUGIN},out={_OUTPUT}", *program,
+        tools.program, "-cpu", machine.cpu, "-seed", "0", "-L", _ROOT, *environment,
+        "-plugin", f"./tools/{PLUGIN},out={_OUTPUT},zeroed={machine.zeroed}", *program,
     ]  # fmt: skip
-    empty = ["env", "--ignore-environment", f"--chdir={folder}"]
+    empty = ["env", "--ignore-environment", f"--chdir={machine.folder}"]
     code, said, errors = run_client(EMULATOR, [*empty, *command], timeout)
     code = code if code >= 0 else 128 - code  # a negative one is a signal
     return Completed(tuple(command), code, said.encode(), errors.encode(), 0.0)
 
 
-def _processor_id(tools: Tools, folder: Path, cpu: str) -> int:
-    """The register MIDR_EL1 of a CPU. Raises BadDeviceError where QEMU cannot load the plugin."""
-    done = _emulate(tools, folder, cpu, [f"tools/{PROCESSOR}"], SHORT)
-    if done.code or not (folder / _OUTPUT).is_file():
+def _registers(machine: Machine) -> tuple[int, int]:
+    """The registers MIDR_EL1 and DCZID_EL0. Raises BadDeviceError where QEMU cannot load the
+    plugin."""
+    done = execute(machine, [f"tools/{PROCESSOR}"], SHORT)
+    if done.code or not (machine.folder / _OUTPUT).is_file():
         reason = (done.stderr.decode("utf-8", "replace").strip() or "no message").splitlines()[-1]
         raise BadDeviceError(
-            tools.emulator, f"cannot run the plugin that counts ({reason})",
+            machine.tools.emulator, f"cannot run the plugin that counts ({reason})",
             "Counting needs QEMU 6.0 to 8.2 that is not linked statically, such as Debian 12's "
             "qemu-user",
         )  # fmt: skip
-    return int(done.text)
+    identity, zeroing = done.text.split()
+    return int(identity), int(zeroing)
 
 
 def describe_machine(root: Path, identity: int) -> None:
@@ -103,13 +140,18 @@ def describe_machine(root: Path, identity: int) -> None:
         (root / name).write_text(content)
 
 
-def _read_blocks(path: Path) -> Blocks:
-    """The instructions of each block: the number of its executions times those that it has."""
-    blocks = Blocks()
-    for line in path.read_text(errors="surrogateescape").splitlines():
-        executions, *numbers, offset, file = line.split(" ", len(CLASSES) + 3)
-        for kind, number in zip((INSTRUCTIONS, *CLASSES), numbers, strict=True):
-            if number != "0":
-                blocks[file, int(offset), kind] += int(executions) * int(number)
+def read_places(machine: Machine) -> list[Blocks]:
+    """What the last run had executed at each place that it marked, and at its end: the number of
+    executions of each block, times what it has of each column."""
+    path, places = machine.folder / _OUTPUT, [Blocks()]
+    with path.open(errors="surrogateescape") as lines:
+        for line in lines:
+            if line == f"{_MARK}\n":
+                places.append(Blocks())
+                continue
+            executions, *numbers, offset, file = line.rstrip("\n").split(" ", len(_COLUMNS) + 2)
+            for column, number in zip(_COLUMNS, numbers, strict=True):
+                if number != "0":
+                    places[-1][file, int(offset), column] += int(executions) * int(number)
     path.unlink()
-    return blocks
+    return places

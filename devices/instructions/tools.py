@@ -40,7 +40,7 @@ def build() -> Tools:
     program = _emulator()
     emulator = _version(program)
     digest = hashlib.sha256()
-    for name in ("blocks.c", "clock.c", "processor.c", "tools.py"):
+    for name in ("access.h", "blocks.c", "clock.c", "processor.c", "tools.py"):
         digest.update((SOURCES / name).read_bytes())
     made = f"{platform.machine()}-{digest.hexdigest()[:16]}"
     folder = cache_folder() / "instructions" / made
@@ -57,9 +57,9 @@ def build() -> Tools:
     return Tools(folder, program, emulator)
 
 
-def cpus(tools: Tools) -> list[str]:
-    """The CPUs that QEMU emulates."""
-    _, said, _ = run_client(EMULATOR, [tools.program, "-cpu", "help"], SHORT)
+def cpus() -> list[str]:
+    """The CPUs that QEMU emulates. Raises BadDeviceError where it is not installed."""
+    _, said, _ = run_client(EMULATOR, [_emulator(), "-cpu", "help"], SHORT)
     return [line.strip() for line in said.splitlines() if line.startswith(" ")]
 
 

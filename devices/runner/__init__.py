@@ -46,6 +46,19 @@ _RUNTIME = (
 #: The manylinux tags that a wheel may have.
 _GLIBC = ("_2_17", "_2_28", "_2_34", "2014")
 SOURCES = Path(__file__).parent
+#: Linked into every program. The rest is compiled otherwise or included.
+_PARTS = ("attention.cpp", "packed_cache.cpp", "speculative.cpp")
+#: Architecture → name of the attention's vector code → the compiler's options for it. At run time
+#: attention.cpp chooses among those of an architecture.
+KERNELS = {
+    "x86_64": {
+        "kernels_baseline": [],
+        "kernels_avx2": ["-mavx2", "-mfma"],
+        "kernels_avx512": [*(f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")), "-mfma"],
+    },
+    # GCC's first scheduling lengthens the life of registers until the products' sums are moved.
+    "aarch64": {"kernels_baseline": ["-fno-schedule-insns"]},
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,8 @@ def build(architecture: str) -> Build:
         )
     version = _executorch_version()
     digest = hashlib.sha256(version.encode())
-    for name in ("runner.cpp", "probe.c", "__init__.py"):
-        digest.update((SOURCES / name).read_bytes())
+    for path in sorted([Path(__file__), *SOURCES.glob("*.[ch]"), *SOURCES.glob("*.cpp")]):
+        digest.update(path.read_bytes())
     folder = cache_folder() / "runner" / f"{architecture}-{digest.hexdigest()[:16]}"
     if not folder.is_dir():
         _build(architecture, version, folder)
@@ -117,21 +130,32 @@ def _build(architecture: str, version: str, folder: Path) -> None:
             shutil.copy(libraries / f"lib{name}.so", made / "lib")
         for name in (_LOADERS[architecture], *_RUNTIME):
             shutil.copy(_runtime_library(architecture, name), made / "lib" / name)
-        _compile_runner(architecture, made)
+        compile_program(architecture, SOURCES / "runner.cpp", made, made / RUNNER)
         _compile_probe(architecture, made / PROBE)
         if not folder.is_dir():  # another process may have built it meanwhile
             made.rename(folder)
 
 
-def _compile_runner(architecture: str, made: Path) -> None:
+def compile_program(architecture: str, main: Path, made: Path, out: Path) -> None:
+    """Compile a C++ program with the attention's kernels and the libraries below ``made/lib``."""
     headers = _package() / "include"
     portable = headers / "executorch" / "runtime" / "core" / "portable_type" / "c10"
-    compile_for(
-        architecture, "g++", "-std=c++17", "-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS",
-        f"-I{headers}", f"-I{portable}", str(SOURCES / "runner.cpp"), "-o", str(made / RUNNER),
-        f"-L{made / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES),
-        "-Wl,-rpath,$ORIGIN/lib", "-Wl,--allow-shlib-undefined",
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=made) as scratch:
+        kernels = list[str]()
+        for name, options in KERNELS[architecture].items():
+            kernels.append(f"{scratch}/{name}.o")
+            compile_for(
+                architecture, "g++", "-std=c++17", "-O3", "-ffp-contract=fast", *options,
+                f"-DKERNELS={name}", "-c", str(SOURCES / "attention_kernel.cpp"),
+                "-o", kernels[-1],
+            )  # fmt: skip
+        compile_for(
+            architecture, "g++", "-std=c++17", "-O2", "-DC10_USING_CUSTOM_GENERATED_MACROS",
+            f"-I{headers}", f"-I{portable}", f"-I{SOURCES}", str(main),
+            *(str(SOURCES / part) for part in _PARTS), *kernels, "-o", str(out),
+            f"-L{made / 'lib'}", "-Wl,--no-as-needed", *(f"-l{name}" for name in LIBRARIES),
+            "-Wl,-rpath,$ORIGIN/lib", "-Wl,--allow-shlib-undefined",
+        )  # fmt: skip
 
 
 def _compile_probe(architecture: str, out: Path) -> None:

@@ -4,14 +4,11 @@
 //
 // Linked against the libraries of the executorch wheel only; it knows no tokenizer and no torch.
 // The program's method is forward(tokens [1, n] int64, start [1] int64) -> logits [1, vocab],
-// as `attention: portable` of a recipe makes it. devices/runner/README.md lists the options and
-// the lines. Exit codes: 0 fine, 2 wrong usage, 3 the program cannot be loaded, 4 it failed.
+// with core operators, delegates of the wheel and the operators of attention.cpp.
+// devices/runner/README.md lists the options and the lines. Exit codes: 0 fine, 2 wrong usage, 3 the
+// program cannot be loaded, 4 it failed.
 
 #include <executorch/devtools/etdump/etdump_flatcc.h>
-#include <executorch/extension/module/module.h>
-#include <executorch/extension/tensor/tensor.h>
-
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -20,11 +17,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <map>
 #include <memory>
-#include <sstream>
 #include <string>
 #include <vector>
+
+#include "huge_pages.h"
+#include "model.h"
+#include "options.h"
+#include "packed_cache.h"
+#include "speculative.h"
 
 // The wheel ships this library without its header.
 namespace executorch::extension::threadpool {
@@ -35,73 +36,17 @@ class ThreadPool {
 ThreadPool* get_threadpool();
 } // namespace executorch::extension::threadpool
 
-using executorch::extension::Module;
-using executorch::runtime::Error;
-
 namespace {
 
-constexpr int kBadUsage = 2, kCannotLoad = 3, kFailed = 4;
+using namespace mobilellm;  // the parts of this runner
+
 // Longer prompts are read in pieces, so that what a delegate needs for one stays bounded.
 constexpr int64_t kDefaultChunk = 128;
-
-[[noreturn]] void fail(int code, const std::string& reason) {
-  std::fprintf(stderr, "mobilellm_runner: %s\n", reason.c_str());
-  std::exit(code);
-}
 
 double now_ms() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
   return std::chrono::duration<double, std::milli>(now).count();
 }
-
-class Options {
- public:
-  Options(int argc, char** argv) {
-    static const char* known[] = {
-        "model", "tokens", "threads", "warmup", "prompts", "depths", "steps", "chunk", "sustained",
-        "sustained-steps", "generate", "prompt-length", "logits", "trace", "load"};
-    for (int i = 1; i < argc; i += 2) {
-      const std::string key = argv[i];
-      const bool named = key.rfind("--", 0) == 0 &&
-          std::any_of(std::begin(known), std::end(known), [&](const char* k) {
-                           return key.substr(2) == k;
-                         });
-      if (!named) fail(kBadUsage, "unknown option " + key);
-      if (i + 1 == argc) fail(kBadUsage, key + " wants a value");
-      values_[key.substr(2)] = argv[i + 1];
-    }
-  }
-
-  bool has(const std::string& key) const { return values_.count(key) != 0; }
-
-  std::string text(const std::string& key) const {
-    if (!has(key)) fail(kBadUsage, "--" + key + " is missing");
-    return values_.at(key);
-  }
-
-  int64_t number(const std::string& key, int64_t otherwise) const {
-    return has(key) ? parse(key, values_.at(key)) : otherwise;
-  }
-
-  std::vector<int64_t> numbers(const std::string& key) const {
-    std::vector<int64_t> found;
-    std::stringstream list(has(key) ? values_.at(key) : "");
-    for (std::string item; std::getline(list, item, ',');) found.push_back(parse(key, item));
-    return found;
-  }
-
- private:
-  static int64_t parse(const std::string& key, const std::string& text) {
-    char* end = nullptr;
-    const long long value = std::strtoll(text.c_str(), &end, 10);
-    if (text.empty() || *end != '\0' || value < 0) {
-      fail(kBadUsage, "--" + key + ": " + text + " is not a whole number");
-    }
-    return value;
-  }
-
-  std::map<std::string, std::string> values_;
-};
 
 // ---- Memory of this process, in bytes; -1 where the system does not tell. ----
 
@@ -148,100 +93,6 @@ void print_phase(const char* name, const std::string& keys, const std::vector<do
   reset_peak();
 }
 
-// ---- The model. ----
-
-// What the program's memory plan asks for. Module would fill it with zeros and so touch all of it;
-// here a page costs nothing until a step writes to it, such as the cache's far end.
-class PlannedMemory {
- public:
-  explicit PlannedMemory(const executorch::runtime::MethodMeta& meta) {
-    for (size_t i = 0; i < meta.num_memory_planned_buffers(); ++i) {
-      const size_t size = std::max<int64_t>(1, meta.memory_planned_buffer_size(i).get());
-      void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (pages == MAP_FAILED) fail(kCannotLoad, "no memory for the program's plan");
-      buffers_.emplace_back(static_cast<uint8_t*>(pages), size);
-    }
-    allocator_ = std::make_unique<executorch::runtime::HierarchicalAllocator>(
-        executorch::runtime::Span<executorch::runtime::Span<uint8_t>>(
-            buffers_.data(), buffers_.size()));
-  }
-  PlannedMemory(const PlannedMemory&) = delete;
-  ~PlannedMemory() {
-    for (auto& buffer : buffers_) munmap(buffer.data(), buffer.size());
-  }
-
-  executorch::runtime::HierarchicalAllocator* allocator() { return allocator_.get(); }
-
- private:
-  std::vector<executorch::runtime::Span<uint8_t>> buffers_;
-  std::unique_ptr<executorch::runtime::HierarchicalAllocator> allocator_;
-};
-
-class Model {
- public:
-  Model(const std::string& path, Module::LoadMode mode,
-        std::unique_ptr<executorch::runtime::EventTracer> tracer)
-      : module_(path, mode, std::move(tracer)) {
-    check(module_.load(), path);
-    auto meta = module_.method_meta("forward");
-    check(meta.error(), path);
-    memory_ = std::make_unique<PlannedMemory>(meta.get());
-    check(module_.load_method("forward", memory_->allocator()), path);
-    context_ = constant("get_max_context_len");
-    vocab_ = constant("get_vocab_size");
-  }
-
-  int64_t context() const { return context_; }
-  int64_t vocab() const { return vocab_; }
-
-  // Reads tokens[0, count) at position `start`; the likeliest next token. The logits stay valid
-  // until the next step.
-  int64_t step(const int64_t* tokens, int64_t count, int64_t start) {
-    using executorch::extension::from_blob;
-    if (start + count > context_) fail(kFailed, "the context is full");
-    auto ids = from_blob(const_cast<int64_t*>(tokens),
-                         {1, static_cast<executorch::aten::SizesType>(count)},
-                         executorch::aten::ScalarType::Long);
-    auto place = from_blob(&start, {1}, executorch::aten::ScalarType::Long);
-    auto outputs = module_.execute("forward", {ids, place});
-    if (!outputs.ok()) {
-      fail(kFailed, "ExecuTorch: error " + std::to_string(static_cast<int>(outputs.error())));
-    }
-    logits_ = outputs->at(0).toTensor().const_data_ptr<float>();
-    return std::max_element(logits_, logits_ + vocab_) - logits_;
-  }
-
-  // The same in pieces of at most `chunk` tokens.
-  int64_t read(const int64_t* tokens, int64_t count, int64_t start, int64_t chunk) {
-    int64_t token = 0;
-    for (int64_t done = 0; done < count; done += chunk) {
-      token = step(tokens + done, std::min(chunk, count - done), start + done);
-    }
-    return token;
-  }
-
-  const float* logits() const { return logits_; }
-
- private:
-  static void check(Error error, const std::string& path) {
-    if (error == Error::Ok) return;
-    fail(kCannotLoad, path + ": ExecuTorch cannot load it, error " +
-             std::to_string(static_cast<int>(error)));
-  }
-
-  int64_t constant(const std::string& method) {
-    auto value = module_.execute(method);
-    if (!value.ok()) fail(kCannotLoad, "the program has no " + method);
-    return value->at(0).toInt();
-  }
-
-  // Released after the module that uses it.
-  std::unique_ptr<PlannedMemory> memory_;
-  Module module_;
-  int64_t context_ = 0, vocab_ = 0;
-  const float* logits_ = nullptr;
-};
-
 // ---- The phases. ----
 
 std::vector<int64_t> read_tokens(const std::string& path, int64_t vocab) {
@@ -274,14 +125,19 @@ void measure_prefill(Model& model, const std::vector<int64_t>& tokens, int64_t l
   print_phase("prefill", "\"tokens\":" + std::to_string(length) + ",", {took});
 }
 
-// Fills the cache up to each depth, in ascending order, and times every step from there.
+// Fills the cache up to each depth, in ascending order, and times every step from there. An
+// `unfilled` cache is left as it is, zeros: a step then executes the same, which is counted
+// without the hours that filling takes under emulation.
 void measure_decode(Model& model, const std::vector<int64_t>& tokens,
-                    std::vector<int64_t> depths, int64_t steps, int64_t chunk) {
+                    std::vector<int64_t> depths, int64_t steps, int64_t chunk, bool unfilled) {
   std::sort(depths.begin(), depths.end());
   int64_t filled = 0;
   for (const int64_t depth : depths) {
     const auto text = text_of(tokens, depth + 1);
-    if (filled < depth) model.read(text.data() + filled, depth - filled, filled, chunk);
+    const int64_t missing = unfilled ? 0 : depth - filled;
+    const double before = now_ms();
+    if (missing) model.read(text.data() + filled, missing, filled, chunk);
+    const double fill_ms = now_ms() - before;
     filled = depth;
     std::vector<double> ms;
     int64_t token = text[depth];
@@ -290,7 +146,10 @@ void measure_decode(Model& model, const std::vector<int64_t>& tokens,
       token = model.step(&token, 1, depth + i);
       ms.push_back(now_ms() - started);
     }
-    print_phase("decode", "\"depth\":" + std::to_string(depth) + ",", ms);
+    print_phase("decode",
+                "\"depth\":" + std::to_string(depth) + ",\"filled\":" + std::to_string(missing) +
+                    ",\"fill_ms\":" + std::to_string(fill_ms) + ",",
+                ms);
   }
 }
 
@@ -318,7 +177,8 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   int64_t position = 0, token = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double started = now_ms();
-    token = i ? model.step(&token, 1, position) : model.step(prompt.data(), prompt.size(), 0);
+    token = i ? model.step(&token, 1, position)
+              : model.read(prompt.data(), prompt.size(), 0, prompt.size());
     ms.push_back(now_ms() - started);
     position += i ? 1 : prompt.size();
     list += (i ? "," : "") + std::to_string(token);
@@ -329,6 +189,47 @@ void generate(Model& model, const std::vector<int64_t>& prompt, int64_t count,
   }
   if (file && std::fclose(file)) fail(kFailed, logits_path + ": cannot be written");
   print_phase("generate", "\"tokens\":[" + list + "],", ms);
+}
+
+Reader reader_of(Model& model, int64_t chunk) {
+  return [&model, chunk](const int64_t* tokens, int64_t count, int64_t start, int64_t rows) {
+    Tokens likeliest(rows);
+    likeliest[rows - 1] = model.read(tokens, count, start, std::max(chunk, rows));
+    for (int64_t i = 0; i + 1 < rows; ++i) likeliest[i] = model.likeliest(rows - 1 - i);
+    return likeliest;
+  };
+}
+
+// The same greedy tokens, which a draft proposes: a smaller program, or `lookup`. `ms` has one value
+// for each call of the model, of which `draft_ms` was the draft's.
+void generate_with_draft(Model& model, const std::vector<int64_t>& prompt, int64_t count,
+                         const std::string& draft, int64_t most, int64_t chunk,
+                         bool mapped) {
+  if (most < 1) fail(kBadUsage, "--draft-tokens: give 1 or more");
+  if (most >= model.rows()) {
+    fail(kBadUsage, "--draft-tokens " + std::to_string(most) + ": the program gives the logits of " +
+             std::to_string(model.rows()) + " positions; lower it with logits=" +
+             std::to_string(most + 1));
+  }
+  std::unique_ptr<Model> small;
+  if (draft != "lookup") {
+    small = std::make_unique<Model>(draft, mapped, nullptr, nullptr);
+    if (small->vocab() != model.vocab()) {
+      fail(kBadUsage, draft + ": has " + std::to_string(small->vocab()) + " tokens, the model " +
+               std::to_string(model.vocab()));
+    }
+  }
+  const auto made = speculate(
+      prompt, count, most, model.context(), reader_of(model, chunk),
+      small ? draft_model(reader_of(*small, chunk), small->context())
+            : draft_lookup());
+  std::string list;
+  for (const int64_t token : made.tokens) list += (list.empty() ? "" : ",") + std::to_string(token);
+  print_phase("generate",
+              "\"tokens\":[" + list + "],\"drafted\":" + std::to_string(made.drafted) +
+                  ",\"accepted\":" + std::to_string(made.accepted) + ",\"calls\":" +
+                  std::to_string(made.ms.size()) + ",\"draft_ms\":" + list_json(made.draft_ms) + ",",
+              made.ms);
 }
 
 void write_etdump(executorch::etdump::ETDumpGen& tracer, const std::string& path) {
@@ -343,6 +244,8 @@ void write_etdump(executorch::etdump::ETDumpGen& tracer, const std::string& path
 } // namespace
 
 int main(int argc, char** argv) {
+  using executorch::runtime::PalImpl;
+  executorch::runtime::register_pal(PalImpl::create(log_message, __FILE__));
   const Options options(argc, argv);
   const int64_t threads = options.number("threads", 1);
   if (threads < 1) fail(kBadUsage, "--threads: give 1 or more");
@@ -354,16 +257,29 @@ int main(int argc, char** argv) {
   const std::string load = options.has("load") ? options.text("load") : "mmap";
   if (load != "mmap" && load != "file") fail(kBadUsage, "--load: give mmap or file");
 
+  const bool packs = options.has("packed-cache");
+  if (packs && load != "mmap") fail(kBadUsage, "--packed-cache: needs --load mmap");
+
   reset_peak();
   print_phase("start", "", {});
   const double started = now_ms();
-  Model model(options.text("model"),
-              load == "mmap" ? Module::LoadMode::Mmap : Module::LoadMode::File,
-              std::move(tracer));
+  std::unique_ptr<PackedCache> packed;
+  if (packs) {
+    packed = std::make_unique<PackedCache>(options.text("packed-cache"),
+                                                      options.text("model"));
+    if (!packed->problem().empty()) fail(kCannotLoad, packed->problem());
+  }
+  const bool mapped = load == "mmap";
+  Model model(options.text("model"), mapped, packed.get(), std::move(tracer));
+  if (packed) packed->publish();
+  if (packed && !packed->problem().empty()) fail(kCannotLoad, packed->problem());
+  if (options.number("huge-pages", 1)) collapse_pages();
   const double took = now_ms() - started;
+  const std::string packing =
+      packed ? std::string("\"packed\":\"") + (packed->fits() ? "read" : "written") + "\"," : "";
   print_phase("load",
               "\"context\":" + std::to_string(model.context()) +
-                  ",\"vocab_size\":" + std::to_string(model.vocab()) + ",",
+                  ",\"vocab_size\":" + std::to_string(model.vocab()) + "," + packing,
               {took});
 
   const auto tokens = read_tokens(options.text("tokens"), model.vocab());
@@ -380,7 +296,8 @@ int main(int argc, char** argv) {
   for (const int64_t length : options.numbers("prompts")) {
     measure_prefill(model, tokens, length, chunk);
   }
-  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk);
+  measure_decode(model, tokens, options.numbers("depths"), options.number("steps", 32), chunk,
+                 options.number("unfilled", 0) != 0);
   const int64_t seconds = options.number("sustained", 0);
   const int64_t sustained = options.number("sustained-steps", 0);
   if (seconds || sustained) {
@@ -388,8 +305,14 @@ int main(int argc, char** argv) {
   }
   if (const int64_t count = options.number("generate", 0)) {
     const int64_t length = options.number("prompt-length", tokens.size());
-    generate(model, text_of(tokens, length), count,
-             options.has("logits") ? options.text("logits") : "");
+    const auto prompt = text_of(tokens, length);
+    if (options.has("draft")) {
+      if (options.has("logits")) fail(kBadUsage, "--logits: not with --draft");
+      generate_with_draft(model, prompt, count, options.text("draft"),
+                          options.number("draft-tokens", 4), chunk, mapped);
+    } else {
+      generate(model, prompt, count, options.has("logits") ? options.text("logits") : "");
+    }
   }
   if (dump) write_etdump(*dump, options.text("trace"));
   std::printf("{\"phase\":\"end\"}\n");

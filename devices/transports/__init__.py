@@ -57,7 +57,8 @@ def parse_device(text: str) -> Device:
     if kind not in _ADDRESSES or not re.fullmatch(_ADDRESSES[kind], address):
         raise BadDeviceError(
             f"--device {text}", "names no device",
-            "Give host, mac, adb:SERIAL or ssh:USER@HOST[:PORT]; mobilellm devices lists some",
+            "Give host, mac, adb:SERIAL, ssh:USER@HOST[:PORT] or count:CPU; mobilellm devices "
+            "lists some",
         )  # fmt: skip
     return Device(kind, address)
 

@@ -37,9 +37,11 @@ nor torch; its functions import them when they are called. Every format has thes
 
 - ``rounding(schemes, target, prompt)``: how the runtime rounds activations if the prefill reads
   `prompt` tokens at once; None if it does not round them.
+- ``cache_rounding(target)``: how the runtime rounds queries, keys and values before attention; None
+  if it keeps them in float.
 - ``largest_activation(target, which)``: the largest value before activations overflow; None in
   float32. `which` is input, output, keys, values or scores.
-- ``portable(target)``: whether a runner with only the runtime's core operators can run it.
+- ``native(target)``: whether the native runner (`devices/runner`) runs it.
 - ``integers(config, schemes, target)``: whether every product with a weight is an integer product.
 - ``usage(target)``: how the runtime's own clients run the artifact, in Markdown. Code runs in the
   folder of the artifact. It says what was not run. Needs no toolkit.

@@ -100,9 +100,9 @@ def _metrics(name: str, result: Result) -> Iterator[dict[str, Any]]:
             if session["status"] == "complete" and session["kind"] != "emulated":
                 of = f"{name}: {session['artifact']['format']} on {session['device']}"
                 yield from _speeds(session, of)
-    else:
-        for count in content["counts"]:
-            of = f"{name}: {content['target']} on {count['cpu']}, counted in emulation"
+    for counts in result.counts():
+        for count in counts["counts"]:
+            of = f"{name}: {counts['target']} on {count['cpu']}, counted in emulation"
             for one in count["prefill"]:
                 at = f"instructions a prefilled token, {one['from']} to {one['to']} tokens"
                 yield _metric(at, one["per_token"], of)

@@ -1,4 +1,4 @@
-"""Measurements of a bundle: what evaluate, profile and count write with ``-o``.
+"""Measurements of a bundle: what evaluate and profile write with ``-o``.
 
     mobilellm package build/nano --result nano.json -o nano.tar.zst
 
@@ -34,7 +34,8 @@ EVALUATION, PROFILE, INSTRUCTIONS = "evaluation", "profile", "instructions"
 
 @dataclass(frozen=True)
 class Result:
-    """One measurement; `kind` is `EVALUATION`, `PROFILE` or `INSTRUCTIONS`."""
+    """One measurement; `kind` is `EVALUATION`, `PROFILE` or `INSTRUCTIONS`. The last is a file of
+    counts alone, as earlier versions wrote them."""
 
     kind: str
     content: Mapping[str, Any]
@@ -42,13 +43,23 @@ class Result:
     def measured(self) -> Iterator[tuple[str | None, Mapping[str, str]]]:
         """What was measured: the target, None for the quantized checkpoint, and the SHA-256 of its
         files."""
-        if self.kind != PROFILE:
+        if self.kind == EVALUATION:
             yield self.content["target"], self.content["files"]
+            return
+        for counts in self.counts():
+            yield counts["target"], counts["files"]
+        if self.kind != PROFILE:
             return
         for session in self.content["sessions"]:
             artifact = session["artifact"]
             hashes = {name: entry["sha256"] for name, entry in artifact["files"].items()}
             yield artifact["format"], hashes
+
+    def counts(self) -> list[Mapping[str, Any]]:
+        """The counts in it, one for each artifact that was counted."""
+        if self.kind == INSTRUCTIONS:
+            return [self.content]
+        return list(self.content.get("counts", [])) if self.kind == PROFILE else []
 
 
 def read_result(path: Path) -> Result:
@@ -68,7 +79,7 @@ def read_result(path: Path) -> Result:
     raise InputError(
         path,
         f"is not a measurement (result: {short(content.get('result'))})",
-        "Give a file that mobilellm evaluate, profile or count wrote with -o",
+        "Give a file that mobilellm evaluate or profile wrote with -o",
     )
 
 

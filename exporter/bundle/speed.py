@@ -8,21 +8,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from exporter.bundle.markdown import code, megabytes, number, table
-from exporter.bundle.results import INSTRUCTIONS, PROFILE, Result
+from exporter.bundle.results import PROFILE, Result
 
 
 def speed_sections(results: Mapping[str, Result]) -> Iterator[str]:
     """The section on speed, in paragraphs."""
     profiles = [one.content for _, one in sorted(results.items()) if one.kind == PROFILE]
-    counts = [one.content for _, one in sorted(results.items()) if one.kind == INSTRUCTIONS]
+    counts = [counts for _, one in sorted(results.items()) for counts in one.counts()]
     yield "## Speed"
     if not profiles and not counts:
-        yield (
-            "Not measured. `mobilellm profile` and `mobilellm count` measure it, and "
-            "`mobilellm package` adds it."
-        )
+        yield ("Not measured. `mobilellm profile` measures it, and `mobilellm package` adds it.")
     for content in profiles:
-        yield from _profile(content)
+        if content["sessions"]:
+            yield from _profile(content)
     for content in counts:
         yield from _instructions(content)
 
@@ -70,16 +68,25 @@ def _profile(content: Mapping[str, Any]) -> Iterator[str]:
 def _instructions(content: Mapping[str, Any]) -> Iterator[str]:
     target = code(content["target"])
     rows = [
-        [target, code(count["cpu"]), phase, number(entry["per_token"])]
+        [target, code(count["cpu"]), phase, number(entry["per_token"]), *_bytes(entry)]
         for count in content["counts"]
         for phase, entry in (
             *((f"prefill, {e['from']:,} to {e['to']:,} tokens", e) for e in count["prefill"]),
             *((f"decode after {e['depth']:,} tokens", e) for e in count["decode"]),
         )
     ]
-    yield table(["model", "Arm CPU", "phase", "instructions for each token"], rows)
+    columns = ["model", "Arm CPU", "phase", "instructions for each token", "loaded", "stored"]
+    yield table(columns, rows)
     runner = content["runner"]
     yield (
         f"These are counts, not times: {code(runner['name'])} ran in {code(content['emulator'])}, "
         f"with a cache of {number(content['context'])} tokens."
     )
+
+
+def _bytes(entry: Mapping[str, Any]) -> list[str]:
+    """What a token loads and stores; accesses of unknown size make it a lower limit."""
+    if "bytes" not in entry:  # of a file of an earlier version
+        return ["–", "–"]
+    least = "at least " if entry["bytes"]["unsized"] else ""
+    return [f"{least}{megabytes(entry['bytes'][way])}" for way in ("loaded", "stored")]

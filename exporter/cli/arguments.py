@@ -1,6 +1,7 @@
 """The arguments of every subcommand, with their help."""
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ def parse(typed: Sequence[str] | None, run: Mapping[str, Command]) -> argparse.N
     Arguments key=value may follow options, where argparse does not accept them by itself.
     """
     parser = _parser(run)
+    if [*(sys.argv[1:] if typed is None else typed)][:1] == ["count"]:  # of earlier versions
+        parser.error("count is now a device: mobilellm profile BUNDLE --device count:cortex-a76")
     args, rest = parser.parse_known_args(typed)
     pairs = [text for text in rest if "=" in text and not text.startswith("-")]
     if len(pairs) < len(rest) or (pairs and not hasattr(args, "overrides")):
@@ -191,7 +194,8 @@ def _parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
             "Measure load time, prefill, decode, memory and operators on devices",
             "mobilellm profile build/nano --device adb:SERIAL --device host -o build/nano.json",
             "Times are medians with a 95 % interval. Results from virtual or emulated devices are "
-            "marked as such.",
+            "marked as such. A device count:CPU is an emulated Arm CPU, whose instructions and "
+            "bytes for each token are counted: the same in every run, and no times.",
         )
     )
     packaging_arguments.add_commands(command)
@@ -292,8 +296,8 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--device", action="append", required=True, metavar="DEVICE",
-        help="host, mac, adb:SERIAL or ssh:USER@HOST[:PORT]; can be repeated, to measure several "
-        "devices at the same time",
+        help="host, mac, adb:SERIAL, ssh:USER@HOST[:PORT] or count:CPU, such as count:cortex-a76; "
+        "can be repeated, to measure several devices at the same time",
     )  # fmt: skip
     sub.add_argument(
         "--target", action="append", default=[], metavar="NAME",
@@ -316,6 +320,11 @@ def _profile_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--no-mmap", dest="mmap", action="store_false",
         help="read the model into memory instead of mapping it (native runner and llama.cpp)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--packed-cache", action="store_true",
+        help="keep the weights as XNNPACK packs them in a file on the device, which all loads but "
+        "the first map (native runner)",
     )  # fmt: skip
     sub.add_argument(
         "--timeout", type=float, default=1800.0, metavar="S",

@@ -181,7 +181,7 @@ def profile(args: argparse.Namespace) -> int:
         display_profile.check_plot(args.plot)
     request = profiling.Request(
         args.device, args.target, args.overrides, args.runner, args.threads, args.timeout,
-        args.output, args.baseline, args.cores, args.mmap,
+        args.output, args.baseline, args.cores, args.mmap, args.packed_cache,
     )  # fmt: skip
     with display.progress() as progress:
         result = profiling.profile(args.bundle, request, progress)

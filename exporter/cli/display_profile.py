@@ -9,24 +9,31 @@ from rich.markup import escape
 
 from devices.catalogue import catalogue
 from devices.comparison import Comparison
+from devices.errors import DeviceError
+from devices.instructions import COUNT
+from devices.instructions.tools import cpus
 from devices.transports import connected_devices
-from exporter.cli import display
+from exporter.cli import display, display_count
 from exporter.errors import InputError
 from exporter.profiling import Cleaned
 
 #: The number of operators to list.
 _TOP = 8
 _PLOTS = (".png", ".svg", ".pdf")
+#: The CPUs to count on that are named first.
+_FIRST_CPUS = ("cortex-a76", "max")
 
 
 def print_devices(as_json: bool) -> int:
     """Print the connected devices and the catalogue."""
-    found = connected_devices()
+    found, (counting, missing) = connected_devices(), _counting()
     if as_json:
         known = [asdict(device) for device in catalogue().values()]
-        return display.print_json({"connected": found, "known": known})
+        return display.print_json({"connected": found, "counting": counting, "known": known})
     display.out.print("Connected: " + escape(", ".join(found) or "none"))
-    display.out.print("[dim]and any Linux device, as ssh:USER@HOST[:PORT][/]\n")
+    display.out.print("[dim]and any Linux device, as ssh:USER@HOST[:PORT][/]")
+    said = ", ".join(counting) or f"none ({missing})"
+    display.wide.print(f"Counting instructions, no times: {escape(said)}\n")
     table = display.table(
         "name", "device", "processor", "memory", "bandwidth", "cores", "threads", title="Known"
     )
@@ -38,6 +45,16 @@ def print_devices(as_json: bool) -> int:
         )  # fmt: skip
     display.wide.print(table)
     return 0
+
+
+def _counting() -> tuple[list[str], str]:
+    """The devices ``count:CPU``, the most useful first, and why there is none."""
+    try:
+        known = cpus()
+    except DeviceError as error:
+        return [], str(error)
+    first = [cpu for cpu in _FIRST_CPUS if cpu in known]
+    return [f"{COUNT}:{cpu}" for cpu in [*first, *sorted({*known} - {*first})]], ""
 
 
 def print_cleaned(cleaned: Sequence[Cleaned], as_json: bool) -> None:
@@ -75,6 +92,13 @@ def _print_report(report: Mapping[str, Any], comparisons: Sequence[Comparison]) 
         display.print_facts(title, dict(_facts(session, report["settings"])))
         _print_speeds(session)
         _print_operators(session)
+    for counts in report.get("counts", []):
+        display_count.print_counts(counts)
+    for one in report.get("not_counted", []):
+        colour = "red" if one["status"] == "failed" else "yellow"
+        mark = f"[{colour}]{one['status']}[/]"
+        title = f"{COUNT}: {one['target']}"
+        display.out.print(f"[bold]{escape(title)}[/] {mark}: {escape(one['problem'])}\n")
     if comparisons:
         table = display.table("artifact", "phase", "before", "now", "speedup", title="Baseline")
         for row in comparisons:
@@ -98,7 +122,9 @@ def _facts(session: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[
     if engine["note"]:
         yield "measures", engine["note"]
     if session["load"]:
-        yield "load", f"{session['load']['p50']:.1f} ms (first: {session['first_load_ms']:.1f} ms)"
+        how = ", which wrote the packed weights" if _wrote_packed(session) else ""
+        first = f"first: {session['first_load_ms']:.1f} ms{how}"
+        yield "load", f"{session['load']['p50']:.1f} ms ({first})"
     size = display.megabytes
     peaks = [f"file {size(memory['file_bytes'])}"]
     for phase, seen in memory["phases"].items():
@@ -139,7 +165,14 @@ def _placement(engine: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         parts.append(f"cores {engine['cores']}")
     if engine["mmap"] is not None:
         parts.append("mapped" if engine["mmap"] else "read into memory")
+    if engine.get("packed_cache"):
+        parts.append("packed weights in a file")
     return ", ".join(parts)
+
+
+def _wrote_packed(session: Mapping[str, Any]) -> bool:
+    """Whether the first load wrote the packed weights, which the others mapped."""
+    return any(record.get("packed") == "written" for record in session["samples"]["first"])
 
 
 def _print_speeds(session: Mapping[str, Any]) -> None:

@@ -69,7 +69,9 @@ def _examine_package(requirement: Requirement, extra: str) -> Finding:
 
 
 def _examine_program(name: str, package: str) -> Finding:
-    """A program that `mobilellm count` needs, with its package in Debian."""
+    """A program that devices ``count:CPU`` need, with its package in Debian."""
     path = shutil.which(name)
     remedy = "" if path else f"apt install {package}"
-    return Finding(f"{name} [count]", path or "not installed", "", path is not None, False, remedy)
+    return Finding(
+        f"{name} [profile count:CPU]", path or "not installed", "", path is not None, False, remedy
+    )

@@ -11,7 +11,7 @@ _BUNDLE = "folder from mobilellm export or package, or an archive from mobilellm
 
 
 def add_commands(command: AddCommand) -> None:
-    """Add the commands package, gate, count, report and publish."""
+    """Add the commands package, gate, report and publish."""
     _package_arguments(
         command(
             "package",
@@ -26,15 +26,6 @@ def add_commands(command: AddCommand) -> None:
             "Compare a bundle with a budget and with a baseline: pass or fail, for CI",
             "mobilellm gate nano.tar.zst --budget examples/ci/budget.yaml",
             "The exit code is 1 if a limit is broken, and if a limit has no measurement.",
-        )
-    )
-    _count_arguments(
-        command(
-            "count",
-            "Count the instructions that an Arm CPU executes for each token, by function",
-            "mobilellm count build/nano --cpu cortex-a76 -o nano-a76.json",
-            "The program runs under emulation. The counts are the same in every run; they are not "
-            "times.",
         )
     )
     _report_arguments(
@@ -65,8 +56,7 @@ def _package_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("bundle", metavar="BUNDLE", type=Path, help=_BUNDLE)
     result_argument(
         sub,
-        "a measurement of this bundle to add: a file from evaluate, profile or count -o; "
-        "can be repeated",
+        "a measurement of this bundle to add: a file from evaluate or profile -o; can be repeated",
     )
     sub.add_argument(
         "--sign", type=Path, metavar="KEY",
@@ -105,28 +95,6 @@ def _gate_arguments(sub: argparse.ArgumentParser) -> None:
         "--markdown", type=Path, metavar="FILE",
         help="write the verdict as Markdown, for example to $GITHUB_STEP_SUMMARY",
     )  # fmt: skip
-
-
-def _count_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("bundle", metavar="BUNDLE", type=Path, help=_BUNDLE)
-    sub.add_argument(
-        "--target", metavar="NAME",
-        help="the artifact to count (default: the first one that the native runner runs)",
-    )  # fmt: skip
-    sub.add_argument(
-        "--cpu", action="append", default=[], metavar="NAME",
-        help="a CPU of qemu-aarch64 -cpu help (default: cortex-a76); can be repeated",
-    )  # fmt: skip
-    sub.add_argument(
-        "--depth", action="append", default=[], type=int, metavar="N",
-        help="count decode steps with N tokens in the cache (default: 16); can be repeated",
-    )  # fmt: skip
-    sub.add_argument(
-        "--prompt", action="append", default=[], metavar="A:B",
-        help="count what a prompt of B tokens takes more than one of A (default: 64:128); can be "
-        "repeated",
-    )  # fmt: skip
-    sub.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the counts as JSON")
 
 
 def _report_arguments(sub: argparse.ArgumentParser) -> None:

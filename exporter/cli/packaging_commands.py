@@ -45,17 +45,6 @@ def gate(args: argparse.Namespace) -> int:
     return SUCCESS if verdict.passed else CHECK_FAILED
 
 
-def count(args: argparse.Namespace) -> int:
-    """Count the instructions of an Arm CPU."""
-    from exporter import counting
-    from exporter.cli import display_count
-
-    request = counting.Request(args.target, args.cpu, args.depth, args.prompt, args.output)
-    with display.progress() as progress:
-        counts = counting.count(args.bundle, request, progress)
-    return display_count.print_count(counts, args.json)
-
-
 def report(args: argparse.Namespace) -> int:
     """Write a report on bundles."""
     from exporter.cli import display_models
@@ -79,4 +68,4 @@ def publish(args: argparse.Namespace) -> int:
 
 
 #: The commands, in the order of the help.
-PACKAGING = (package, gate, count, report, publish)
+PACKAGING = (package, gate, report, publish)

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from devices.instructions import COUNT
 from exporter.backends import names
 from exporter.errors import InputError, short
 from exporter.foreign import read_bytes
@@ -200,9 +201,9 @@ def _on_device(wanted: DeviceLimits, target: str, device: str) -> list[Limit]:
 def _on_cpu(wanted: CpuLimits, target: str, cpu: str) -> list[Limit]:
     bounds = {counted(prefill(tokens)): bound for tokens, bound in wanted.prefill.items()}
     bounds |= {counted(decode(depth)): bound for depth, bound in wanted.decode.items()}
-    options = [f"--prompt {tokens // 2}:{tokens}" for tokens in wanted.prefill]
-    options += [f"--depth {depth}" for depth in wanted.decode]
-    command = f"mobilellm count BUNDLE --target {target} --cpu {cpu}"
+    lists = {"prompt_lengths": wanted.prefill, "depths": wanted.decode}
+    options = [f"{key}={[*places]}".replace(" ", "") for key, places in lists.items()]
+    command = f"mobilellm profile BUNDLE --target {target} --device {COUNT}:{cpu}"
     return _named(bounds, target, cpu, " ".join([command, *options, "-o FILE"]))
 
 

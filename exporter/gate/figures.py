@@ -51,8 +51,8 @@ def collect(manifest: BundleManifest, results: Mapping[str, Result]) -> Figures:
             figures += _qualities(result.content, manifest)
         elif result.kind == PROFILE:
             sessions += _sessions(result.content, subject)
-        else:
-            figures += _counts(result.content)
+        for counts in result.counts():
+            figures += _counts(counts)
     gaps = [gap for session in sessions for gap in _gaps(session)]
     figures += _speeds(session for session in sessions if session["status"] == "complete")
     return Figures(figures, gaps)
@@ -166,6 +166,7 @@ def _conditions(session: Mapping[str, Any]) -> dict[str, str]:
         "threads": str(engine["threads"]),
         "cores": engine.get("cores") or "all",
         "mapped": str(engine.get("mmap")),
+        "packed weights": "kept" if engine.get("packed_cache") else "not kept",
         "decode steps": str(session["steps"]),
     }
 

@@ -17,7 +17,7 @@ from exporter.inference.artifact_runner import ArtifactRunner
 from exporter.inference.reference import ReferenceRunner
 from exporter.model.checkpoint import Checkpoint, open_checkpoint
 from exporter.progress import OnStep, no_step
-from exporter.quantization.activations import Rounding
+from exporter.quantization.activations import Roundings
 from exporter.quantization.quantized_checkpoint import MANIFEST as QUANTIZED_MANIFEST
 from exporter.quantization.quantized_checkpoint import (
     QuantizedCheckpoint,
@@ -73,14 +73,15 @@ def open_model(source: str, target: str | None) -> LoadedModel:
     quantized = (path / QUANTIZED_MANIFEST).is_file()
     kind = "quantized checkpoint in torch" if quantized else "checkpoint in torch"
     return _load_in_torch(
-        open_quantized(path) if quantized else open_checkpoint(source), kind, None
+        open_quantized(path) if quantized else open_checkpoint(source), kind, Roundings()
     )
 
 
 def open_simulated(source: str, target: str | None, prompt: int) -> LoadedModel:
-    """Load the quantized checkpoint of a bundle in torch, with a runtime's activation rounding.
+    """Load the quantized checkpoint of a bundle in torch, with a runtime's rounding.
 
-    The rounding is that of the artifact for `target`, if its prefill reads `prompt` tokens at once.
+    It is the rounding of activations and of the cache of the artifact for `target`, if its prefill
+    reads `prompt` tokens at once.
     Raises InputError.
     """
     path = Path(source)
@@ -90,8 +91,11 @@ def open_simulated(source: str, target: str | None, prompt: int) -> LoadedModel:
         )
     bundle = open_bundle(path)
     chosen = _chosen(bundle, target).artifact.target
-    rounding = front(chosen.target).rounding(bundle.quantized.schemes, chosen, prompt)
-    return _load_in_torch(bundle.quantized, f"{chosen.target} simulated in torch", rounding)
+    module = front(chosen.target)
+    roundings = Roundings(
+        module.rounding(bundle.quantized.schemes, chosen, prompt), module.cache_rounding(chosen)
+    )
+    return _load_in_torch(bundle.quantized, f"{chosen.target} simulated in torch", roundings)
 
 
 def open_quantized_of(source: str) -> QuantizedCheckpoint | None:
@@ -136,12 +140,12 @@ def _chosen(bundle: Bundle, target: str | None) -> FinishedArtifact:
 
 
 def _load_in_torch(
-    model: Checkpoint | QuantizedCheckpoint, kind: str, rounding: Rounding | None
+    model: Checkpoint | QuantizedCheckpoint, kind: str, roundings: Roundings
 ) -> LoadedModel:
     if isinstance(model, QuantizedCheckpoint):
         require_whole(model)
     context = min(model.config.max_position_embeddings, REFERENCE_CONTEXT)
-    runner = ReferenceRunner(model, context, rounding)
+    runner = ReferenceRunner(model, context, roundings.inputs, roundings.cache)
     return LoadedModel(runner, model.path, model.bos_token_id, model.eos_token_ids, kind, model)
 
 

@@ -178,10 +178,11 @@ class ModelConfig:
             shapes[OUTPUT] = (self.vocab_size, self.hidden_size)
         return shapes
 
-    def kv_cache_bytes(self, context: int, bytes_per_value: int) -> int:
-        """The bytes of keys and values of all layers for `context` positions."""
-        per_position = 2 * self.num_key_value_heads * self.head_dim * self.num_hidden_layers
-        return per_position * context * bytes_per_value
+    def kv_cache_bytes(self, context: int, bytes_per_value: int, bytes_per_head: int = 0) -> int:
+        """The bytes of keys and values of all layers for `context` positions. Each head of a
+        position has `bytes_per_head` more, such as a scale."""
+        heads = 2 * self.num_key_value_heads * self.num_hidden_layers
+        return heads * context * (self.head_dim * bytes_per_value + bytes_per_head)
 
 
 def parse_config(raw: Mapping[str, Any], path: Path) -> ModelConfig:

@@ -20,6 +20,10 @@ from exporter.model.walk import Operations, walk_hidden_states, walk_layer
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+#: The most queries whose attention scores are in memory at once.
+QUERIES_AT_ONCE = 512
+
+
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
     """x over the root of its mean square along the last dimension."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -223,7 +227,18 @@ class StaticCache:
         end = self.start + q.shape[1]
         self.keys[layer, :, :, self.start : end] = k.transpose(1, 2)
         self.values[layer, :, :, self.start : end] = v.transpose(1, 2)
-        visible = torch.ones(q.shape[1], end, dtype=torch.bool).tril(self.start)
+        out = [
+            self._attend_part(layer, part, start)
+            for start, part in zip(
+                range(self.start, end, QUERIES_AT_ONCE), q.split(QUERIES_AT_ONCE, 1), strict=True
+            )
+        ]
+        return torch.cat(out, 1)
+
+    def _attend_part(self, layer: int, q: Tensor, start: int) -> Tensor:
+        """As `attend`, for positions from `start` on, whose keys and values are in the cache."""
+        end = start + q.shape[1]
+        visible = torch.ones(q.shape[1], end, dtype=torch.bool).tril(start)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             self.keys[layer, :, :, :end],

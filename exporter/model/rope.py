@@ -11,11 +11,14 @@ def rope_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tensor]:
 
     Computed in float32 like in transformers, so that large positions agree bit for bit.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = torch.outer(
-        torch.arange(context, dtype=torch.float32), 1.0 / (config.rope_theta**exponents)
-    )
+    angles = torch.outer(torch.arange(context, dtype=torch.float32), rope_frequencies(config))
     return angles.cos(), angles.sin()
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """The angle between two positions for each pair of numbers, float32 [head_dim // 2]."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    return 1.0 / (config.rope_theta**exponents)
 
 
 def paired_rope_tables(config: ModelConfig, context: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,29 @@
-"""The runtimes' rounding of activations before a matrix product, simulated in torch."""
+"""The runtimes' rounding of activations, simulated in torch: before a matrix product with a weight,
+and in the KV cache."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 #: Maps activations [..., seq, features] to the values that a runtime rounds them to.
 Rounding = Callable[[Tensor], Tensor]
+#: Maps queries, keys and values [..., heads, head_dim] to those with which a runtime's attention
+#: computes. The keys and values are those of its cache.
+CacheRounding = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Roundings:
+    """All that a runtime rounds: the inputs of products with weights, and queries, keys and values
+    before attention. None where it does not round."""
+
+    inputs: Rounding | None = None
+    cache: CacheRounding | None = None
+
+    def __bool__(self) -> bool:
+        return self.inputs is not None or self.cache is not None
 
 
 def round_rows_to_int8(x: Tensor) -> Tensor:
@@ -18,13 +35,24 @@ def round_rows_to_int8(x: Tensor) -> Tensor:
     return _round_over(x, (-1,))
 
 
-def round_prompt_to_int8(x: Tensor, prompt: int) -> Tensor:
+def round_heads_to_int8(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round queries, keys and values as ExecuTorch's quantized attention does: one scale and zero
+    point per head of a token.
+
+    Source: ``calculate_scale_and_zero_point`` in ExecuTorch's op_choose_qparams.cpp. Its scales are
+    at least 6.1e-5, which is not simulated.
+    """
+    return round_rows_to_int8(q), round_rows_to_int8(k), round_rows_to_int8(v)
+
+
+def round_prompt_to_int8(x: Tensor, prompt: int, chunk: int) -> Tensor:
     """Round x [..., seq, features] as ONNX Runtime's DynamicQuantizeLinear does, one scale a call.
 
-    The first `prompt` rows are one call (prefill), each later row is one (decode).
+    A call reads up to `chunk` of the first `prompt` rows (prefill), or one later row (decode).
     """
     first, rest = x[..., :prompt, :], x[..., prompt:, :]
-    return torch.cat((_round_over(first, (-2, -1)), _round_over(rest, (-1,))), -2)
+    calls = [_round_over(rows, (-2, -1)) for rows in first.split(chunk, -2)]
+    return torch.cat((*calls, _round_over(rest, (-1,))), -2)
 
 
 #: The largest finite float16 number.

@@ -1,4 +1,5 @@
-"""Instructions that an Arm CPU executes for each token: counts under emulation, never times."""
+"""Instructions that an Arm CPU executes for each token, and the bytes that they load and store:
+counts under emulation, never times."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ _PLOTS = 12
 #: Functions in a plot and in a table; the rest is one row.
 _DRAWN, _LISTED = 8, 30
 _AXIS = "million instructions a token (no time)"
+_BYTES = "MB a token (no time)"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def instructions(subjects: Sequence[Subject]) -> Section:
     """The section: totals, then the functions of each phase."""
     found = counted(subjects)
     figures = [_totals(found)] if found else []
+    if sized := [one for one in found if "bytes" in one.content]:
+        figures.append(_traffic(sized))
     figures += [_functions(one, place) for place, one in enumerate(found[:_PLOTS])]
     notes = [
         "Counted under emulation: the same in every run, whatever else the machine does. A count "
@@ -106,6 +110,41 @@ def _totals(found: Sequence[Counted]) -> Figure:
     return Figure(text.title, partial(bars, text, rows), table)
 
 
+def _traffic(found: Sequence[Counted]) -> Figure:
+    """The bytes of loads and stores, which files of earlier versions do not have."""
+    ways = [one.content["bytes"] for one in found]
+    rows = [
+        Bar(
+            one.label,
+            [((of["loaded"] + of["stored"]) / 1e6, one.subject.style(one.target))],
+            f"{_least(of)}{of['loaded'] / 1e6:,.1f} + {of['stored'] / 1e6:,.1f} MB",
+        )
+        for one, of in zip(found, ways, strict=True)
+    ]
+    text = Text(
+        "instructions-bytes",
+        "Bytes loaded and stored per token (counts)",
+        "Bars of megabytes, loaded and stored: "
+        + "; ".join(f"{row.label} {row.shown}" for row in rows) + ".",
+        _BYTES,
+    )  # fmt: skip
+    cells = [
+        (one.label, *(f"{_least(of)}{count(of[way])}" for way in ("loaded", "stored")),
+         count(of["unsized"]))
+        for one, of in zip(found, ways, strict=True)
+    ]  # fmt: skip
+    columns = ("model, CPU and phase", "bytes loaded per token", "bytes stored per token",
+               "accesses of unknown size")  # fmt: skip
+    note = "What load and store instructions ask for, from caches or from memory."
+    return Figure(
+        text.title, partial(bars, text, rows), Table(text.title, columns, cells, note=note)
+    )
+
+
+def _least(of: Mapping[str, float]) -> str:
+    return "at least " if of["unsized"] else ""
+
+
 def _functions(one: Counted, place: int) -> Figure:
     total = one.content["per_token"]
     rows = [row for row in one.content["functions"] if number(row, "per_token")]
@@ -126,11 +165,18 @@ def _functions(one: Counted, place: int) -> Figure:
         _AXIS,
     )
     listed = [
-        (_name(row), row["library"], count(row["per_token"]), share(_part(row, total)))
+        (
+            _name(row),
+            row["library"],
+            count(row["per_token"]),
+            share(_part(row, total)),
+            *(count(row[way]) if way in row else "–" for way in ("loaded", "stored")),
+        )
         for row in rows[:_LISTED]
     ]
     note = f"{len(rows) - _LISTED} more functions are left out." if len(rows) > _LISTED else ""
-    columns = ("function", "library", "instructions per token", "share")
+    columns = ("function", "library", "instructions per token", "share", "bytes loaded",
+               "bytes stored")  # fmt: skip
     table = Table(text.title, columns, listed, 2, note=note)
     return Figure(text.title, partial(bars, text, drawn), table)
 

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from devices.instructions import COUNT
 from exporter.bundle.results import PROFILE
 from exporter.errors import InputError, printable
 from exporter.recipe import Recipe, all_recipes, load_recipe, parse_recipe
@@ -42,7 +43,8 @@ def profile_command() -> str:
 
 def count_command() -> str:
     """The command that counts instructions."""
-    return command("count", BUNDLE, "--cpu", "cortex-a76", "-o", "COUNTS.json")
+    device = f"{COUNT}:cortex-a76"
+    return command("profile", BUNDLE, "--device", device, "-o", "COUNTS.json")
 
 
 def reproduce(subjects: Sequence[Subject]) -> Section:
@@ -138,7 +140,8 @@ def _measuring(subject: Subject) -> Iterator[str]:
     for content in subject.evaluations():
         yield _evaluate(content)
     for content in subject.measured(PROFILE):
-        yield _profile(content)
+        if content["sessions"]:
+            yield _profile(content)
     for content in subject.counts():
         yield _count(content)
 
@@ -175,6 +178,7 @@ def _profile(content: Mapping[str, Any]) -> str:
     words += ["--threads", str(settings["threads"])] if settings["threads"] else []
     words += ["--cores", settings["cores"]] if settings.get("cores") else []
     words += ["--no-mmap"] if settings.get("mmap") is False else []
+    words += ["--packed-cache"] if settings.get("packed_cache") else []
     for key in ("prompt_lengths", "depths", "decode_steps", "sustained_seconds",
                 "sustained_tokens", "cooldown_seconds", "precision", "max_repeats"):  # fmt: skip
         if key in settings:
@@ -185,13 +189,11 @@ def _profile(content: Mapping[str, Any]) -> str:
 def _count(content: Mapping[str, Any]) -> str:
     words = ["--target", str(content["target"])]
     for counted in content["counts"]:
-        words += ["--cpu", str(counted["cpu"])]
+        words += ["--device", f"{COUNT}:{counted['cpu']}"]
     first = content["counts"][0]
-    for entry in first["decode"]:
-        words += ["--depth", str(entry["depth"])]
-    for entry in first["prefill"]:
-        words += ["--prompt", f"{entry['from']}:{entry['to']}"]
-    return command("count", BUNDLE, *words, "-o", "COUNTS.json")
+    for key, place, name in (("prompt_lengths", "to", "prefill"), ("depths", "depth", "decode")):
+        words.append(f"{key}={json.dumps([e[place] for e in first[name]]).replace(' ', '')}")
+    return command("profile", BUNDLE, *words, "-o", "COUNTS.json")
 
 
 def _inputs(subject: Subject) -> Table:

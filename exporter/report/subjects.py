@@ -16,7 +16,6 @@ from exporter.bundle.manifest import (
 )
 from exporter.bundle.results import (
     EVALUATION,
-    INSTRUCTIONS,
     PROFILE,
     RESULTS,
     Result,
@@ -82,8 +81,8 @@ class Subject:
         ]
 
     def counts(self) -> list[Mapping[str, Any]]:
-        """What `mobilellm count` counted."""
-        return self.measured(INSTRUCTIONS)
+        """What was counted on devices ``count:CPU``."""
+        return [counts for result in self.results.values() for counts in result.counts()]
 
 
 def read_subjects(bundles: Sequence[Path], results: Sequence[Path] = ()) -> list[Subject]:

@@ -12,7 +12,7 @@ from exporter.bundle.artifact import FinishedArtifact
 from exporter.errors import InputError
 from exporter.evaluation.agreement import Agreement, compare_logits
 from exporter.inference.reference import score_each
-from exporter.quantization.activations import Rounding
+from exporter.quantization.activations import Roundings
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.verification.checks import Check
 from exporter.verification.runs import Text
@@ -27,8 +27,8 @@ ROUNDING_FACTOR, ROUNDING_TOP1 = 2.0, 0.05
 @dataclass(frozen=True)
 class Reference:
     """The logits [steps, vocab_size] of the torch reference for one artifact, in float and, if its
-    runtime rounds activations, with that rounding simulated. `ranges` are the checks of the largest
-    activations."""
+    runtime rounds activations or the cache, with that rounding simulated. `ranges` are the checks
+    of the largest activations."""
 
     logits: Tensor
     simulated: Tensor | None
@@ -44,11 +44,14 @@ def reference_logits(
     found = dict[str, Reference]()
     for text in dict.fromkeys(texts[target] for target in artifacts):
         targets = [target for target in artifacts if texts[target] == text]
-        ranges, roundings = dict[str, _LargestActivations](), dict[str, Rounding]()
+        ranges, roundings = dict[str, _LargestActivations](), dict[str, Roundings]()
         for target in targets:
             module, options = backend(target), artifacts[target].artifact.target
             ranges[target] = _LargestActivations(partial(module.largest_activation, options))
-            rounding = module.rounding(quantized.schemes, options, text.prefill_lengths[-1])
+            rounding = Roundings(
+                module.rounding(quantized.schemes, options, text.prefill_lengths[-1]),
+                module.cache_rounding(options),
+            )
             if rounding:
                 roundings[target] = rounding
 
@@ -57,7 +60,7 @@ def reference_logits(
                 one(name, kind, values)
 
         logits, *simulated = score_each(
-            quantized, text.tokens, text.positions, [None, *roundings.values()], observe
+            quantized, text.tokens, text.positions, [Roundings(), *roundings.values()], observe
         )
         observe("lm_head", "output", logits)
         rounded = dict(zip(roundings, simulated, strict=True))
@@ -78,10 +81,10 @@ def compare_with_reference(
     `run` gives the logits of `run_artifact`. If the backend has other ways to run the artifact,
     their logits are compared with the runtime's.
 
-    The torch reference has float activations. If the runtime rounds activations, the limits are
-    measured: that rounding is simulated in torch on the same text, and the artifact's error may be
-    `ROUNDING_FACTOR` times the simulated one. (The artifact is not compared with the simulation:
-    over many layers their rounding errors become independent.)
+    The torch reference has float activations. If the runtime rounds activations or its cache, the
+    limits are measured: that rounding is simulated in torch on the same text, and the artifact's
+    error may be `ROUNDING_FACTOR` times the simulated one. (The artifact is not compared with the
+    simulation: over many layers their rounding errors become independent.)
     """
     artifact = finished.artifact
     target = artifact.target.target

@@ -236,6 +236,22 @@ def test_a_weight_is_decoded_as_its_node_reads_it(
     assert any(f"attribute.{attribute}: is {value}" in line for line in differences(made, tampered))
 
 
+@pytest.mark.parametrize("kind", [TensorProto.BFLOAT16, TensorProto.DOUBLE])
+def test_scales_that_are_converted_to_another_type_are_not_the_weights(
+    kind: int, lowered: Lowered, tmp_path: Path
+) -> None:
+    """From float16 to float32 nothing is lost, to bfloat16 it is."""
+
+    def convert(model: ModelProto, data: bytearray) -> None:
+        cast = next(node for node in model.graph.node if f"{Q_PROJ}.scales" in node.input)
+        attribute_of(cast, "to").i = kind
+
+    tampered = changed(lowered, convert, tmp_path / "tampered")
+    found = failed_integers(lowered, tampered)
+    assert any("as a weight, which is no constant" in line for line in found), found
+    assert any(f"attribute.to: is {kind}, not 1" in line for line in differences(lowered, tampered))
+
+
 def change_the_codes_of_bytes(model: ModelProto, data: bytearray) -> None:
     """The codes stay; the lookup decodes one of them as another."""
     table = tensor_of(model, "codes_of_bytes_4")

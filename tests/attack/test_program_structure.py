@@ -48,7 +48,11 @@ def changed(lowered: Lowered, change: Change, folder: Path) -> Path:
     return folder / "model.pte"
 
 
-def in_graph(change: ChangeGraph, delegate: int = 1) -> Change:
+#: The XNNPACK graphs by their places in the program, where the output layer is loaded first.
+OUTPUT, FIRST, SECOND = range(3)
+
+
+def in_graph(change: ChangeGraph, delegate: int = SECOND) -> Change:
     return lambda parts: parts.change_graph(delegate, change)
 
 
@@ -68,19 +72,17 @@ def node_of(graph: dict[str, Any], kind: str) -> dict[str, Any]:
     return node
 
 
-def zero_the_rope_table(parts: Parts) -> None:
-    """From position 16 on."""
+def zero_a_rope_frequency(parts: Parts) -> None:
+    """The last one, which turns by 8 degrees from the first to the last position."""
     constants = bytearray(parts.segments[0])
-    tables = [
+    frequencies = [
         value.val
         for value in parts.plan().values
-        if isinstance(value.val, Tensor)
-        and value.val.data_buffer_idx
-        and value.val.sizes == [CONTEXT, 32]
+        if isinstance(value.val, Tensor) and value.val.data_buffer_idx and value.val.sizes == [16]
     ]
-    assert len(tables) == 2
-    start = parts.program.constant_segment.offsets[tables[0].data_buffer_idx]
-    constants[start + 16 * 32 * 4 : start + CONTEXT * 32 * 4] = bytes((CONTEXT - 16) * 32 * 4)
+    assert len(frequencies) == 1
+    start = parts.program.constant_segment.offsets[frequencies[0].data_buffer_idx]
+    constants[start + 15 * 4 : start + 16 * 4] = bytes(4)
     parts.segments[0] = bytes(constants)
 
 
@@ -110,9 +112,7 @@ def change_argument(parts: Parts) -> None:
 
 
 def change_operator(parts: Parts) -> None:
-    next(
-        one for one in parts.plan().operators if one.name == "executorch_prim::add"
-    ).name = "executorch_prim::sub"
+    next(one for one in parts.plan().operators if one.name == "aten::sin").name = "aten::cos"
 
 
 def change_end(parts: Parts) -> None:
@@ -131,9 +131,10 @@ def hold_a_copy(parts: Parts) -> None:
 
 
 def add_ten_thousand(graph: dict[str, Any]) -> None:
-    """Before the last node: the logits plus one of the constants, which is changed elsewhere."""
-    last = graph["xnodes"][-1]
-    union = last["xnode_union"]
+    """Before the output layer: its input plus one of the constants, which is changed elsewhere."""
+    nodes = graph["xnodes"]
+    (*_, last) = (i for i, n in enumerate(nodes) if n["xnode_union_type"] == "XNNStaticReshape")
+    union = nodes[last]["xnode_union"]
     value = {**graph["xvalues"][union["input_id"]]}
     number = len(graph["xvalues"])
     value["xvalue_union"] = {**value["xvalue_union"], "id_out": number}
@@ -146,7 +147,7 @@ def add_ten_thousand(graph: dict[str, Any]) -> None:
         "debug_handle": 0,
     }  # fmt: skip
     union["input_id"] = number
-    graph["xnodes"].insert(-1, added)
+    nodes.insert(last, added)
 
 
 def set_tensor(key: str, **fields: Any) -> ChangeGraph:
@@ -165,11 +166,14 @@ def rename_filter(graph: dict[str, Any]) -> None:
 
 
 TAMPERINGS: dict[str, tuple[Change, str]] = {
-    "RoPE table": (zero_the_rope_table, "(RoPE table).Tensor.content: "),
+    "RoPE": (
+        zero_a_rope_frequency,
+        "(RoPE frequencies).Tensor.content: 1 of 16 values differ, first at [15]: 0.0, not ",
+    ),
     "epsilon": (double_epsilon, "norm.eps.data: 1 of 1 values differ, first at [0]: 2e-05, not "),
     "segments": (exchange_segments, "model.layers.0.self_attn.k_proj.weight.data: "),
     "argument": (change_argument, "(llama::custom_sdpa::out).KernelCall.args: 1 of 10 values "),
-    "operator": (change_operator, "executorch_prim::sub::Scalar"),
+    "operator": (change_operator, "aten::cos::out"),
     "end of text": (change_end, "get_eos_ids.values[0].Int.int_val: is 2, not 1"),
     "constants": (hold_a_copy, "forward.values[0] (embedding).Tensor.content: "),
     "output": (
@@ -197,18 +201,18 @@ TAMPERINGS: dict[str, tuple[Change, str]] = {
         "(XNNAdd).output_min_max: is {output_min, output_max…}, not absent",
     ),
     "dims": (
-        in_graph(set_tensor(Q_PROJ, dims=[64, 128]), 0),
+        in_graph(set_tensor(Q_PROJ, dims=[64, 128]), FIRST),
         f"({Q_PROJ}).dims: 2 of 2 values differ, first at [0]: 64, not 128",
     ),
     "datatype": (
-        in_graph(set_tensor(Q_PROJ, datatype="xnn_datatype_qcint4"), 0),
+        in_graph(set_tensor(Q_PROJ, datatype="xnn_datatype_qcint4"), FIRST),
         f"({Q_PROJ}).datatype: is 'xnn_datatype_qcint4', not 'xnn_datatype_qbint4'",
     ),
-    "another filter": (in_graph(rename_filter, 0), ".named_key: is 'model.layers.0.self_attn.k_"),
-    "added node": (in_graph(add_ten_thousand, 2), "forward.delegates[2].xnodes: has "),
+    "another filter": (in_graph(rename_filter, FIRST), "named_key: is 'model.layers.0.self_attn."),
+    "added node": (in_graph(add_ten_thousand, OUTPUT), "forward.delegates[0].xnodes: has "),
     "order of outputs": (
         in_graph(lambda graph: graph["output_ids"].reverse()),
-        "forward.delegates[1].output_ids: ",
+        "forward.delegates[2].output_ids: ",
     ),
 }  # fmt: skip
 
@@ -238,7 +242,7 @@ def test_a_tampered_program_is_named(name: str, lowered: Lowered, tmp_path: Path
 def test_a_filter_is_decoded_as_the_graph_describes_it(
     key: str, fields: dict[str, Any], subject: str, note: str, lowered: Lowered, tmp_path: Path
 ) -> None:
-    changed(lowered, in_graph(set_tensor(key, **fields), 0), tmp_path / "tampered")
+    changed(lowered, in_graph(set_tensor(key, **fields), FIRST), tmp_path / "tampered")
     found = failed(lowered, tmp_path / "tampered")
     assert any(line.startswith(f"{subject}: ") and note in line for line in found), found
     assert {line.split(" ")[0].rstrip(":") for line in found} == {Q_PROJ}
@@ -264,7 +268,7 @@ def test_a_weight_that_no_output_depends_on_is_not_in_the_artifact(
         parts.program.named_data = [*named.values(), copy]
         parts.segments.append(bytes(len(parts.segments[named[key].segment_index])))
         copy.segment_index = len(parts.segments) - 1
-        parts.change_graph(1, partial_copy(key))
+        parts.change_graph(SECOND, partial_copy(key))
 
     changed(lowered, wire_in_a_copy, tmp_path / "tampered")
     found = failed(lowered, tmp_path / "tampered")

@@ -27,8 +27,9 @@ from exporter.quantization.activations import round_rows_to_int8
 from exporter.text.tokenizer import load_tokenizer
 
 STEPS = 8
-#: Of logits, between the kernels of two architectures.
-TOLERANCE = 1e-3
+#: Of logits, between the kernels of two architectures: in float, and where the last digit of a sum
+#: decides how an activation is rounded to int8.
+IN_FLOAT, ROUNDED = 1e-3, 0.5
 
 
 @pytest.fixture(scope="module")
@@ -79,22 +80,28 @@ def generated(device: Device, model: Model, out: Path) -> tuple[list[int], np.nd
 
 
 @pytest.mark.parametrize(
-    ("bundle", "name", "daemon"),
+    ("bundle", "name", "daemon", "tolerance"),
     [
-        ("exact_bundle", "executorch", "adb_arm"),
-        ("exact_bundle", "onnx", "ssh_arm"),
-        ("portable_bundle", "executorch", "ssh_arm"),
+        ("exact_bundle", "executorch", "adb_arm", IN_FLOAT),
+        ("exact_bundle", "onnx", "ssh_arm", IN_FLOAT),
+        ("exact_bundle", "executorch", "ssh_arm", IN_FLOAT),
+        ("portable_bundle", "executorch", "ssh_arm", ROUNDED),
     ],
 )
 def test_an_artifact_computes_on_arm_what_it_computes_here(
-    bundle: str, name: str, daemon: str, request: pytest.FixtureRequest, tmp_path: Path
+    bundle: str,
+    name: str,
+    daemon: str,
+    tolerance: float,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     device = request.getfixturevalue(daemon).device
     model = problem(request.getfixturevalue(bundle), name)
     here = generated(parse_device("host"), model, tmp_path / "here")
     there = generated(device, model, tmp_path / "there")
     assert there[0] == here[0]
-    assert np.abs(there[1] - here[1]).max() < TOLERANCE
+    assert np.abs(there[1] - here[1]).max() < tolerance
     assert np.abs(here[1]).max() > 1
 
 
@@ -110,7 +117,7 @@ def test_int4_in_onnx_runtime_on_arm_rounds_activations_by_rows(
     positions = range(len(model.tokens) - 1, len(text))
     simulated = score(portable_bundle.quantized, text, positions, round_rows_to_int8)
     assert there == tokens == simulated.argmax(1).tolist()
-    assert np.abs(logits - simulated.numpy()).max() < TOLERANCE
+    assert np.abs(logits - simulated.numpy()).max() < IN_FLOAT
 
 
 def test_the_arm_machine_knows_itself_and_is_marked_emulated(adb_arm: Daemon) -> None:

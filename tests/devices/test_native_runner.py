@@ -104,6 +104,18 @@ def test_what_is_no_token_of_the_model_is_refused(
     assert run(built, program, "--prompts", 2).returncode == 2
 
 
+def test_a_program_with_an_unknown_operator_is_refused_with_its_name(
+    built: runner.Build, program: dict[str, Path], finished_bundle: Bundle, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed.pte"
+    known = (finished_bundle.artifacts["executorch"].artifact.path / "model.pte").read_bytes()
+    changed.write_bytes(known.replace(b"llama::custom_sdpa", b"llama::unknown_one"))
+    done = run(built, {**program, "--model": changed})
+    assert done.returncode == 3
+    reason = done.stderr.splitlines()[-1]
+    assert reason.endswith("needs operators that this runner does not have: llama::unknown_one.out")
+
+
 def test_a_cut_off_program_is_refused(
     built: runner.Build, program: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -161,3 +173,24 @@ def test_an_architecture_without_compiler_or_runner_is_told(
     with pytest.raises(BadDeviceError, match="Run: apt install g"):
         runner.build(platform.machine())
     assert list(tmp_path.rglob("mobilellm_*")) == []
+
+
+def test_pages_of_two_megabytes_change_no_logit(
+    built: runner.Build, program: dict[str, Path], tmp_path: Path
+) -> None:
+    for choice in (0, 1):
+        words = ["--generate", 4, "--logits", tmp_path / str(choice), "--huge-pages", choice]
+        phases(run(built, program, *words))
+    without, with_them = ((tmp_path / str(choice)).read_bytes() for choice in (0, 1))
+    assert without == with_them and len(without) > 0
+
+
+def test_the_reading_of_the_text_before_a_depth_is_timed(
+    built: runner.Build, program: dict[str, Path]
+) -> None:
+    done = run(built, program, "--depths", "0,8,24", "--steps", 2)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    filled = [(line["depth"], line["filled"]) for line in lines if line["phase"] == "decode"]
+    assert filled == [(0, 0), (8, 8), (24, 16)]
+    took = [line["fill_ms"] for line in lines if line["phase"] == "decode"]
+    assert took[0] < 0.1 < min(took[1:])

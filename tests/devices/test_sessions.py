@@ -211,24 +211,24 @@ def test_a_journal_knows_only_what_belongs_to_the_same(tmp_path: Path) -> None:
     assert ResumeLog(path).find("another model", "round 1") is None
 
 
-def test_a_program_for_the_official_runner_is_measured_here_with_the_whole_wheel(
+def test_a_program_for_the_official_runner_is_measured_with_the_native_one(
     finished_bundle: Bundle, capsys: Capture
 ) -> None:
     options = ["--target", "executorch", "--device", "host", "--json"]
     outcome = profile(capsys, finished_bundle, *options)
     assert outcome.code == 0, outcome.err
     (session,) = outcome.json["sessions"]
-    assert session["engine"]["name"] == "executorch-python"
+    assert session["engine"]["name"] == "executorch-native"
     assert session["operators"] and session["undelegated"] == []
 
 
 def test_where_nothing_can_run_the_reason_and_the_remedy_are_told(
     finished_bundle: Bundle, ssh_device: Daemon, capsys: Capture
 ) -> None:
-    options = ["--target", "executorch", "--target", "coreml", "--device", ssh_device.device]
+    options = ["--target", "coreml", "--device", ssh_device.device]
     outcome = profile(capsys, finished_bundle, *options)
     assert outcome.code == 2
-    assert "targets.0.attention=portable, or give --runner llama_main" in outcome.err
+    assert "runs on a Mac only. Give --device mac there" in " ".join(outcome.err.split())
 
 
 #: llama_main is not in the wheel, but the class behind it is, with the statistics that it prints.

@@ -137,11 +137,15 @@ def rounding(schemes: Mapping[str, Scheme], target: Target, prompt: int) -> None
     return None
 
 
+def cache_rounding(target: Target) -> None:
+    return None
+
+
 def largest_activation(target: Target, which: str) -> None:
     return None
 
 
-def portable(target: Target) -> bool:
+def native(target: Target) -> bool:
     return True
 
 

@@ -206,8 +206,8 @@ def packages(target: Target) -> tuple[str, ...]:
     return "coremltools", "numpy"
 
 
-def portable(target: Target) -> bool:
-    """No: Core ML has no runner with a subset of its operators."""
+def native(target: Target) -> bool:
+    """No: it runs ExecuTorch programs alone."""
     return False
 
 
@@ -227,6 +227,10 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "R
     from exporter.quantization.activations import round_to_half
 
     return round_to_half if target.activations == "float16" else None
+
+
+def cache_rounding(target: Target) -> None:
+    """None: keys and values are float16, whose error is below the limits of float activations."""
 
 
 def largest_activation(target: Target, which: str) -> float | None:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from exporter import backends
 from exporter.backends import Artifact, Prediction, Runner, backend, check_context, coreml
+from exporter.backends._target import Context
 from exporter.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from exporter.model.config import ModelConfig
-    from exporter.quantization.activations import Rounding
+    from exporter.quantization.activations import CacheRounding, Rounding
     from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
     from exporter.quantization.schemes import QuantizedTensor, Scheme
 
@@ -32,16 +33,24 @@ EXTRA, TOOLKIT = "executorch", ("executorch", "torchao")
 RUNTIME_EXTRA, RUNTIME = EXTRA, TOOLKIT
 FILE_NAME = "model.pte"
 FILES = (FILE_NAME,)
+#: Each row of logits takes 4 bytes for each token of the vocabulary, in every runner.
+MOST_LOGITS = 64
 SUFFIX = ""
+#: Tokens that a call reads unless the target says otherwise.
+LONGEST_CALL = 512
 
 
 class Target(backends.Target):
     """A .pte for XNNPACK, or one with a Core ML package inside for iOS 18 and macOS 15.
 
-    XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners have;
-    ``portable`` runs in any runner. Core ML: the delegate computes attention, the Neural Engine
-    needs `activations: float16`, and prompts are read token by token (the target `coreml` reads
-    them in chunks).
+    XNNPACK: ``attention: custom_sdpa`` needs the custom operators that the official runners and
+    our native runner have; ``portable`` runs in any runner. ``kv_cache: int8``, for ``custom_sdpa``
+    only, keeps keys and values in int8, with a scale and a zero point per token and head. A call
+    reads at most `prefill` tokens, for which the program plans its memory; runners read longer
+    prompts in several calls. It gives the `logits` of its last so many positions: a speculative
+    pair needs more than one. Core ML: the delegate computes attention, the Neural Engine needs
+    `activations: float16`, and prompts are read token by token (the target `coreml` reads them in
+    chunks).
     """
 
     by_default: ClassVar[bool] = True
@@ -50,6 +59,14 @@ class Target(backends.Target):
     delegate: Literal["xnnpack", "coreml"] = "xnnpack"
     attention: Literal["custom_sdpa", "portable"] = "custom_sdpa"
     activations: Literal["float32", "float16"] = "float32"
+    kv_cache: Literal["float", "int8"] = "float"
+    prefill: Context = LONGEST_CALL
+    logits: int = 1
+
+
+def longest_call(target: Target) -> int:
+    """The most tokens that a call of the program for XNNPACK reads."""
+    return min(target.prefill, target.max_context)
 
 
 def embedded(target: Target) -> coreml.Target:
@@ -64,6 +81,12 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
     from exporter.backends.executorch.schemes import stores
 
     check_context(config, target)
+    if target.kv_cache == "int8" and not _custom_operators(target):
+        raise InputError(
+            "kv_cache",
+            "int8 needs ExecuTorch's custom operators for XNNPACK, which this target does not use",
+            "Set it to float, or set delegate to xnnpack and attention to custom_sdpa",
+        )
     if target.delegate == "coreml":
         if target.attention != "custom_sdpa":
             raise InputError(
@@ -71,6 +94,14 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
                 f"{target.attention} is an option of XNNPACK; the Core ML delegate has its own",
                 "Leave it out",
             )
+        if target.prefill != LONGEST_CALL:
+            raise InputError(
+                "prefill",
+                f"{target.prefill} is an option of XNNPACK; the Core ML delegate reads one token",
+                "Leave it out",
+            )
+        if target.logits != 1:
+            raise InputError("logits", "more than one needs the delegate xnnpack", "Leave it out")
         backend("coreml")
         coreml.check_cache(config, target)
         check_stored(config, schemes, stored_by_coreml)
@@ -81,7 +112,21 @@ def check(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Target
             f"XNNPACK's are float32 and int8, not {target.activations}",
             "Leave it out, or set delegate to coreml",
         )
+    if not 1 <= target.logits <= MOST_LOGITS:
+        raise InputError(
+            "logits", f"{target.logits} is not within 1..{MOST_LOGITS}", "1 is enough to generate"
+        )
+    if target.logits > longest_call(target):
+        raise InputError(
+            "logits",
+            f"{target.logits} are more than the {longest_call(target)} tokens that a call reads",
+            "Lower it, or raise prefill",
+        )
     check_stored(config, schemes, partial(stores, config=config))
+
+
+def _custom_operators(target: Target) -> bool:
+    return target.delegate == "xnnpack" and target.attention == "custom_sdpa"
 
 
 def check_folder(folder: Path, target: Target) -> None:
@@ -140,9 +185,10 @@ def packages(target: Target) -> tuple[str, ...]:
     return own if target.delegate == "xnnpack" else (*own, "coremltools", "numpy")
 
 
-def portable(target: Target) -> bool:
-    """Whether attention uses core operators only; ``custom_sdpa`` is not one."""
-    return target.attention == "portable"
+def native(target: Target) -> bool:
+    """Yes, with either attention: it has kernels of its own for ``custom_sdpa``. It has no Core ML
+    delegate."""
+    return target.delegate == "xnnpack"
 
 
 def interpreted(target: Target) -> bool:
@@ -163,6 +209,13 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "R
     if target.delegate == "coreml":
         return coreml.rounding(schemes, embedded(target), prompt)
     return round_rows_to_int8
+
+
+def cache_rounding(target: Target) -> "CacheRounding | None":
+    """The queries, keys and values of ``kv_cache: int8``: one scale and zero point per head."""
+    from exporter.quantization.activations import round_heads_to_int8
+
+    return round_heads_to_int8 if target.kv_cache == "int8" else None
 
 
 def largest_activation(target: Target, which: str) -> float | None:

@@ -16,7 +16,7 @@ from exporter.backends.executorch.contents import Contents, Graph, read_graphs
 
 #: Operators that read a constant → what the constant is.
 _ROLES = {
-    "aten::slice_copy": "RoPE table",
+    "aten::mul": "RoPE frequencies",
     "quantized_decomposed::embedding_4bit": "embedding",
     "quantized_decomposed::embedding_byte": "embedding",
     "aten::embedding": "embedding",

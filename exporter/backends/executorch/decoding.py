@@ -16,9 +16,10 @@ from torch import Tensor
 
 from exporter.backends.executorch.contents import Contents, Graph, read_graphs
 from exporter.backends.executorch.schemes import FILTER, TABLE
-from exporter.backends.executorch.segments import exchange_columns
+from exporter.backends.executorch.segments import exchange_columns, row_orders
 from exporter.errors import InputError
 from exporter.model.config import EMBEDDING
+from exporter.model.equivalent import Source
 from exporter.quantization.packing import Packing
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor, Scheme
@@ -30,10 +31,11 @@ _FLOAT = "xnn_datatype_fp32"
 _FULLY_CONNECTED, _FILTER_INPUT = "XNNFullyConnected", "filter_id"
 _NO_ID = 0xFFFFFFFF
 #: Embedding operators → bits of the codes, and the type of the table. None: a table of floats.
+#: The first two read scales in the type that they have, the variants without ``dtype`` do not.
 _EMBEDDINGS: dict[str, tuple[int | None, str]] = {
-    "quantized_decomposed::embedding_4bit": (4, "BYTE"),
-    "quantized_decomposed::embedding_byte": (8, "CHAR"),
-    "aten::embedding": (None, "FLOAT"),
+    "quantized_decomposed::embedding_4bit.dtype_out": (4, "BYTE"),
+    "quantized_decomposed::embedding_byte.dtype_out": (8, "CHAR"),
+    "aten::embedding.out": (None, "FLOAT"),
 }
 
 
@@ -57,6 +59,7 @@ def read_weights(
     name that the checkpoint does not have.
     """
     named, plan, problems = contents.named(), contents.plan("forward"), list[InputError]()
+    orders = row_orders(quantized.config)
     places = dict[str, list[_Place]]()
     for graph in _called_graphs(contents, plan):
         for name, place in _constants(graph):
@@ -68,21 +71,32 @@ def read_weights(
             except InputError as error:
                 problems.append(error)
                 continue
-            if not isinstance(weight, QuantizedTensor):
-                yield name, "constant", weight
-                continue
-            if name == EMBEDDING and weight.scheme.bits == 4:
-                codes = exchange_columns(weight.codes)
-                weight = QuantizedTensor(codes, weight.scales, weight.scheme)
-            yield name, "filter", weight
+            kind = "filter" if isinstance(weight, QuantizedTensor) else "constant"
+            yield name, kind, _as_in_checkpoint(name, weight, orders.get(name))
         if name == EMBEDDING:
-            yield EMBEDDING, "table", _embedding_table(contents, plan, quantized.schemes[EMBEDDING])
+            yield EMBEDDING, "table", _embedding_table(contents, plan)
     for name, (place, *_) in places.items():
         if place.tensor["datatype"] != _FLOAT:
             text = f"multiplies by {name!r}, which is no weight of the checkpoint"
             problems.append(contents.problem(text))
     if problems:
         raise problems[0]
+
+
+def _as_in_checkpoint(name: str, weight: Weight, order: Source | None) -> Weight:
+    """The weight with its rows and columns in their original order. Weights of another shape than
+    the checkpoint's stay as they are."""
+    rows = weight.codes if isinstance(weight, QuantizedTensor) else weight
+    if order is not None and (order.rows is None or len(rows) != len(order.rows)):
+        order = None
+    if not isinstance(weight, QuantizedTensor):
+        return weight if order is None else order.restore(weight)
+    codes, scales = weight.codes, weight.scales
+    if name == EMBEDDING and weight.scheme.bits == 4:
+        codes = exchange_columns(codes)
+    if order is not None:
+        codes, scales = order.restore(codes), order.restore(scales)
+    return QuantizedTensor(codes, scales, weight.scheme)
 
 
 def _called_graphs(contents: Contents, plan: Mapping[str, Any]) -> Iterator[Graph]:
@@ -179,8 +193,7 @@ def _decode(name: str, place: _Place, named: Mapping[str, memoryview]) -> Weight
         raise InputError(name, f"has {fields['num_scales']} scales, and its shape needs {count}")
     codes = data(index, "u1", math.prod(dims) * bits // 8)
     if grouped:
-        halves = torch.from_numpy(data(fields["scale_buffer_idx"], "<i2", count))
-        scales = halves.view(torch.bfloat16).to(torch.float32)
+        scales = _from_bfloat16(data(fields["scale_buffer_idx"], "<i2", count))
     else:
         scales = torch.from_numpy(data(fields["scale_buffer_idx"], "<f4", count))
     scheme = Scheme(bits, group if grouped else None)
@@ -193,13 +206,17 @@ def _unpacked(codes: np.ndarray, scales: Tensor, scheme: Scheme, packing: Packin
     return QuantizedTensor(values, scales.reshape(rows, -1), scheme)
 
 
-def _embedding_table(contents: Contents, plan: Mapping[str, Any], like: Scheme) -> Weight:
+def _from_bfloat16(values: np.ndarray) -> Tensor:
+    """Floats from the bits of bfloat16 numbers."""
+    return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(torch.float32)
+
+
+def _embedding_table(contents: Contents, plan: Mapping[str, Any]) -> Weight:
     """The lookup table, as the arguments of the one embedding instruction describe it.
 
-    One scale per row is read as the scheme `like` if its groups are whole rows, since the file
-    does not tell these apart.
+    As in a filter, scales per group are bfloat16, and scales per row are float32.
     """
-    operators = [f"{one['name']}" for one in plan["operators"] or []]
+    operators = [f"{one['name']}.{one['overload']}" for one in plan["operators"] or []]
     lookups = [
         (operators[call["KernelCall"]["op_index"]], _list(call["KernelCall"]["args"]))
         for call in _instructions(plan)
@@ -225,16 +242,24 @@ def _embedding_table(contents: Contents, plan: Mapping[str, Any], like: Scheme) 
             EMBEDDING,
             f"is looked up with codes from {limits[0]} to {limits[1]}, or with zero points",
         )
-    scales = torch.from_numpy(_constant(contents, value(1), "FLOAT").copy())
+    grouped = _scalar_type(value(1)) == "BFLOAT16"
+    numbers = _constant(contents, value(1), "BFLOAT16" if grouped else "FLOAT").copy()
+    scales = _from_bfloat16(numbers) if grouped else torch.from_numpy(numbers)
     rows, columns = len(table), table.size // max(1, len(table)) * 8 // bits
     groups = scales.numel() // max(1, rows)
     if table.ndim != 2 or scales.shape[:1] != (rows,) or not groups or columns % groups:
         raise InputError(
             EMBEDDING, f"has {list(scales.shape)} scales for codes [{rows}, {columns}]"
         )
-    group = columns // groups
-    scheme = Scheme(bits, group if group < columns or like.group_size == columns else None)
+    if not grouped and groups > 1:
+        raise InputError(EMBEDDING, "has scales per group that are not bfloat16")
+    scheme = Scheme(bits, columns // groups if grouped else None)
     return _unpacked(table.copy(), scales, scheme, TABLE)
+
+
+def _scalar_type(value: Any) -> str | None:
+    tensor = (value or {}).get("Tensor")
+    return None if tensor is None else tensor["scalar_type"]
 
 
 def _constant(contents: Contents, value: Any, kind: str) -> np.ndarray:

@@ -33,6 +33,8 @@ _TRANSPOSE_B = 1
 _NAMED_OFFSET = 0xFFFFFFFFFFFFFFFF
 #: A dimension that XNNPACK infers from the number of elements.
 INFERRED = 0
+#: The size of a slice that has all of a dimension.
+_WHOLE = 0
 
 
 def filter_bytes(weight: QuantizedTensor) -> bytes:
@@ -40,11 +42,20 @@ def filter_bytes(weight: QuantizedTensor) -> bytes:
     return FILTER.pack(weight.codes, weight.scheme.code_bits).contiguous().numpy().tobytes()
 
 
-def scale_bytes(weight: QuantizedTensor) -> bytes:
+def scales_name(name: str) -> str:
+    """The name under which the scales of a weight are stored."""
+    return f"{name}.scales"
+
+
+def stored_scales(weight: QuantizedTensor) -> torch.Tensor:
     """Scales per group as bfloat16, scales per row as float32. Both hold our scales exactly."""
-    if weight.scheme.group_size:
-        return weight.scales.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
-    return weight.scales.numpy().tobytes()
+    return weight.scales.to(torch.bfloat16) if weight.scheme.group_size else weight.scales
+
+
+def scale_bytes(weight: QuantizedTensor) -> bytes:
+    """The scales of a weight as XNNPACK reads them."""
+    data: bytes = stored_scales(weight).contiguous().view(torch.uint8).numpy().tobytes()
+    return data
 
 
 @dataclass
@@ -86,7 +97,7 @@ class XnnpackGraph:
         """A quantized weight [out_features, in_features], stored under its checkpoint name."""
         scheme, (rows, groups) = weight.scheme, weight.scales.shape
         data = self._store(name, filter_bytes(weight))
-        scales = self._store(f"{name}.scales", scale_bytes(weight))
+        scales = self._store(scales_name(name), scale_bytes(weight))
         if scheme.group_size:
             kind = _GROUP_TYPES[scheme.code_bits]
             parameters: schema.XNNQuantParams = schema.PerChannelGroupQuant(
@@ -113,12 +124,13 @@ class XnnpackGraph:
         self._node(schema.XNNConvert(input_id=x, output_id=result, flags=0))
         return result
 
-    def linear(self, x: int, weight: int) -> int:
-        """x [..., in_features] times the transpose of weight [out_features, in_features]."""
+    def linear(self, x: int, weight: int, bias: int = _NO_ID) -> int:
+        """x [..., in_features] times the transpose of weight [out_features, in_features], plus
+        bias [out_features]."""
         result = self._value([*self._dims[x][:-1], self._dims[weight][0]])
         self._node(
             schema.XNNFullyConnected(
-                input1_id=x, filter_id=weight, bias_id=_NO_ID, output_id=result, flags=0
+                input1_id=x, filter_id=weight, bias_id=bias, output_id=result, flags=0
             )
         )
         return result
@@ -171,6 +183,43 @@ class XnnpackGraph:
         self._node(
             schema.XNNStaticTranspose(
                 num_dims=len(order), perm=list(order), input_id=x, output_id=result, flags=0
+            )
+        )
+        return result
+
+    def slice(self, x: int, axis: int, start: int, size: int) -> int:
+        """`size` places of x from `start` on, along an axis."""
+        dims = list(self._dims[x])
+        offsets, sizes = [0] * len(dims), [_WHOLE] * len(dims)
+        offsets[axis], sizes[axis], dims[axis] = start, size, size
+        result = self._value(dims)
+        self._node(
+            schema.XNNStaticSlice(
+                num_dims=len(dims),
+                offsets=offsets,
+                sizes=sizes,
+                input_id=x,
+                output_id=result,
+                flags=0,
+            )
+        )
+        return result
+
+    def concatenate(self, a: int, b: int, axis: int) -> int:
+        """b after a along an axis."""
+        dims = list(self._dims[a])
+        dims[axis] += self._dims[b][axis]
+        result = self._value(dims)
+        self._node(
+            schema.XNNConcatenate2(
+                axis=axis,
+                input1_id=a,
+                input2_id=b,
+                input3_id=_NO_ID,
+                input4_id=_NO_ID,
+                input5_id=_NO_ID,
+                output_id=result,
+                flags=0,
             )
         )
         return result

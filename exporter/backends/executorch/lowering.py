@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     from exporter.backends.executorch.segments import Segments
 
 from exporter.backends import Artifact
-from exporter.backends.executorch import FILE_NAME, FILES, Target, embedded
+from exporter.backends.executorch import FILE_NAME, FILES, Target, embedded, longest_call
 from exporter.backends.executorch.runtime import coreml_delegate, options_of, quietly
 from exporter.files import replacing
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
@@ -67,15 +67,14 @@ def lower(quantized: QuantizedCheckpoint, target: Target, out: Path) -> Artifact
 
 def _constant_methods(quantized: QuantizedCheckpoint, target: Target) -> dict[str, Any]:
     """The metadata that the official runners read (extension/llm/runner/constants.h)."""
-    text_ends = quantized.eos_token_ids
+    text_ends, xnnpack = quantized.eos_token_ids, target.delegate == "xnnpack"
     return {
-        "enable_dynamic_shape": target.delegate == "xnnpack",  # False: one token per call
+        "enable_dynamic_shape": xnnpack,  # False: one token per call
         "get_max_context_len": target.max_context,
-        "get_max_seq_len": target.max_context,
+        "get_max_seq_len": longest_call(target) if xnnpack else target.max_context,
         "get_vocab_size": quantized.config.vocab_size,
         "use_kv_cache": True,
-        "use_sdpa_with_kv_cache": target.delegate == "xnnpack"
-        and target.attention == "custom_sdpa",
+        "use_sdpa_with_kv_cache": xnnpack and target.attention == "custom_sdpa",
         **({"get_bos_id": quantized.bos_token_id} if quantized.bos_token_id is not None else {}),
         **({"get_eos_ids": list(text_ends)} if text_ends else {}),
     }

@@ -1,7 +1,8 @@
-"""The program around the XNNPACK graphs: embedding, RoPE tables, KV cache and attention.
+"""The program around the XNNPACK graphs: embedding, RoPE angles, KV cache and attention.
 
-While torch exports the program, each segment is one opaque operator. `delegate` then replaces it
-by a call of the delegate that holds its graph.
+`attention` has the forms of the cache and of the attention. While torch exports the program, each
+segment is one opaque operator. `delegate` then replaces it by a call of the delegate that holds its
+graph.
 """
 
 import operator
@@ -13,25 +14,24 @@ import torch
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes import _quant_patterns_and_replacements as _patterns  # noqa: F401
-from executorch.extension.llm.custom_ops import custom_ops as _custom_ops  # noqa: F401
 from torch import Tensor, nn
 
-from exporter.backends.executorch import Target
+from exporter.backends.executorch import Target, longest_call
+from exporter.backends.executorch.attention import Last, Step, attention_form
+from exporter.backends.executorch.graph import stored_scales
 from exporter.backends.executorch.schemes import TABLE
 from exporter.backends.executorch.segments import Segment, Segments
 from exporter.model.config import EMBEDDING
-from exporter.model.rope import paired_rope_tables
+from exporter.model.rope import rope_frequencies
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
 
 #: Bits of the codes → the dtype that the embedding operator requires for its table.
 _TABLE_TYPES = {4: torch.uint8, 8: torch.int8}
-#: Added to the attention score of a masked position.
-_MASKED_SCORE = -1e9
 
 _library = torch.library.Library("mobilellm", "DEF")
 _library.define(
-    "segment(Tensor[] inputs, int hidden_states, int[] heads, int head_dim, int vocab_size, "
+    "segment(Tensor[] inputs, int hidden_states, int[] heads, int head_dim, int[] logits, "
     "int index) -> Tensor[]"
 )
 _SEGMENT = "mobilellm::segment"
@@ -43,24 +43,35 @@ def _segment(
     hidden_states: int,
     heads: Sequence[int],
     head_dim: int,
-    vocab_size: int,
+    logits: Sequence[int],
     index: int,
 ) -> Any:
     """The shapes of a segment's outputs.
 
     They are `hidden_states` tensors shaped like its first input, one tensor [1, seq, count,
-    head_dim] for each count in `heads`, and logits unless `vocab_size` is 0.
+    head_dim] for each count in `heads`, and logits of the size `logits`, in which -1 is seq,
+    unless that is empty.
     """
     x = inputs[0]
     return [
         *(torch.empty_like(x) for _ in range(hidden_states)),
         *(x.new_empty(1, x.shape[1], count, head_dim) for count in heads),
-        *([x.new_empty(1, vocab_size)] if vocab_size else []),
+        *([x.new_empty(*(x.shape[1] if n == -1 else n for n in logits))] if logits else []),
     ]
 
 
+def rope_rows(positions: Tensor, frequencies: Tensor) -> list[Tensor]:
+    """What `Segments` multiplies a head and its exchanged halves by, each [1, seq, 1, head_dim] for
+    positions [seq]. Angles are computed as in `rope_tables`; a table would be 8 bytes for each
+    number of a head and each position of the context.
+    """
+    angles = positions.to(torch.float32).reshape(1, -1, 1, 1) * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return [torch.cat((cos, cos), 3), torch.cat((-sin, sin), 3)]
+
+
 class Program(nn.Module):
-    """The part of the decoder outside XNNPACK: embedding, RoPE tables, KV cache, attention."""
+    """The part of the decoder outside XNNPACK: embedding, RoPE angles, KV cache, attention."""
 
     def __init__(
         self,
@@ -70,100 +81,77 @@ class Program(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.context, self.segments = quantized.config, target.max_context, segments
-        self.portable = target.attention == "portable"
+        self.longest_call, self.logits = longest_call(target), target.logits
+        self.attention = attention_form(self.config, target)
         self._add_embedding(quantized)
-        cos, sin = paired_rope_tables(self.config, self.context)
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
-        kv_heads, head_dim = self.config.num_key_value_heads, self.config.head_dim
+        self.register_buffer("frequencies", rope_frequencies(self.config))
         for layer in range(self.config.num_hidden_layers):
-            in_order = (1, self.context, kv_heads, head_dim)
-            size = (kv_heads, self.context, head_dim) if self.portable else in_order
-            self.register_buffer(f"keys_{layer}", torch.zeros(size))
-            self.register_buffer(f"values_{layer}", torch.zeros(size))
+            empty = self.attention.buffers()
+            self.cached = tuple(empty)
+            for name, buffer in empty.items():
+                self.register_buffer(f"{name}_{layer}", buffer)
 
     def forward(self, tokens: Tensor, start: Tensor) -> Tensor:
-        """tokens [1, seq] from position start [1] on to the last token's logits [1, vocab_size]."""
-        config, length = self.config, tokens.shape[1]
+        """tokens [1, seq] from position start [1] on to the last token's logits [1, vocab_size].
+
+        If the target's `logits` is not 1: [1, min(seq, logits), vocab_size].
+        """
+        length = tokens.shape[1]
         position = start[0].item()
         torch._check(position >= 0)
         torch._check(position + length <= self.context)
-        shape = (1, -1, 1, config.head_dim)
-        cos = self.get_buffer("cos").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
-        sin = self.get_buffer("sin").narrow(0, position, length).view(shape)  # type: ignore[arg-type]
         positions = start + torch.arange(length)
-        # custom_sdpa is causal by itself and ignores the mask.
-        mask = self._mask(positions) if self.portable else tokens
+        rows = rope_rows(positions, self.get_buffer("frequencies"))
+        step = Step(position, positions, self.attention.mask(positions))
+        last = self._last_positions(length)
         values = {self.segments.embedded: self._embed(tokens)}
         results = list[Tensor]()
         for segment in self.segments.segments:
             carried, attention = [values[value] for value in segment.carried], list[Tensor]()
             if segment.attended:
                 q, k, v = results
-                layer = segment.index - 1
-                attention = self._attend(layer, q, k, v, position, positions, mask)
+                attention = self.attention.attend(self._cache(segment.index - 1), q, k, v, step)
             if segment.last_token:
-                carried = [x[:, -1:] for x in carried]
-                attention = self._last_token(attention)
-            rows = [cos, sin] if segment.rotates else []
-            kept, results = self._call(segment, [*carried, *attention, *rows])
+                carried = [last(x, 1) for x in carried]
+                attention = self.attention.last_token(attention, last)
+            kept, results = self._call(
+                segment, [*carried, *attention, *(rows if segment.rotates else [])]
+            )
             values.update(zip(segment.kept, kept, strict=True))
         [logits] = results
         return logits
+
+    def _last_positions(self, length: Any) -> Last:
+        """The last of `length` positions, as many as have logits."""
+        if self.logits == 1:
+            return lambda x, dim: x[(slice(None),) * dim + (slice(-1, None),)]
+        # The smaller of two numbers as the value of a tensor: torch.export cannot prove for
+        # sym_min(length, logits) that it is at most the length.
+        rows = torch.full((1,), length).clamp(max=self.logits).item()
+        torch._check(rows >= 1)
+        torch._check(rows <= self.logits)
+        torch._check(rows <= length)
+        return lambda x, dim: x.narrow(dim, length - rows, rows)  # type: ignore[arg-type]
 
     def _call(self, segment: Segment, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Call a segment. Returns the hidden states for later segments, and its other results."""
         config, count = self.config, len(segment.kept)
         kv_heads = config.num_key_value_heads
         heads = [config.num_attention_heads, kv_heads, kv_heads]
+        logits = [1, config.vocab_size] if self.logits == 1 else [1, -1, config.vocab_size]
         outputs = torch.ops.mobilellm.segment(
             inputs,
             count,
             heads if segment.queries_keys_values else [],
             config.head_dim,
-            config.vocab_size if segment.logits else 0,
+            logits if segment.logits else [],
             segment.index,
         )
         return outputs[:count], outputs[count:]
 
-    def _last_token(self, attention: list[Tensor]) -> list[Tensor]:
-        """The result of `_attend` for the last position only."""
-        if not self.portable:
-            return [attention[0][:, -1:]]
-        q, keys, values, mask = attention
-        return [q[:, -1:], keys, values, mask[:, :, -1:]]
-
-    def _attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        position: Any,
-        positions: Tensor,
-        mask: Tensor,
-    ) -> list[Tensor]:
-        """Update the cache. Returns the inputs of the next XNNPACK call.
-
-        These are the attention's output or, where XNNPACK computes the attention (``portable``),
-        its queries, keys, values and mask.
-        """
-        keys, values = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
-        if self.portable:
-            # Not `keys[:, positions] = ...`, which drops a leading dimension of one: the runtime's
-            # index_put_ needs values of the cache's rank.
-            torch.ops.aten.index_put_(keys, (None, positions), k[0].transpose(0, 1))
-            torch.ops.aten.index_put_(values, (None, positions), v[0].transpose(0, 1))
-            return [q, keys, values, mask]
-        ops = torch.ops.llama
-        ops.update_cache(k, keys, position)
-        ops.update_cache(v, values, position)
-        return [ops.custom_sdpa(q, keys, values, position, None, 0.0, True)]
-
-    def _mask(self, positions: Tensor) -> Tensor:
-        """The causal mask [1, 1, seq, context]: 0, or a large negative number where masked."""
-        later = torch.arange(self.context)[None] > positions[:, None]
-        return (later.to(torch.float32) * _MASKED_SCORE)[None, None]
+    def _cache(self, layer: int) -> dict[str, Tensor]:
+        """The buffers of a layer's cache by their names in `AttentionForm.buffers`."""
+        return {name: self.get_buffer(f"{name}_{layer}") for name in self.cached}
 
     def _add_embedding(self, quantized: QuantizedCheckpoint) -> None:
         stored = quantized.read(EMBEDDING)
@@ -175,24 +163,25 @@ class Program(nn.Module):
         packed = TABLE.pack(stored.codes, self.embedding_bits)
         # The operator for int8 tables needs int8 codes, the one for int4 packed uint8.
         self.register_buffer("embedding", packed.view(_TABLE_TYPES[self.embedding_bits]))
-        by_row = stored.scales.shape[1] == 1
-        self.register_buffer("embedding_scales", stored.scales[:, 0] if by_row else stored.scales)
+        scales = stored_scales(stored)
+        self.register_buffer("embedding_scales", scales[:, 0] if scales.shape[1] == 1 else scales)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         table, ops = self.get_buffer("embedding"), torch.ops.quantized_decomposed
         if self.embedding_bits is None:
             return nn.functional.embedding(tokens, table)
-        scales = self.get_buffer("embedding_scales")
+        scales, dtype = self.get_buffer("embedding_scales"), torch.float32
+        # The variant with a type of its own for the result takes scales of another type.
         if self.embedding_bits == 4:
-            x: Tensor = ops.embedding_4bit(table, scales, None, -8, 7, tokens)
+            x: Tensor = ops.embedding_4bit(table, scales, None, -8, 7, tokens, dtype=dtype)
         else:
-            x = ops.embedding_byte(table, scales, None, -128, 127, tokens)
+            x = ops.embedding_byte(table, scales, None, -128, 127, tokens, dtype=dtype)
         return x
 
 
 def export_program(program: Program) -> torch.export.ExportedProgram:
-    """Export the program for prompts of 1 to `program.context` tokens."""
-    length = torch.export.Dim("length", min=1, max=program.context)
+    """Export the program for calls with 1 to `program.longest_call` tokens."""
+    length = torch.export.Dim("length", min=1, max=program.longest_call)
     example = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
         return torch.export.export(

@@ -20,9 +20,12 @@ from torch import Tensor
 from exporter.backends import Artifact, Runner, backend
 from exporter.backends.executorch import FILE_NAME, Target, embedded, interpreted
 
+#: The most tokens of a prompt that are read in one call, where the program takes more.
+_CHUNK = 512
+
 
 class ExecuTorchRunner:
-    """A `Runner` of a .pte in ExecuTorch's own runtime."""
+    """A `Runner` of a .pte in ExecuTorch's own runtime. It reads a prompt in chunks."""
 
     def __init__(self, path: Path) -> None:
         with quietly():
@@ -30,11 +33,15 @@ class ExecuTorchRunner:
             self._module = _C._load_for_executorch(str(path))
             self.context = int(self._module.run_method("get_max_context_len", ())[0])
             self.vocab_size = int(self._module.run_method("get_vocab_size", ())[0])
+            longest = int(self._module.run_method("get_max_seq_len", ())[0])
+        self._chunk = max(1, min(_CHUNK, longest))
         self._position = 0
 
     def prefill(self, tokens: list[int]) -> Tensor:
         self._position = 0
-        return self._read(tokens)
+        for start in range(0, len(tokens), self._chunk):
+            logits = self._read(tokens[start : start + self._chunk])
+        return logits
 
     def decode(self, token: int) -> Tensor:
         return self._read([token])
@@ -49,7 +56,7 @@ class ExecuTorchRunner:
         inputs = torch.tensor([tokens]), torch.tensor([position])
         with quietly():
             logits: Tensor = self._module.run_method("forward", inputs)[0]
-        return logits.reshape(-1).float().clone()
+        return logits.reshape(-1, self.vocab_size)[-1].float().clone()
 
 
 def load(artifact: Artifact, variant: str = "") -> Runner:

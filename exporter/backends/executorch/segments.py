@@ -5,8 +5,8 @@ projection, MLP) and begins the next one (normalization, q, k, v, RoPE). Its inp
 of earlier segments that its operations use.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from exporter.backends.executorch import Target
 from exporter.backends.executorch.graph import INFERRED, XnnpackGraph
-from exporter.model.config import EMBEDDING
-from exporter.model.rope import quarter_turn
+from exporter.model.config import EMBEDDING, ModelConfig
+from exporter.model.equivalent import Source, equivalent
 from exporter.model.walk import walk
 from exporter.quantization.quantized_checkpoint import QuantizedCheckpoint
 from exporter.quantization.schemes import QuantizedTensor
+
+#: The axis of a head's numbers in [1, seq, heads, head_dim].
+_IN_HEAD = 3
 
 
 @dataclass(eq=False)
@@ -43,8 +46,9 @@ class Segment:
 
     Inputs are the hidden states `carried` over from earlier segments [1, seq, hidden_size], the
     result of the attention before it (`attended`), and the rows of RoPE if it `rotates`. With
-    `last_token`, they have only the last position. Outputs are the hidden states `kept` for later
-    segments, and then the `queries_keys_values` of the next attention or the `logits`.
+    `last_token`, they have only the positions whose logits a call gives. Outputs are the hidden
+    states `kept` for later segments, and then the `queries_keys_values` of the next attention or
+    the `logits`.
     """
 
     index: int
@@ -63,7 +67,8 @@ class Segments:
 
     def __init__(self, quantized: QuantizedCheckpoint, target: Target) -> None:
         self.quantized, self.config, self.context = quantized, quantized.config, target.max_context
-        self.portable = target.attention == "portable"
+        self.orders = row_orders(quantized.config)
+        self.portable, self.logits = target.attention == "portable", target.logits
         self.named_data = NamedDataStore()
         self.segments = [Segment(0)]
         self.embedded = Value(-1)
@@ -73,7 +78,7 @@ class Segments:
         """The graph of a segment. Its weights are added to `named_data`."""
         segment, config = self.segments[index], self.config
         g, ids = XnnpackGraph(self.named_data), dict[Value, int]()
-        length = 1 if segment.last_token else self.context
+        length = 1  # a call's may be greater: XNNPACK's memory grows with it, and never shrinks
         for value in segment.carried:
             ids[value] = g.input(1, length, config.hidden_size)
         attention = self._attention_inputs(g, length) if segment.attended else []
@@ -115,10 +120,7 @@ class Segments:
         return self.embedded
 
     def linear(self, x: Value, *weights: str) -> list[Value]:
-        def write(g: XnnpackGraph, x: int) -> list[int]:
-            return self._multiply_by(g, x, {name: self.quantized.read(name) for name in weights})
-
-        return self._record(write, x, outputs=len(weights))
+        return self._record(lambda g, x: self._multiply_by(g, x, weights), x, outputs=len(weights))
 
     def norm(self, x: Value, weight: str) -> Value:
         return self._record(lambda g, x: [self._norm(g, x, weight)], x)[0]
@@ -131,11 +133,16 @@ class Segments:
         return self._record(lambda g, x: [self._norm(g, x, weight)], x)[0]
 
     def rotate(self, x: Value) -> Value:
-        """RoPE as x * cos + (x Rᵀ) * sin, with R from `quarter_turn`."""
+        """RoPE as x * cos + (x with exchanged halves) * sin, with the rows of the program.
+
+        In every architecture it rotates the halves of a head: see `row_orders`.
+        """
 
         def write(g: XnnpackGraph, x: int) -> list[int]:
-            turned = g.linear(x, g.constant("rope.quarter_turn", quarter_turn(self.config)))
-            return [g.add(g.multiply(x, self._cos), g.multiply(turned, self._sin))]
+            half = self.config.head_dim // 2
+            low, high = (g.slice(x, _IN_HEAD, start, half) for start in (0, half))
+            exchanged = g.concatenate(high, low, _IN_HEAD)
+            return [g.add(g.multiply(x, self._cos), g.multiply(exchanged, self._sin))]
 
         self.segments[-1].rotates = True
         return self._record(write, x)[0]
@@ -170,21 +177,33 @@ class Segments:
 
     def _output_layer(self, g: XnnpackGraph, x: int, weight: str) -> int:
         config, stored = self.config, self.quantized.read(weight)
+        rows: tuple[int, ...] = (1,) if self.logits == 1 else (1, INFERRED)
         tied = weight == EMBEDDING
         if tied and isinstance(stored, QuantizedTensor) and stored.scheme.bits == 4:
             # The embedding kernel and XNNPACK read nibbles in opposite order. If adjacent columns
             # of the filter are swapped, both read the same bytes, and these are stored once.
             swap = g.constant("output.exchange", torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
-            pairs = g.linear(g.reshape(x, 1, 1, config.hidden_size // 2, 2), swap)
-            x = g.reshape(pairs, 1, 1, config.hidden_size)
+            x = g.linear(g.reshape(x, 1, rows[-1], config.hidden_size // 2, 2), swap)
             stored = QuantizedTensor(exchange_columns(stored.codes), stored.scales, stored.scheme)
-        logits = self._multiply_by(g, x, {weight: stored})[0]
-        return g.reshape(logits, 1, config.vocab_size)
+        # Not the logits are reshaped: these are many times as many, and XNNPACK would copy them.
+        x = g.reshape(x, *rows, config.hidden_size)
+        return self._products(g, x, {weight: stored})[0]
 
-    def _multiply_by(
-        self, g: XnnpackGraph, x: int, weights: dict[str, QuantizedTensor | Tensor]
+    def _multiply_by(self, g: XnnpackGraph, x: int, names: Sequence[str]) -> list[int]:
+        """x times each weight, with its rows in the order of the graphs."""
+        weights = {name: self.quantized.read(name) for name in names}
+        for name in self.orders.keys() & weights:
+            weights[name] = reorder(self.orders[name], weights[name])
+        return self._products(g, x, weights)
+
+    def _products(
+        self, g: XnnpackGraph, x: int, weights: Mapping[str, QuantizedTensor | Tensor]
     ) -> list[int]:
-        """x times each weight. x is quantized once for all quantized weights."""
+        """x times each weight. x is quantized once for all quantized weights.
+
+        The products are not merged into one, such as q, k and v: on x86 a prompt is then read 2 to
+        4 % slower, since XNNPACK copies the parts, and decoding is not faster.
+        """
         quantized = None
         results = []
         for name, weight in weights.items():
@@ -196,14 +215,17 @@ class Segments:
         return results
 
     def _norm(self, g: XnnpackGraph, x: int, name: str | None) -> int:
-        """RMS norm, with a weight if `name` is given. The mean of the squares is a linear layer
-        whose weights are 1 / width."""
+        """RMS norm, with a weight if `name` is given. The mean of the squares plus epsilon is a
+        linear layer whose weights are 1 / width.
+
+        XNNPACK's own mean needs two more nodes, and takes more instructions on Arm.
+        """
         weight = self.quantized.float_weight(name) if name else None
         width = self.config.head_dim if weight is None else len(weight)
         row = g.constant(f"norm.mean_{width}", torch.full((1, width), 1 / width))
         eps = g.constant("norm.eps", torch.tensor([self.config.rms_norm_eps]))
-        mean = g.linear(g.multiply(x, x), row)
-        normal = g.multiply(x, g.reciprocal_square_root(g.add(mean, eps)))
+        mean = g.linear(g.multiply(x, x), row, eps)
+        normal = g.multiply(x, g.reciprocal_square_root(mean))
         return normal if weight is None else g.multiply(normal, g.constant(name or "", weight))
 
     def _attention_inputs(self, g: XnnpackGraph, length: int) -> list[int]:
@@ -212,24 +234,43 @@ class Segments:
         if not self.portable:
             return [q]
         kv_heads = config.num_key_value_heads
+        group = config.num_attention_heads // kv_heads
         keys = g.input(kv_heads, context, config.head_dim)
         values = g.input(kv_heads, context, config.head_dim)
-        return [q, keys, values, g.input(1, 1, length, context)]
+        return [q, keys, values, g.input(group * length, context)]
 
     def _portable_attention(
         self, g: XnnpackGraph, q: int, keys: int, values: int, mask: int
     ) -> int:
-        """Attention over the whole cache. Query heads that share a k/v head are stacked as rows."""
+        """Attention over these keys. Query heads that share a k/v head are stacked as rows."""
         config = self.config
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         group = config.num_attention_heads // kv_heads
         scale = g.constant("attention.scale", torch.tensor([head_dim**-0.5]))
         q = g.reshape(g.multiply(q, scale), INFERRED, kv_heads, group, head_dim)
         q = g.reshape(g.transpose(q, 1, 2, 0, 3), kv_heads, INFERRED, head_dim)
-        scores = g.reshape(g.matmul_transposed(q, keys), kv_heads, group, INFERRED, self.context)
-        probabilities = g.reshape(g.softmax(g.add(scores, mask)), kv_heads, INFERRED, self.context)
+        probabilities = g.softmax(g.add(g.matmul_transposed(q, keys), mask))
         mixed = g.reshape(g.matmul(probabilities, values), kv_heads, group, INFERRED, head_dim)
         return g.transpose(mixed, 2, 0, 1, 3)
+
+
+def row_orders(config: ModelConfig) -> Mapping[str, Source]:
+    """The weights of queries and keys whose rows are in another order in the graphs.
+
+    Where RoPE rotates adjacent numbers of a head, the rows of each head are reordered, so that it
+    rotates halves, which are cheap to exchange. Scores q·k do not change if q and k are permuted
+    alike (`exporter.model.equivalent`).
+    """
+    sources = equivalent(config, rope_interleaved=False).sources.values()
+    return {one.name: one for one in sources if one.name and one.rows is not None}
+
+
+def reorder(order: Source, weight: QuantizedTensor | Tensor) -> QuantizedTensor | Tensor:
+    """A weight with its rows in the order of the graphs."""
+    if isinstance(weight, Tensor):
+        return order.reorder(weight)
+    codes, scales = order.reorder(weight.codes), order.reorder(weight.scales)
+    return replace(weight, codes=codes, scales=scales)
 
 
 def exchange_columns(codes: Tensor) -> Tensor:

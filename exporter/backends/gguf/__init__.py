@@ -122,8 +122,8 @@ def packages(target: Target) -> tuple[str, ...]:
     return ("gguf",)
 
 
-def portable(target: Target) -> bool:
-    """No: llama.cpp has no runner with a subset of its operators."""
+def native(target: Target) -> bool:
+    """No: it runs ExecuTorch programs alone."""
     return False
 
 
@@ -151,6 +151,10 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "R
     if target.floats == "bfloat16":
         return round_to_bfloat16
     return round_to_half if "float16" in (target.floats, target.cache) else None
+
+
+def cache_rounding(target: Target) -> None:
+    """None: `rounding` covers a cache in float16."""
 
 
 def largest_activation(target: Target, which: str) -> float | None:

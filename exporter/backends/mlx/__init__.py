@@ -106,8 +106,8 @@ def usage(target: Target) -> str:
     return f"{_USAGE}\n\n{_SLOW.format(kind=target.activations)}"
 
 
-def portable(target: Target) -> bool:
-    """No: MLX has no runner with fewer operators."""
+def native(target: Target) -> bool:
+    """No: it runs ExecuTorch programs alone."""
     return False
 
 
@@ -123,6 +123,10 @@ def interpreted(target: Target) -> bool:
 
 def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> None:
     """None: `load` computes in float32, whatever the target's type."""
+
+
+def cache_rounding(target: Target) -> None:
+    """None: `load` computes in float32."""
 
 
 def largest_activation(target: Target, which: str) -> float | None:

@@ -43,6 +43,9 @@ ORT, OPERATORS = ".ort", ".required_operators.config"
 #: The option of a session that keeps products of the portable form in float: where ONNX Runtime
 #: makes one MatMulNBits of DequantizeLinear and MatMul, it else rounds activations to int8.
 FLOAT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "1")
+#: The most tokens of a prompt that are read in one call: memory for scores and activations grows
+#: with them.
+CHUNK = 512
 GENAI_CONFIG, CONFIG, TOKENIZER_CONFIG = (
     "genai_config.json", "config.json", "tokenizer_config.json",
 )  # fmt: skip
@@ -142,8 +145,8 @@ def packages(target: Target) -> tuple[str, ...]:
     return "onnx", "onnxruntime"
 
 
-def portable(target: Target) -> bool:
-    """No: ONNX Runtime has the operators of both forms, and no runner with fewer operators."""
+def native(target: Target) -> bool:
+    """No: it runs ExecuTorch programs alone."""
     return False
 
 
@@ -161,7 +164,8 @@ def integers(config: "ModelConfig", schemes: "Mapping[str, Scheme]", target: Tar
 def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "Rounding | None":
     """MatMulNBits rounds activations to int8 with one scale per block of a row.
 
-    DynamicQuantizeMatMul, for int8 weights without groups, uses one scale for the whole prompt.
+    DynamicQuantizeMatMul, for int8 weights without groups, uses one scale for each chunk of the
+    prompt.
     """
     from exporter.backends.onnx.schemes import LARGEST_BLOCK
     from exporter.model.config import EMBEDDING, OUTPUT
@@ -172,9 +176,13 @@ def rounding(schemes: "Mapping[str, Scheme]", target: Target, prompt: int) -> "R
         return None
     linear = [scheme for name, scheme in schemes.items() if name not in (EMBEDDING, OUTPUT)]
     if Scheme(8) in linear:
-        return partial(round_prompt_to_int8, prompt=prompt)
+        return partial(round_prompt_to_int8, prompt=prompt, chunk=CHUNK)
     groups = [scheme.group_size or LARGEST_BLOCK for scheme in linear if scheme != FLOAT]
     return partial(round_blocks_to_int8, block=max(groups, default=LARGEST_BLOCK))
+
+
+def cache_rounding(target: Target) -> None:
+    """None: the cache has the type of the activations, whose rounding `rounding` says."""
 
 
 def largest_activation(target: Target, which: str) -> float | None:

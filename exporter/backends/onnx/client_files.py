@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from exporter.backends.onnx import (
+    CHUNK,
     CONFIG,
     FLOAT_PRODUCTS,
     GENAI_CONFIG,
@@ -92,5 +93,6 @@ def _genai_config(quantized: QuantizedCheckpoint, target: Target, graph: str) ->
             "do_sample": False,
             "num_beams": 1,
             "past_present_share_buffer": contrib,
+            "chunk_size": CHUNK,
         },
     }

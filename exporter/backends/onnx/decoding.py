@@ -5,7 +5,7 @@ those of the node and of the tensors that it reads.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -115,7 +115,9 @@ def _weights_read(contents: Contents) -> Iterator[tuple[str, str, Callable[[], _
     """Every weight that a node reads: its name, the node, and a function that decodes it."""
     graph = contents.model.graph
     tensors = unique(((one.name, one) for one in graph.initializer), "initializers")
-    nodes = [_Node(node, contents, tensors) for node in needed(graph)]
+    used = needed(graph)
+    widened = dict(filter(None, (_widened(node, tensors) for node in used)))
+    nodes = [_Node(node, contents, tensors, widened) for node in used]
     gathered = {node.input(0) for node in nodes if node.kind == ("", "Gather")}
     for node in nodes:
         if node.kind not in _READERS:
@@ -138,13 +140,28 @@ def _weights_read(contents: Contents) -> Iterator[tuple[str, str, Callable[[], _
         yield stored.removesuffix(suffix).removesuffix(_ROWS), node.name, partial(read, node)
 
 
+def _widened(node: NodeProto, tensors: Mapping[str, TensorProto]) -> tuple[str, str] | None:
+    """The output and the input of a node that converts a tensor of float16 to float32. This is
+    exact, so the tensor may be read in place of the output."""
+    if node.domain not in ("", "ai.onnx") or node.op_type != "Cast" or len(node.input) != 1:
+        return None
+    tensor, wanted = tensors.get(node.input[0]), [one.i for one in node.attribute]
+    if tensor is None or tensor.data_type != TensorProto.FLOAT16 or wanted != [TensorProto.FLOAT]:
+        return None
+    return node.output[0], node.input[0]
+
+
 @dataclass(frozen=True)
 class _Node:
-    """A node, and the tensors that it may read."""
+    """A node, and the tensors that it may read.
+
+    `widened` has the values that are tensors of float16 converted to float32: value → tensor.
+    """
 
     node: NodeProto
     contents: Contents
     tensors: Mapping[str, TensorProto]
+    widened: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -159,8 +176,10 @@ class _Node:
         return InputError(self.name, text, "Lower the model again")
 
     def input(self, index: int) -> str:
-        """The name of an input, '' for one that is left out."""
-        return str(self.node.input[index]) if index < len(self.node.input) else ""
+        """The name of an input, '' for one that is left out. For a tensor that is widened before
+        the node reads it, it is the name of that tensor."""
+        name = str(self.node.input[index]) if index < len(self.node.input) else ""
+        return self.widened.get(name, name)
 
     def values(self, index: int, *kinds: int) -> np.ndarray:
         """The values of an input, which must be a constant of one of these element types."""

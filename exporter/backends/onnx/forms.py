@@ -159,6 +159,15 @@ class _Form:
         content = float_bytes(weight, self.kind)
         return self.g.tensor(name or "ones", self.kind, weight.shape, content)
 
+    def scales(self, weight: str, values: torch.Tensor) -> str:
+        """Scales of a weight in the type of the activations, as products want them.
+
+        They are stored in float16, which holds every scale exactly: in half the bytes of float32.
+        """
+        name, kind = _scales_of(weight), TensorProto.FLOAT16
+        half = self.g.tensor(name, kind, values.shape, float_bytes(values, kind))
+        return half if self.kind == kind else self.g.widened(half)
+
     def rope(self) -> tuple[str, str]:
         """The constants of RoPE: cosines and sines, each [max_context, head_dim / 2]."""
         tables = zip(
@@ -249,9 +258,7 @@ class ContribForm(_Form):
         if in_whole_rows(name, weight.scheme, self.target):
             content = transposed_bytes(weight)
             codes = self.g.tensor(f"{name}.transposed", TensorProto.INT8, [columns, rows], content)
-            scales = self.g.tensor(
-                f"{name}.scales", self.kind, [rows], float_bytes(weight.scales, self.kind)
-            )
+            scales = self.scales(name, weight.scales.reshape(rows))
             return self.g.op("DynamicQuantizeMatMul", x, codes, scales, domain=CONTRIB)
         codes, scales = self._blocks(name, weight)
         return self.g.op(
@@ -266,9 +273,7 @@ class ContribForm(_Form):
         block, bits = block_size(weight), weight.scheme.code_bits
         dims = [rows, columns // block, block * bits // 8]
         codes = self.g.tensor(name, TensorProto.UINT8, dims, unsigned_bytes(weight))
-        content = float_bytes(block_scales(weight), self.kind)
-        scales = self.g.tensor(f"{name}.scales", self.kind, [rows, columns // block], content)
-        return codes, scales
+        return codes, self.scales(name, block_scales(weight))
 
     def add(self, x: Value, y: Value) -> Value:
         return Sum(self.emit(x), self.emit(y))
@@ -398,10 +403,11 @@ class PortableForm(_Form):
             return self.float_embed(weight)
         rows, columns = stored.codes.shape
         block, bits = block_size(stored), stored.scheme.code_bits
-        codes, scales = self._codes(weight, stored)
+        codes, _ = self._codes(weight, stored)
         # Other names of the same bytes: ONNX Runtime makes no MatMulNBits of what a node reads too.
         g, table, byte = self.g, f"{weight}.table", TensorProto.UINT8
-        scales = g.alias(f"{table}.scales", scales, self.kind, [columns // block, rows])
+        shape, half = [columns // block, rows], TensorProto.FLOAT16
+        scales = g.alias(_scales_of(table), _scales_of(weight), half, shape)
         if bits == 4:
             values = self._nibbles(g.alias(table, codes, byte, [columns, rows // 2]))
         else:
@@ -410,6 +416,7 @@ class PortableForm(_Form):
         by_token = g.op("Transpose", values, perm=[1, 2, 0])
         grouped = g.op("Reshape", by_token, g.integers(1, -1, columns // block, block))
         scale = g.op("Transpose", g.op("Gather", scales, self.tokens, axis=1), perm=[1, 2, 0])
+        scale = scale if self.kind == half else g.op("Cast", scale, to=self.kind)
         product = g.op("Mul", grouped, g.op("Unsqueeze", scale, g.integers(-1)))
         return g.op("Reshape", product, g.integers(1, -1, columns))
 
@@ -448,9 +455,7 @@ class PortableForm(_Form):
         rows, columns = weight.codes.shape
         kind = _CODE_TYPES[weight.scheme.code_bits]
         codes = self.g.tensor(name, kind, [columns, rows], transposed_bytes(weight))
-        spread = block_scales(weight).t().contiguous()
-        content = float_bytes(spread, self.kind)
-        return codes, self.g.tensor(f"{name}.scales", self.kind, spread.shape, content)
+        return codes, self.scales(name, block_scales(weight).t().contiguous())
 
     def add(self, x: Value, y: Value) -> Value:
         return self.g.op("Add", self.emit(x), self.emit(y))
@@ -499,6 +504,11 @@ def _as_logits(graph: OnnxGraph, value: str) -> str:
     """Give the output of the last node the name of the graph's output."""
     graph.rename(value, LOGITS)
     return LOGITS
+
+
+def _scales_of(weight: str) -> str:
+    """The name of the constant with the scales of a weight."""
+    return f"{weight}.scales"
 
 
 def merged_name(names: Sequence[str]) -> str:

@@ -42,6 +42,7 @@ class OnnxGraph:
     _outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     _initializers: dict[str, TensorProto] = field(default_factory=dict)
     _names: dict[str, int] = field(default_factory=dict)
+    _widened: set[str] = field(default_factory=set)
     _offset: int = 0
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
@@ -119,6 +120,18 @@ class OnnxGraph:
         place = {entry.key: entry.value for entry in source.external_data}
         self._add_external(name, kind, dims, int(place["offset"]), int(place["length"]))
         return name
+
+    def widened(self, name: str) -> str:
+        """The FLOAT16 constant `name` as FLOAT. Returns the name of that value.
+
+        However often it is asked for, one node converts the constant. A runtime does so once, when
+        it loads the model, and drops the float16 values.
+        """
+        value = f"{name}.float"
+        if value not in self._widened:
+            self._widened.add(value)
+            self.ops("Cast", [name], [value], to=TensorProto.FLOAT)
+        return value
 
     def model(self, opset: int, metadata: dict[str, str]) -> onnx.ModelProto:
         """The finished model, with its metadata and the constants that a node reads."""

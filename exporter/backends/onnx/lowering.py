@@ -14,6 +14,7 @@ from torch import Tensor
 
 from exporter.backends import Artifact, check_fits
 from exporter.backends.onnx import (
+    CHUNK,
     DATA,
     FLOAT_PRODUCTS,
     FOLDER,
@@ -91,7 +92,10 @@ def _write_ort(folder: Path, stem: str) -> list[str]:
 
 
 class OnnxRunner:
-    """A `Runner` in ONNX Runtime. The `contrib` form updates its cache in place."""
+    """A `Runner` in ONNX Runtime, which reads a prompt in chunks.
+
+    The `contrib` form updates its cache in place.
+    """
 
     def __init__(self, path: Path, context: int) -> None:
         options = onnxruntime.SessionOptions()
@@ -111,7 +115,9 @@ class OnnxRunner:
         self._position = 0
         if not self._in_place:
             self._past = self._empty_cache()
-        return self._step(tokens)
+        for start in range(0, len(tokens), CHUNK):
+            logits = self._step(tokens[start : start + CHUNK])
+        return logits
 
     def decode(self, token: int) -> Tensor:
         return self._step([token])
