@@ -101,7 +101,7 @@ def test_attention_in_parts_gives_the_logits_of_attention_at_once(
 ) -> None:
     runner, tokens = ReferenceRunner(open_checkpoint(nano), 21), tokens_of(20)
     at_once, next_one = runner.prefill(tokens), runner.decode(3)
-    monkeypatch.setattr(decoder, "_CHUNK", 7)
+    monkeypatch.setattr(decoder, "QUERIES_AT_ONCE", 7)
     assert torch.allclose(runner.prefill(tokens), at_once, atol=1e-4, rtol=0)
     assert torch.allclose(runner.decode(3), next_one, atol=1e-4, rtol=0)
 
@@ -122,7 +122,7 @@ def test_scores_are_shown_in_parts_and_none_is_left_out(
 
     counts = set[int]()
     whole = shown()
-    monkeypatch.setattr(reference, "_CHUNK", 7)
+    monkeypatch.setattr(reference, "QUERIES_AT_ONCE", 7)
     parts = shown()
     assert counts == {1, 3}
     assert all(torch.allclose(parts[name], whole[name], atol=1e-4) for name in whole)
