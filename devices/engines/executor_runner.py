@@ -1,8 +1,9 @@
 """ExecuTorch's ``executor_runner``: it executes a program with inputs from files.
 
-It gives a program inputs of their full size only, which for ours is the longest prompt of a call:
-tokens int64 [1, length] and the position int64 [1] of the first one. Without ``--inputs`` it fills
-both with ones, and a prompt of the whole context does not fit behind position 1.
+It always gives a program inputs of the largest size that the program declares. For our programs
+these are a prompt of the most tokens that a call takes, int64 [1, length], and the position of its
+first token, int64 [1]. Without ``--inputs`` it fills both with ones, and a prompt of the whole
+context does not fit behind position 1.
 """
 
 import re

@@ -21,8 +21,8 @@ from devices.instructions.tools import CLOCK, EMULATOR, PLUGIN, PROCESSOR, SHORT
 from devices.transports.client import run_client
 from devices.transports.supervised import Completed
 
-#: The columns that `blocks.c` writes for a block: all instructions, those of each class, the bytes
-#: that it loads and stores, and the accesses among its instructions whose bytes are not known.
+#: The columns that `blocks.c` writes for a block: the number of its instructions, of those in each
+#: class, of the bytes loaded and stored, and of the accesses whose size in bytes is unknown.
 INSTRUCTIONS, CLASSES = "instructions", ("simd", "dot_product", "i8mm")
 LOADED, STORED, UNSIZED = "loaded", "stored", "unsized"
 _COLUMNS = (INSTRUCTIONS, *CLASSES, LOADED, STORED, UNSIZED)

@@ -11,7 +11,6 @@
 #include <executorch/devtools/etdump/etdump_flatcc.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -21,20 +20,13 @@
 #include <string>
 #include <vector>
 
+#include "clock.h"
 #include "huge_pages.h"
 #include "model.h"
 #include "options.h"
 #include "packed_cache.h"
 #include "speculative.h"
-
-// The wheel ships this library without its header.
-namespace executorch::extension::threadpool {
-class ThreadPool {
- public:
-  bool _unsafe_reset_threadpool(uint32_t threads);
-};
-ThreadPool* get_threadpool();
-} // namespace executorch::extension::threadpool
+#include "threads.h"
 
 namespace {
 
@@ -42,11 +34,6 @@ using namespace mobilellm;  // the parts of this runner
 
 // Longer prompts are read in pieces, so that what a delegate needs for one stays bounded.
 constexpr int64_t kDefaultChunk = 128;
-
-double now_ms() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return std::chrono::duration<double, std::milli>(now).count();
-}
 
 // ---- Memory of this process, in bytes; -1 where the system does not tell. ----
 
@@ -249,7 +236,7 @@ int main(int argc, char** argv) {
   const Options options(argc, argv);
   const int64_t threads = options.number("threads", 1);
   if (threads < 1) fail(kBadUsage, "--threads: give 1 or more");
-  executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(threads);
+  set_threads(threads);
 
   std::unique_ptr<executorch::etdump::ETDumpGen> tracer;
   if (options.has("trace")) tracer = std::make_unique<executorch::etdump::ETDumpGen>();

@@ -3,15 +3,11 @@
 #include "speculative.h"
 
 #include <algorithm>
-#include <chrono>
+
+#include "clock.h"
 
 namespace mobilellm {
 namespace {
-
-double now_ms() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return std::chrono::duration<double, std::milli>(now).count();
-}
 
 // How many tokens both begin with.
 int64_t common(const Tokens& one, const Tokens& other) {

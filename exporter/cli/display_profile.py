@@ -48,7 +48,7 @@ def print_devices(as_json: bool) -> int:
 
 
 def _counting() -> tuple[list[str], str]:
-    """The devices ``count:CPU``, the most useful first, and why there is none."""
+    """The names of the devices ``count:CPU``, and an error message if counting is not possible."""
     try:
         known = cpus()
     except DeviceError as error:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from exporter.report.blocks import Figure, Missing, Section, Table
-from exporter.report.plots import Bar, Style, Text, bars
+from exporter.report.plots import Bar, Style, Text, bars, listed
 from exporter.report.reproduce import count_command
 from exporter.report.subjects import Subject
 from exporter.report.values import count, number, share
@@ -94,8 +94,7 @@ def _totals(found: Sequence[Counted]) -> Figure:
     text = Text(
         "instructions-totals",
         "Instructions per token (counts)",
-        "Bars of millions of instructions: "
-        + "; ".join(f"{row.label} {row.shown}" for row in rows) + ".",
+        f"Bars of millions of instructions: {listed(rows)}.",
         _AXIS,
     )  # fmt: skip
     cells = []
@@ -124,8 +123,7 @@ def _traffic(found: Sequence[Counted]) -> Figure:
     text = Text(
         "instructions-bytes",
         "Bytes loaded and stored per token (counts)",
-        "Bars of megabytes, loaded and stored: "
-        + "; ".join(f"{row.label} {row.shown}" for row in rows) + ".",
+        f"Bars of megabytes, loaded and stored: {listed(rows)}.",
         _BYTES,
     )  # fmt: skip
     cells = [

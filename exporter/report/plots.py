@@ -81,6 +81,11 @@ class Bar:
     shown: str
 
 
+def listed(rows: Sequence[Bar]) -> str:
+    """What the bars show, for the description of their plot."""
+    return "; ".join(f"{row.label} {row.shown}" for row in rows)
+
+
 def bars(text: Text, rows: Sequence[Bar], legend: Sequence[tuple[str, Style]] = ()) -> Markup:
     """Horizontal bars that begin at zero. `legend` names the styles of the parts."""
 

@@ -9,7 +9,7 @@ from exporter.backends import front
 from exporter.bundle.manifest import WeightEntry
 from exporter.model.config import EMBEDDING, OUTPUT
 from exporter.report.blocks import Figure, Section, Table
-from exporter.report.plots import Bar, Style, Text, bars
+from exporter.report.plots import Bar, Style, Text, bars, listed
 from exporter.report.subjects import Subject
 from exporter.report.values import count, figure, megabytes
 
@@ -100,7 +100,7 @@ def _figure(subject: Subject) -> Figure:
     text = Text(
         f"size-{subject.letter or 'a'}",
         f"Size of each target, {subject.title}",
-        "Stacked bars of megabytes: " + "; ".join(f"{row.label} {row.shown}" for row in rows) + ".",
+        f"Stacked bars of megabytes: {listed(rows)}.",
         "MB (million bytes)",
     )
     return Figure(text.title, partial(bars, text, rows, list(styles.items())), table)

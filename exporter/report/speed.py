@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from exporter.report.blocks import Figure, Missing, Section, Table
-from exporter.report.plots import Bar, Strip, Style, Text, bars, strips
+from exporter.report.plots import Bar, Strip, Style, Text, bars, listed, strips
 from exporter.report.reproduce import profile_command
 from exporter.report.subjects import Subject
 from exporter.report.values import count, figure, megabytes, number, whole
@@ -232,9 +232,7 @@ def memory(subjects: Sequence[Subject]) -> Section:
             text = Text(
                 f"memory-{machine}",
                 f"Peak memory{mark}",
-                "Bars of the largest resident memory: "
-                + "; ".join(f"{row.label} {row.shown}" for row in rows)
-                + ".",
+                f"Bars of the largest resident memory: {listed(rows)}.",
                 "MB (million bytes)",
             )
             table = Table(

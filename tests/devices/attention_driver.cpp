@@ -10,6 +10,7 @@
 // of the result, then that of the argument before it where the name is update_cache's.
 
 #include "attention.h"
+#include "threads.h"
 
 #include <executorch/extension/tensor/tensor.h>
 #include <executorch/runtime/core/evalue.h>
@@ -24,14 +25,6 @@
 #include <optional>
 #include <string>
 #include <vector>
-
-namespace executorch::extension::threadpool {
-class ThreadPool {
- public:
-  bool _unsafe_reset_threadpool(uint32_t threads);
-};
-ThreadPool* get_threadpool();
-} // namespace executorch::extension::threadpool
 
 using executorch::aten::ScalarType;
 using executorch::runtime::EValue;
@@ -105,8 +98,7 @@ void run_case(int64_t arguments) {
 int main(int argc, char** argv) {
   executorch::runtime::runtime_init();
   if (argc < 2 || (argc > 2 && !choose(argv[2]))) return 2;
-  executorch::extension::threadpool::get_threadpool()->_unsafe_reset_threadpool(
-      std::atoi(argv[1]));
+  mobilellm::set_threads(std::atoi(argv[1]));
   for (int64_t arguments; read(&arguments, sizeof arguments);) run_case(arguments);
   return 0;
 }

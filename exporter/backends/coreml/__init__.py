@@ -207,7 +207,7 @@ def packages(target: Target) -> tuple[str, ...]:
 
 
 def native(target: Target) -> bool:
-    """No: it runs ExecuTorch programs alone."""
+    """False: the native runner runs only ExecuTorch programs."""
     return False
 
 

@@ -33,7 +33,7 @@ _TRANSPOSE_B = 1
 _NAMED_OFFSET = 0xFFFFFFFFFFFFFFFF
 #: A dimension that XNNPACK infers from the number of elements.
 INFERRED = 0
-#: The size of a slice that has all of a dimension.
+#: As the size of a slice: the whole dimension.
 _WHOLE = 0
 
 

@@ -215,8 +215,8 @@ class Segments:
         return results
 
     def _norm(self, g: XnnpackGraph, x: int, name: str | None) -> int:
-        """RMS norm, with a weight if `name` is given. The mean of the squares plus epsilon is a
-        linear layer whose weights are 1 / width.
+        """RMS norm, with a weight if `name` is given. A linear layer computes the mean of the
+        squares: its weights are 1 / width, and its bias is epsilon.
 
         XNNPACK's own mean needs two more nodes, and takes more instructions on Arm.
         """

@@ -107,7 +107,7 @@ def usage(target: Target) -> str:
 
 
 def native(target: Target) -> bool:
-    """No: it runs ExecuTorch programs alone."""
+    """False: the native runner runs only ExecuTorch programs."""
     return False
 
 
